@@ -1,0 +1,1 @@
+"""The commands. Nothing here imports torch before the arguments and the recipe have been checked."""

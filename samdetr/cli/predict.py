@@ -1,0 +1,24 @@
+"""``samdetr predict``: drawn pictures and COCO JSON for an image or a folder of images."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def predict(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Run folder or checkpoint.")],
+    source: Annotated[str, typer.Argument(metavar="IMAGE_OR_FOLDER", help="An image, or a folder of images.")],
+    output: Annotated[
+        str,
+        typer.Option("--output", metavar="FOLDER", help="Where the pictures and predictions.json are written."),
+    ] = "predictions",
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0.0, max=1.0, help="Lowest score that is drawn and written.")
+    ] = 0.3,
+) -> None:
+    """Find objects in an image or a folder of images."""
+    from samdetr.engine.predict import predict as run_prediction
+
+    run_prediction(checkpoint, source, output=output, threshold=threshold)

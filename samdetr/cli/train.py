@@ -1,0 +1,59 @@
+"""``samdetr train``, which is also ``samdetr-train``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from samdetr.recipe import dump_recipe, load_recipe
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, such as recipes/quickstart.toml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value of the recipe; repeatable."),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="[RUN]",
+            help="Continue the run in folder RUN; without RUN the newest unfinished run of this name.",
+        ),
+    ] = None,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print the whole resolved recipe as TOML and stop.")
+    ] = False,
+) -> None:
+    """Train a detector as RECIPE says."""
+    resolved = load_recipe(recipe, overrides or [])
+    if print_recipe:
+        sys.stdout.write(dump_recipe(resolved))
+        return
+    from samdetr.engine.train import train as run_training
+
+    run_training(resolved, resume=resume)
+
+
+def mark_resume(arguments: list[str]) -> list[str]:
+    """The arguments with ``--resume [RUN]`` written as ``--resume=RUN``; no RUN becomes ``--resume=``.
+
+    What follows ``--resume`` is its RUN unless it is an option or a recipe file (it ends in .toml).
+    """
+    marked: list[str] = []
+    rest = iter(enumerate(arguments))
+    for index, argument in rest:
+        if argument == "--":
+            return marked + arguments[index:]
+        if argument == "--set" and index + 1 < len(arguments):
+            marked += [argument, next(rest)[1]]
+        elif argument == "--resume":
+            following = arguments[index + 1 : index + 2]
+            is_run = bool(following) and not following[0].startswith("-") and not following[0].endswith(".toml")
+            marked.append(f"--resume={next(rest)[1] if is_run else ''}")
+        else:
+            marked.append(argument)
+    return marked

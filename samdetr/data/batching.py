@@ -1,0 +1,98 @@
+"""From samples to padded batches, and the order in which images are visited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from samdetr.errors import DataError
+from samdetr.structures import Batch, Targets
+
+Key = tuple[int, int]  # (epoch, row of the image)
+
+
+class Sample(NamedTuple):
+    """One image after the transform, with its objects."""
+
+    image: Tensor  # [3, h, w] float32, normalised
+    boxes: Tensor  # [n, 4] float32 (cx, cy, w, h) in [0, 1] of ``image``
+    labels: Tensor  # [n] int64, index of the class logit
+    image_id: int
+    original_size: tuple[int, int]  # (height, width) of the decoded photo
+
+
+def collate(samples: Sequence[Sample], max_objects: int) -> Batch:
+    """Pad images with zeros at the bottom and right to the largest sides, and targets to T = ``max_objects``.
+
+    No sample may have more than ``max_objects`` boxes.
+    """
+    height = max(sample.image.shape[1] for sample in samples)
+    width = max(sample.image.shape[2] for sample in samples)
+    images = torch.zeros(len(samples), 3, height, width)
+    labels = torch.zeros(len(samples), max_objects, dtype=torch.int64)
+    boxes = torch.zeros(len(samples), max_objects, 4)
+    for row, sample in enumerate(samples):
+        images[row, :, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
+        labels[row, : len(sample.labels)] = sample.labels
+        boxes[row, : len(sample.boxes)] = sample.boxes
+    counts = torch.tensor([len(sample.labels) for sample in samples], dtype=torch.int64)
+    return Batch(
+        images=images,
+        image_sizes=torch.tensor([sample.image.shape[1:] for sample in samples], dtype=torch.int64),
+        targets=Targets(labels=labels, boxes=boxes, counts=counts),
+        image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
+        original_sizes=torch.tensor([sample.original_size for sample in samples], dtype=torch.int64),
+    )
+
+
+def split(keys: Sequence[Key], micro: int) -> list[list[Key]]:
+    """Cut the keys of one optimizer step into micro-batches of ``micro`` (the last may be smaller)."""
+    return [list(keys[start : start + micro]) for start in range(0, len(keys), micro)]
+
+
+def epoch_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A permutation of the rows, int64 [num_images]: a function of (seed, epoch) alone.
+
+    Sorting raw Philox output does not depend on the shuffling algorithm of a numpy version.
+    """
+    raw = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_images)
+    return np.argsort(raw, kind="stable").astype(np.int64)
+
+
+class EpochSampler:
+    """Batches of (epoch, row) keys. It keeps no state but the epoch and the first step.
+
+    With ``shuffle`` (training) the order is `epoch_order` and an incomplete last batch is left out, as
+    published; without (evaluation) the rows come in order and the last batch may be smaller.
+
+    Raises:
+        DataError: training on fewer images than one batch.
+    """
+
+    def __init__(self, num_images: int, batch: int, seed: int, *, shuffle: bool) -> None:
+        if shuffle and num_images < batch:
+            raise DataError(
+                f"the training split has {num_images} images, fewer than one batch of {batch}: "
+                f"set train.total_batch to {max(num_images, 1)} or less, or add images"
+            )
+        self.num_images, self.batch, self.seed, self.shuffle = num_images, batch, seed, shuffle
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose what the next iteration yields: the batches of ``epoch`` from ``start_step`` on."""
+        self.epoch, self.start_step = epoch, start_step
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return self.num_images // self.batch if self.shuffle else -(-self.num_images // self.batch)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, count = self.epoch, self.num_images
+        rows = epoch_order(count, self.seed, epoch) if self.shuffle else np.arange(count)
+        for step in range(self.start_step, len(self)):
+            yield [(epoch, int(row)) for row in rows[step * self.batch : (step + 1) * self.batch]]

@@ -1,0 +1,148 @@
+"""The published augmentation and the evaluation resize. Box arithmetic is float64; draws use torch's CPU RNG.
+
+A transform maps (image uint8 [3, H, W], boxes float [n, 4] xyxy pixels, labels int64 [n]) to
+(image float32 [3, H', W'] normalised, boxes float32 [m, 4] (cx, cy, w, h) in [0, 1], labels int64 [m]).
+Boxes that have no area after the crop are left out together with their labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+if TYPE_CHECKING:
+    from samdetr.recipe import AugmentSection
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Transform = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTransform:
+    """Flip, then a resize, or with probability ``crop`` a resize, a random crop and the resize.
+
+    Sizes are short sides in pixels. ``max_size`` bounds the long side of the last resize only (published).
+    """
+
+    flip: float
+    sizes: tuple[int, ...]
+    max_size: int
+    crop: float
+    crop_resize_sizes: tuple[int, ...]
+    crop_min: int
+    crop_max: int
+
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        boxes = boxes.to(torch.float64)
+        if _uniform() < self.flip:
+            image, boxes = flip(image, boxes)
+        if _uniform() < self.crop:
+            image, boxes = resize(image, boxes, _choice(self.crop_resize_sizes), None)
+            image_height, image_width = image.shape[-2:]
+            width = _integer(min(self.crop_min, image_width), min(self.crop_max, image_width))
+            height = _integer(min(self.crop_min, image_height), min(self.crop_max, image_height))
+            top, left = _integer(0, image_height - height), _integer(0, image_width - width)
+            image, boxes, labels = crop(image, boxes, labels, top, left, height, width)
+        image, boxes = resize(image, boxes, _choice(self.sizes), self.max_size)
+        return normalise(image, boxes, labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalTransform:
+    """One resize to short side ``size`` with the long side at most ``max_size``, pixels."""
+
+    size: int
+    max_size: int
+
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        image, boxes = resize(image, boxes.to(torch.float64), self.size, self.max_size)
+        return normalise(image, boxes, labels)
+
+
+def build_transform(section: AugmentSection, training: bool) -> Transform:
+    """The transform that a recipe asks for."""
+    if not training:
+        return EvalTransform(size=section.eval_size, max_size=section.eval_max_size)
+    return TrainTransform(
+        flip=section.flip,
+        sizes=section.train_sizes,
+        max_size=section.max_size,
+        crop=section.crop,
+        crop_resize_sizes=section.crop_resize_sizes,
+        crop_min=section.crop_min,
+        crop_max=section.crop_max,
+    )
+
+
+def resized_sides(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
+    """(height, width) after bringing the short side to ``size``, by the published rounding rule.
+
+    Where the long side would exceed ``max_size``, the short side is ``max_size * short / long`` rounded.
+    """
+    short, long = min(height, width), max(height, width)
+    if max_size is not None and long / short * size > max_size:
+        size = round(max_size * short / long)
+        if size == 0:
+            return (1, max_size) if height < width else (max_size, 1)
+    if short == size:
+        return height, width
+    long = int(size * long / short)
+    return (long, size) if width < height else (size, long)
+
+
+def resize(image: Tensor, boxes: Tensor, size: int, max_size: int | None) -> tuple[Tensor, Tensor]:
+    """Antialiased bilinear resize; boxes scale by the exact ratio of the sides."""
+    height, width = image.shape[-2:]
+    new_height, new_width = resized_sides(height, width, size, max_size)
+    ratio_x, ratio_y = new_width / width, new_height / height
+    image = F.resize(image, [new_height, new_width], antialias=True)
+    return image, boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+
+
+def flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Mirror left and right."""
+    left, top, right, bottom = boxes.unbind(-1)
+    width = image.shape[-1]
+    return F.horizontal_flip(image), torch.stack([width - right, top, width - left, bottom], dim=-1)
+
+
+def crop(
+    image: Tensor, boxes: Tensor, labels: Tensor, top: int, left: int, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut out a region; boxes are clamped to it, and those without area in it are left out."""
+    boxes = boxes - boxes.new_tensor([left, top, left, top])
+    boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=-1)
+    return F.crop(image, top, left, height, width), boxes[keep], labels[keep]
+
+
+def normalise(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ImageNet normalisation of the pixels; boxes xyxy pixels -> float32 (cx, cy, w, h) in [0, 1]."""
+    height, width = image.shape[-2:]
+    corners, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    relative = torch.cat([corners + sides / 2, sides], dim=-1)
+    relative = (relative / boxes.new_tensor([width, height, width, height])).to(torch.float32)
+    keep = (relative[:, 2:] > 0).all(dim=-1)
+    image = F.normalize(F.to_dtype(image, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD))
+    return image, relative[keep], labels[keep]
+
+
+def _uniform() -> float:
+    """A number in [0, 1)."""
+    return float(torch.rand(()))
+
+
+def _integer(low: int, high: int) -> int:
+    """An integer in [low, high]."""
+    return int(torch.randint(low, high + 1, ()))
+
+
+def _choice(values: Sequence[int]) -> int:
+    return values[_integer(0, len(values) - 1)]

@@ -1,0 +1,246 @@
+"""Checkpoints: a folder of safetensors files and a JSON, complete or absent, with a checksum of every file.
+
+    checkpoints/epoch-0003/{model.safetensors, optimizer.safetensors, meta.json}
+    checkpoints/last -> epoch-0003      checkpoints/best -> epoch-0002
+
+A checkpoint is written beside its place and renamed; the links move after it is on disk, and only then are
+folders that no link names removed. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from samdetr.errors import CheckpointError
+
+MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
+LAST, BEST = "last", "best"
+
+
+@dataclass
+class Progress:
+    """Where a run stands. ``epoch`` and ``step_in_epoch`` name the next step to take, both from 0."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    evaluation_due: bool = False  # the epoch's steps are done, its evaluation is not
+    best_ap: float = -1.0
+    best_epoch: int = -1
+    epoch_sums: dict[str, float] | None = None  # sums of the unfinished epoch's log values
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_checkpoint` returns; tensors are on the CPU."""
+
+    path: Path
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    meta: dict[str, object]
+
+    @property
+    def progress(self) -> Progress:
+        """The run's progress when this was written."""
+        return Progress(**self.meta["progress"])  # type: ignore[arg-type]
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    meta: Mapping[str, object],
+) -> Path:
+    """Write ``folder/epoch-<n>`` [-step-<m>] and point ``folder/last`` at it. Returns its path.
+
+    Raises CheckpointError when the disk refuses; what was there before stays whole.
+    """
+    name = f"epoch-{progress.epoch:04d}"
+    if not progress.evaluation_due:
+        name += f"-step-{progress.step_in_epoch:06d}"
+    target, temporary = folder / name, folder / f".{name}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(_contiguous(model.state_dict()), temporary / MODEL_FILE)
+        save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER_FILE)
+        files = {file: _checksum(temporary / file) for file in (MODEL_FILE, OPTIMIZER_FILE)}
+        _write_json(temporary / META_FILE, {**meta, "progress": asdict(progress), "sha256": files})
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        _link(folder, LAST, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot save the checkpoint {target} ({_reason(error)}); the previous checkpoint is intact. "
+            "Free some space or choose another run.folder, then continue with --resume."
+        ) from error
+    _remove_unlinked(folder)
+    return target
+
+
+def update_progress(checkpoint: Path, progress: Progress, *, best: bool) -> None:
+    """Store the progress after an evaluation, and with ``best`` point ``best`` at this checkpoint.
+
+    Raises CheckpointError when the disk refuses.
+    """
+    try:
+        content = json.loads((checkpoint / META_FILE).read_text())
+        _write_json(checkpoint / META_FILE, {**content, "progress": asdict(progress)})
+        if best:
+            _link(checkpoint.parent, BEST, checkpoint)
+    except OSError as error:
+        raise CheckpointError(f"cannot update the checkpoint {checkpoint} ({_reason(error)}).") from error
+    _remove_unlinked(checkpoint.parent)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that a person means by a run folder, a checkpoint folder or a file in one.
+
+    For a run folder: its best checkpoint, or the last where no evaluation has been. Raises CheckpointError.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".pth":
+        raise CheckpointError(f"{path} looks like a published checkpoint: use samdetr eval --official {path} RECIPE.")
+    places = (path, path / "checkpoints" / BEST, path / "checkpoints" / LAST, path.parent)
+    for place in places:
+        if (place / META_FILE).is_file():
+            return place.resolve()
+    raise CheckpointError(
+        f"{path} is neither a run folder nor a checkpoint: expected {META_FILE} in it, or in its checkpoints/{LAST}."
+    )
+
+
+def load_checkpoint(path: Path, *, with_optimizer: bool) -> Checkpoint:
+    """Read a checkpoint folder and verify its checksums. Raises CheckpointError naming the file that is bad."""
+    try:
+        meta = json.loads((path / META_FILE).read_text())
+        wanted = [MODEL_FILE, *([OPTIMIZER_FILE] if with_optimizer else [])]
+        for file in wanted:
+            if _checksum(path / file) != meta["sha256"][file]:
+                raise CheckpointError(f"{path / file} is damaged: its content does not match its checksum.")
+        tensors = [load_file(path / file) for file in wanted]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {_reason(error)}") from error
+    return Checkpoint(path, tensors[0], tensors[1] if with_optimizer else {}, meta)
+
+
+def load_model_state(model: nn.Module, checkpoint: Checkpoint, *, remake_class_heads: bool = False) -> int:
+    """Load the weights strictly.
+
+    remake_class_heads: leave the class heads as they are where the checkpoint has another number of classes.
+    Returns that number, 0 where nothing was left out. Raises CheckpointError naming the first key that does not fit.
+    """
+    own, state, remade = model.state_dict(), dict(checkpoint.model), 0
+    if remake_class_heads:
+        for key in [key for key in state if key.startswith("class_heads.") and key in own]:
+            if state[key].shape[0] != own[key].shape[0]:
+                remade = state[key].shape[0]
+                state[key] = own[key]
+    problems = [f"{key} is missing" for key in own if key not in state]
+    problems += [f"{key} is not part of this model" for key in state if key not in own]
+    problems += [
+        f"{key} is {list(value.shape)}, the model needs {list(own[key].shape)}"
+        for key, value in state.items()
+        if key in own and own[key].shape != value.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+        raise CheckpointError(
+            f"the checkpoint {checkpoint.path} is of another architecture: {problems[0]}{more}. "
+            "Use the recipe it was trained with."
+        )
+    model.load_state_dict(state)
+    return remade
+
+
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Restore the moments of every parameter. Raises CheckpointError when one is missing."""
+    for name, parameter in _named_optimizer_parameters(model, optimizer):
+        prefix = f"{name}:"
+        state = {
+            key.removeprefix(prefix): value for key, value in checkpoint.optimizer.items() if key.startswith(prefix)
+        }
+        if not state:
+            continue  # a parameter that has had no gradient yet
+        if any(value.dim() and value.shape != parameter.shape for value in state.values()):
+            raise CheckpointError(f"the optimizer state of {name} in {checkpoint.path} has another shape.")
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+
+
+def _named_optimizer_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+    managed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in managed]
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return _contiguous(
+        {
+            f"{name}:{key}": value
+            for name, parameter in _named_optimizer_parameters(model, optimizer)
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+    )
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_json(file: Path, content: Mapping[str, object]) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    _sync(temporary)
+    os.replace(temporary, file)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _link(folder: Path, name: str, target: Path) -> None:
+    temporary = folder / f".{name}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, folder / name)
+    _sync(folder)
+
+
+def _remove_unlinked(folder: Path) -> None:
+    keep = {(folder / link).resolve() for link in (LAST, BEST)}
+    for entry in folder.iterdir():
+        stale = entry.name.startswith((".epoch-", "epoch-"))
+        if stale and not entry.is_symlink() and entry.resolve() not in keep:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,51 @@
+"""val_predictions.png of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samdetr.data.decode import decode_image
+from samdetr.visualize.predictions import GridItem, prediction_grid
+
+if TYPE_CHECKING:
+    from samdetr.data.datasets import CocoData
+    from samdetr.engine.evaluate import CocoDetection
+
+PICTURES = 12
+
+
+def draw_validation(path: Path, data: CocoData, results: list[CocoDetection], *, max_pixels: int) -> None:
+    """Draw the first photos of a split with their detections and, dashed, their ground truth."""
+    names = dict(zip(data.category_ids, data.category_names, strict=True))
+    items = []
+    for row, image_id in enumerate(data.image_ids[:PICTURES].tolist()):
+        image = decode_image(
+            data.image_root / data.file_names[row],
+            width=int(data.widths[row]),
+            height=int(data.heights[row]),
+            max_pixels=max_pixels,
+        )
+        found = [one for one in results if one.image_id == image_id]
+        wanted = np.flatnonzero(data.ann_image == row)
+        items.append(
+            GridItem(
+                image,
+                _corners([one.bbox for one in found]),
+                [names[one.category_id] for one in found],
+                [one.score for one in found],
+                _corners(data.ann_boxes[wanted].tolist()),
+                [names[number] for number in data.ann_category[wanted].tolist()],
+            )
+        )
+    prediction_grid(path, items)
+
+
+def _corners(boxes: list[tuple[float, float, float, float]]) -> Tensor:
+    """(x, y, w, h) rows -> [n, 4] (x0, y0, x1, y1)."""
+    tensor = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    return torch.cat((tensor[:, :2], tensor[:, :2] + tensor[:, 2:]), dim=-1)

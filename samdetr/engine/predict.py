@@ -1,0 +1,81 @@
+"""Detections on photos that need no annotations: drawn pictures and a COCO results file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from samdetr.data.decode import decode_image
+from samdetr.data.transforms import build_transform
+from samdetr.engine.evaluate import best_detections, coco_detections
+from samdetr.engine.setup import choose_device, load_trained
+from samdetr.errors import DataError, SamdetrError
+from samdetr.visualize.predictions import draw_detections, save_png
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+@torch.no_grad()
+def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> None:
+    """Write ``<output>/<photo>.png`` for each photo and ``<output>/predictions.json`` for all of them.
+
+    source: a photo or a folder of photos. threshold: lowest score kept. The JSON has the images with the ids that
+    its annotations name, the categories, and for every detection bbox (x, y, w, h in pixels) and score.
+    Raises SamdetrError when something cannot be read or written.
+    """
+    photos = find_photos(Path(source))
+    model, recipe, categories = load_trained(checkpoint)
+    device = choose_device(recipe.run.device)
+    model.to(device).eval()
+    transform = build_transform(recipe.augment, training=False)
+    names = categories.by_index()
+    by_id = dict(zip(categories.ids, categories.names, strict=True))
+    folder = _writable_folder(output)
+    console = Console()
+    images, annotations = [], []
+    for number, photo in enumerate(photos, start=1):
+        pixels = decode_image(photo, max_pixels=recipe.data.max_pixels)
+        image, _, _ = transform(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+        size = torch.tensor([image.shape[-2:]], device=device)
+        outputs = model(image[None].to(device), size)
+        original = torch.tensor([pixels.shape[-2:]], device=device)
+        found = best_detections(outputs, original, recipe.eval.top_k)
+        kept = [one for one in coco_detections(found, number, names) if one.score >= threshold]
+        images.append({"id": number, "file_name": photo.name, "width": pixels.shape[2], "height": pixels.shape[1]})
+        annotations += [one._asdict() for one in kept]
+        boxes = torch.tensor([one.bbox for one in kept]).reshape(-1, 4)
+        corners = torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=-1)
+        labels = [by_id[one.category_id] for one in kept]
+        save_png(
+            folder / f"{photo.name}.png",
+            draw_detections(pixels, corners, labels, [one.score for one in kept]),
+        )
+        console.print(f"{photo}: {len(kept)} objects", markup=False, highlight=False)
+    category_rows = [{"id": number, "name": name} for number, name in by_id.items()]
+    content = {"images": images, "categories": category_rows, "annotations": annotations}
+    (folder / "predictions.json").write_text(json.dumps(content, indent=1))
+    console.print(f"pictures and predictions.json are in {folder}", markup=False, highlight=False)
+
+
+def find_photos(source: Path) -> list[Path]:
+    """The photo, or the photos of the folder by name. Raises DataError when there is none."""
+    if source.is_dir():
+        photos = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)
+        if not photos:
+            raise DataError(f"{source} holds no photos ({', '.join(SUFFIXES)}).")
+        return photos
+    if not source.is_file():
+        raise DataError(f"there is no photo or folder {source}.")
+    return [source]
+
+
+def _writable_folder(path: str) -> Path:
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SamdetrError(f"cannot write to {folder} ({error.strerror}): choose another --output.") from error
+    return folder

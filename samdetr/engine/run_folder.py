@@ -1,0 +1,147 @@
+"""The folder of a run: ``<run.folder>/<run.name>/<n>``, with everything needed to repeat or continue it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from samdetr.engine.checkpoint import LAST, META_FILE
+from samdetr.errors import CheckpointError, RecipeError, SamdetrError
+from samdetr.recipe import dump_recipe, load_recipe
+
+if TYPE_CHECKING:
+    from samdetr.recipe import Recipe
+
+RECIPE_FILE, ENVIRONMENT_FILE, METRICS_FILE = "recipe.toml", "environment.json", "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+# what may change when a run continues; everything else would make it another run
+FREE_KEYS = ("run.folder", "run.device", "data.workers", "train.epochs", "train.log_every", "eval.")
+_PACKAGES = (
+    "samdetr",
+    "torch",
+    "torchvision",
+    "triton",
+    "numpy",
+    "scipy",
+    "pycocotools",
+    "pillow",
+    "safetensors",
+)
+
+
+def new_run(recipe: Recipe, device: torch.device) -> Path:
+    """Make the next free numbered folder, with the resolved recipe and the environment. Never reuses one.
+
+    Raises SamdetrError when it cannot be written.
+    """
+    parent = Path(recipe.run.folder) / recipe.run.name
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = _next_folder(parent)
+        (folder / RECIPE_FILE).write_text(dump_recipe(recipe))
+        environment = json.dumps(environment_of(recipe, device), indent=1)
+        (folder / ENVIRONMENT_FILE).write_text(environment)
+    except OSError as error:
+        raise SamdetrError(
+            f"cannot write the run folder {parent} ({error.strerror}): choose another run.folder."
+        ) from error
+    return folder
+
+
+def find_run(recipe: Recipe, resume: str) -> Path:
+    """The run to continue: ``resume`` itself, or with "" the newest unfinished run of the recipe's name.
+
+    Raises CheckpointError when there is none, RecipeError when the recipe is not the run's own.
+    """
+    folder = Path(resume) if resume else _newest_unfinished(Path(recipe.run.folder) / recipe.run.name)
+    if not (folder / RECIPE_FILE).is_file():
+        raise CheckpointError(f"--resume: {folder} is not a run folder (it has no {RECIPE_FILE}).")
+    if not (folder / CHECKPOINTS / LAST / META_FILE).is_file():
+        raise CheckpointError(f"--resume: the run {folder} has no checkpoint yet; start it again without --resume.")
+    before, now = (_flat(one) for one in (load_recipe(folder / RECIPE_FILE), recipe))
+    changed = [key for key in before if before[key] != now[key] and not key.startswith(FREE_KEYS)]
+    if changed:
+        raise RecipeError(
+            "\n".join(
+                f"--resume: {key} is {now[key]!r}, but {folder} was trained with {before[key]!r}" for key in changed
+            )
+        )
+    return folder
+
+
+def environment_of(recipe: Recipe, device: torch.device) -> dict[str, object]:
+    """What a person needs to know to repeat a run: commit, versions, device, seed, command."""
+    versions = {name: metadata.version(name) for name in _PACKAGES if _installed(name)}
+    return {
+        "command": sys.argv,
+        "commit": _commit(),
+        "seed": recipe.run.seed,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+    }
+
+
+def _next_folder(parent: Path) -> Path:
+    number = 1 + max((int(entry.name) for entry in parent.iterdir() if entry.name.isdigit()), default=0)
+    while True:
+        try:
+            (parent / str(number)).mkdir()
+        except FileExistsError:  # another run started meanwhile
+            number += 1
+        else:
+            return parent / str(number)
+
+
+def _newest_unfinished(parent: Path) -> Path:
+    entries = parent.iterdir() if parent.is_dir() else ()
+    for entry in sorted((e for e in entries if e.name.isdigit()), key=lambda e: -int(e.name)):
+        meta = entry / CHECKPOINTS / LAST / META_FILE
+        if meta.is_file() and not json.loads(meta.read_text())["progress"]["finished"]:
+            return entry
+    raise CheckpointError(f"--resume: there is no unfinished run with a checkpoint in {parent}.")
+
+
+def _flat(recipe: Recipe) -> dict[str, object]:
+    flat: dict[str, object] = {}
+
+    def walk(prefix: str, values: dict[str, object]) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                walk(f"{prefix}{key}.", value)
+            else:
+                flat[prefix + key] = value
+
+    walk("", recipe.model_dump())
+    return flat
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _commit() -> str:
+    """The commit of this source tree, with "+changes" where files differ; "" outside a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        git = ("git", "-C", str(root))
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

@@ -1,0 +1,63 @@
+"""What training, evaluation and prediction start from: a device, a model, its weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from samdetr.engine.checkpoint import find_checkpoint, load_checkpoint, load_model_state
+from samdetr.errors import SamdetrError
+from samdetr.models import build_model
+from samdetr.models.backbone import load_backbone_weights
+from samdetr.models.official import load_official, read_official
+from samdetr.recipe import Recipe
+from samdetr.structures import Categories
+
+if TYPE_CHECKING:
+    from samdetr.models import SAMDETR
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of ``run.device``: "auto" is the first GPU if there is one, else the CPU.
+
+    Raises SamdetrError when "cuda" is asked for and there is no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SamdetrError('run.device = "cuda", but torch finds no GPU: set it to "cpu" or "auto".')
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_initial_weights(model: SAMDETR, recipe: Recipe) -> str:
+    """Load what the recipe starts from, and return a sentence that says so.
+
+    From another model (init.official, init.checkpoint) the class heads are taken over only if they have as many
+    classes. Raises CheckpointError when a file is absent or does not fit.
+    """
+    if recipe.init.official:
+        remade = load_official(model, read_official(recipe.init.official), remake_class_heads=True)
+        source = f"the published checkpoint {recipe.init.official}"
+    elif recipe.init.checkpoint:
+        checkpoint = load_checkpoint(find_checkpoint(recipe.init.checkpoint), with_optimizer=False)
+        remade = load_model_state(model, checkpoint, remake_class_heads=True)
+        source = str(checkpoint.path)
+    else:
+        weights = recipe.model.backbone.weights
+        load_backbone_weights(model.backbone, weights)
+        return "weights: random" + ("" if weights == "none" else f", backbone {weights}")
+    sentence = f"weights: {source}"
+    if remade:
+        sentence += f"; class heads are made anew, for {recipe.model.num_classes} classes (it has {remade})"
+    return sentence
+
+
+def load_trained(path: str) -> tuple[SAMDETR, Recipe, Categories]:
+    """The model of a run or checkpoint, on the CPU, with its recipe and class mapping.
+
+    Raises CheckpointError when it cannot be read.
+    """
+    checkpoint = load_checkpoint(find_checkpoint(path), with_optimizer=False)
+    recipe = Recipe.model_validate_json(str(checkpoint.meta["recipe"]))
+    model = build_model(recipe.model)
+    load_model_state(model, checkpoint)
+    return model, recipe, Categories.from_json(checkpoint.meta["categories"])  # type: ignore[arg-type]

@@ -1,0 +1,318 @@
+"""Training: `train` builds everything from a recipe and loops; `train_step` is one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from samdetr.data.checks import raise_for_errors
+from samdetr.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from samdetr.data.splits import Splits, build_dataset, load_splits
+from samdetr.engine.checkpoint import (
+    LAST,
+    Progress,
+    load_checkpoint,
+    load_model_state,
+    load_optimizer_state,
+    save_checkpoint,
+    update_progress,
+)
+from samdetr.engine.evaluate import coco_evaluate, detect
+from samdetr.engine.interrupt import StopSignal
+from samdetr.engine.log import Meter, RunLog, Stopwatch, print_findings
+from samdetr.engine.optim import build_optimizer, lr_factor, set_learning_rate
+from samdetr.engine.pictures import draw_validation
+from samdetr.engine.run_folder import CHECKPOINTS, METRICS_FILE, environment_of, find_run, new_run
+from samdetr.engine.setup import choose_device, load_initial_weights
+from samdetr.errors import NonFiniteError
+from samdetr.loss import SetCriterion, build_criterion
+from samdetr.models import SAMDETR, build_model
+from samdetr.structures import Batch
+from samdetr.visualize.curves import plot_curves
+
+if TYPE_CHECKING:
+    from samdetr.recipe import Recipe
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step reports, still on the device."""
+
+    values: Tensor  # [6] float, in the order of log.STEP_VALUES
+
+
+def train_step(
+    model: nn.Module,
+    criterion: SetCriterion,
+    optimizer: torch.optim.Optimizer,
+    batch: Sequence[Batch],
+    *,
+    device: torch.device,
+    clip_norm: float,
+) -> StepResult:
+    """Forward, loss, backward over the micro-batches, then clip and update: one step of the whole batch.
+
+    The loss is divided by the number of boxes of the whole step, so that its gradient does not depend on how the
+    batch is split. clip_norm 0: no clipping. Raises NonFiniteError before the update when the matching cost, the
+    loss or the gradient is not finite; parameters and optimizer are then as before.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    num_boxes = torch.stack([micro.targets.counts.sum() for micro in batch]).sum().to(device)
+    values = torch.zeros(5, device=device)
+    for micro in batch:
+        moved = micro.to(device)
+        losses = criterion(model(moved.images, moved.image_sizes), moved.targets, num_boxes)
+        losses.total.backward()
+        terms = losses.terms
+        values += torch.stack(
+            (
+                losses.total.detach(),
+                terms["loss_ce"],
+                terms["loss_bbox"],
+                terms["loss_giou"],
+                terms["class_error"] / len(batch),
+            )
+        )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf"))
+    if not torch.isfinite(values[0] + grad_norm):
+        raise NonFiniteError("the loss or its gradient is not finite")
+    optimizer.step()
+    return StepResult(torch.cat((values, grad_norm[None])))
+
+
+@dataclass
+class Training:
+    """Everything that the loop of `train` works on."""
+
+    recipe: Recipe
+    device: torch.device
+    folder: Path
+    splits: Splits
+    model: SAMDETR
+    criterion: SetCriterion
+    optimizer: torch.optim.AdamW
+    train_loader: TrainLoader
+    val_loader: EvalLoader
+    progress: Progress
+    console: Console
+    stop: StopSignal
+
+    def save(self) -> Path:
+        """Write the checkpoint ``last``."""
+        return save_checkpoint(
+            self.folder / CHECKPOINTS,
+            model=self.model,
+            optimizer=self.optimizer,
+            progress=self.progress,
+            meta={
+                "recipe": self.recipe.model_dump_json(),
+                "categories": self.splits.categories.to_json(),
+                "environment": environment_of(self.recipe, self.device),
+            },
+        )
+
+    def save_and_leave(self) -> None:
+        """Answer a signal: save, say how to continue, and end."""
+        self.save()
+        self.console.print(
+            f"stopped after step {self.progress.step}; continue with --resume {self.folder}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        self.stop.leave()
+
+
+def train(recipe: Recipe, *, resume: str | None = None) -> Path:
+    """Train as the recipe says and return the run folder.
+
+    resume: None starts a new run; a run folder continues it from its last checkpoint; "" continues the newest
+    unfinished run of the recipe's name. A run that is stopped at any step and continued gives the same numbers.
+    Raises SamdetrError for a problem of the recipe, the data, the disk or the numbers; KeyboardInterrupt or
+    SystemExit(143) after a signal, once the checkpoint is written.
+    """
+    console = Console()
+    with StopSignal() as stop:
+        training = build_training(recipe, resume=resume, console=console, stop=stop)
+        progress, epochs = training.progress, recipe.train.epochs
+        steps = training.train_loader.steps_per_epoch
+        with RunLog(
+            training.folder,
+            steps=steps * epochs,
+            done=progress.step,
+            evaluations=sum(is_evaluated(recipe, epoch) for epoch in range(progress.epoch, epochs)),
+            console=console,
+        ) as log:
+            while progress.epoch < epochs:
+                if not progress.evaluation_due:
+                    train_epoch(training, log)
+                checkpoint = training.save()
+                best = is_evaluated(recipe, progress.epoch) and evaluate_epoch(training, log)
+                progress.epoch, progress.step_in_epoch, progress.evaluation_due = progress.epoch + 1, 0, False
+                progress.finished = progress.epoch == epochs
+                update_progress(checkpoint, progress, best=best)
+                plot_curves(training.folder / METRICS_FILE, training.folder / "curves.png")
+            log.note(f"finished: best AP {progress.best_ap:.3f}; everything is in {training.folder}")
+        training.train_loader.close()
+        training.val_loader.close()
+    return training.folder
+
+
+def train_epoch(training: Training, log: RunLog) -> None:
+    """Take the epoch's remaining steps."""
+    recipe, progress, epoch = training.recipe, training.progress, training.progress.epoch
+    training.model.train()
+    epoch_meter, interval = Meter.from_json(progress.epoch_sums), Meter()
+    batches = training.train_loader.epoch(epoch, progress.step_in_epoch)
+    total, data = Stopwatch(), Stopwatch()
+    for batch in batches:
+        waited = data.lap()
+        factor = lr_factor(recipe.optim, step=progress.step, epoch=epoch)
+        set_learning_rate(training.optimizer, factor)
+        torch.manual_seed(step_seed(recipe.run.seed, progress.step))
+        try:
+            result = train_step(
+                training.model,
+                training.criterion,
+                training.optimizer,
+                batch,
+                device=training.device,
+                clip_norm=recipe.optim.clip_norm,
+            )
+        except NonFiniteError as error:
+            images = ", ".join(str(number) for micro in batch for number in micro.image_ids.tolist())
+            raise NonFiniteError(
+                f"{error} at step {progress.step + 1} (epoch {epoch + 1}, image ids {images}); the model was not "
+                f"changed by this step. Lower optim.lr or look at these images; the last checkpoint is in {log.folder}."
+            ) from error
+        progress.step += 1
+        progress.step_in_epoch += 1
+        for meter in (epoch_meter, interval):
+            meter.add(result.values)
+        log.step(epoch, seconds=total.lap(), waited=waited, images=recipe.train.total_batch)
+        if progress.step % recipe.train.log_every == 0:
+            log.interval(epoch, interval.means(), recipe.optim.lr * factor)
+            interval = Meter()
+        if training.stop:
+            progress.epoch_sums = epoch_meter.to_json()
+            training.save_and_leave()
+        data.lap()
+    progress.evaluation_due, progress.epoch_sums = True, None
+    log.epoch(epoch, recipe.train.epochs, epoch_meter.means())
+
+
+def evaluate_epoch(training: Training, log: RunLog) -> bool:
+    """Evaluate, report and draw; True if this is the best AP so far."""
+    recipe, progress = training.recipe, training.progress
+
+    def stop_if_asked() -> None:
+        if training.stop:
+            training.save_and_leave()
+
+    watch = Stopwatch()
+    results = detect(
+        training.model,
+        training.val_loader,
+        training.splits.categories,
+        device=training.device,
+        top_k=recipe.eval.top_k,
+        after_batch=stop_if_asked,
+    )
+    evaluation = coco_evaluate(training.splits.val, results)
+    ap = evaluation.stats["AP"]
+    best = ap > progress.best_ap
+    if best:
+        progress.best_ap, progress.best_epoch = ap, progress.epoch
+    log.evaluation(progress.epoch, evaluation.stats, evaluation.per_class, seconds=watch.lap(), best=best)
+    draw_validation(
+        training.folder / "val_predictions.png",
+        training.splits.val,
+        results,
+        max_pixels=recipe.data.max_pixels,
+    )
+    return best
+
+
+def build_training(recipe: Recipe, *, resume: str | None, console: Console, stop: StopSignal) -> Training:
+    """Everything from the recipe, in order; nothing is written before the data has passed its checks."""
+    device = choose_device(recipe.run.device)
+    folder = None if resume is None else find_run(recipe, resume)
+    watch = Stopwatch()
+    splits = load_splits(recipe.data, num_queries=recipe.model.num_queries, num_classes=recipe.model.num_classes)
+    print_findings(console, [row for report in splits.reports for row in report.rows()])
+    raise_for_errors(splits.reports)
+    console.print(
+        f"data: {len(splits.train.image_ids)} train and {len(splits.val.image_ids)} val images, "
+        f"{len(splits.categories.ids)} categories, checked in {watch.lap():.1f} s"
+    )
+    torch.manual_seed(recipe.run.seed)
+    model = build_model(recipe.model)
+    train_loader, val_loader = build_loaders(recipe, splits, device)
+    progress = Progress()
+    if folder is None:
+        note = load_initial_weights(model, recipe)
+        model.to(device)
+        optimizer = build_optimizer(model, recipe.optim)
+        folder = new_run(recipe, device)
+    else:
+        checkpoint = load_checkpoint((folder / CHECKPOINTS / LAST).resolve(), with_optimizer=True)
+        load_model_state(model, checkpoint)
+        model.to(device)
+        optimizer = build_optimizer(model, recipe.optim)
+        load_optimizer_state(model, optimizer, checkpoint)
+        progress = checkpoint.progress
+        note = f"continuing after step {progress.step}"
+    count = sum(parameter.numel() for parameter in model.parameters())
+    console.print(f"model: {count:,} parameters on {device}; {note}", highlight=False)
+    console.print(f"run: {folder}", markup=False, highlight=False)
+    return Training(
+        recipe=recipe,
+        device=device,
+        folder=folder,
+        splits=splits,
+        model=model,
+        criterion=build_criterion(recipe),
+        optimizer=optimizer,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        progress=progress,
+        console=console,
+        stop=stop,
+    )
+
+
+def build_loaders(recipe: Recipe, splits: Splits, device: torch.device) -> tuple[TrainLoader, EvalLoader]:
+    """The loaders of both splits."""
+    seed, categories = recipe.run.seed, splits.categories
+    pin_memory = device.type == "cuda"
+    train_set, val_set = (
+        build_dataset(data, categories, recipe.data, recipe.augment, seed=seed, training=training)
+        for data, training in ((splits.train, True), (splits.val, False))
+    )
+    train_loader = build_train_loader(
+        train_set,
+        total_batch=recipe.train.total_batch,
+        micro_batch=recipe.train.micro_batch,
+        workers=recipe.data.workers,
+        seed=seed,
+        pin_memory=pin_memory,
+    )
+    val_loader = build_eval_loader(val_set, batch=recipe.eval.batch, workers=recipe.data.workers, pin_memory=pin_memory)
+    return train_loader, val_loader
+
+
+def is_evaluated(recipe: Recipe, epoch: int) -> bool:
+    """Whether the epoch (from 0) ends with an evaluation; the last one always does."""
+    return (epoch + 1) % recipe.eval.every == 0 or epoch + 1 == recipe.train.epochs
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of a step's dropout: a function of its number alone, so that a continued run repeats it."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,134 @@
+"""The set-prediction loss of SAM-DETR: focal, L1 and generalised IoU on every decoder layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from samdetr.loss.boxes import cxcywh_to_xyxy, generalized_iou
+from samdetr.loss.matcher import UNMATCHED, match, matching_cost
+from samdetr.structures import Losses, Outputs, Targets
+
+if TYPE_CHECKING:
+    from samdetr.recipe import Recipe
+
+
+class SetCriterion(nn.Module):
+    """Matches every layer on its own and sums the three losses over all layers.
+
+    Weights and costs are those of the recipe's loss section; alpha and gamma those of the focal loss
+    (Lin et al., ICCV 2017).
+    """
+
+    def __init__(
+        self,
+        *,
+        class_weight: float = 2.0,
+        l1_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        class_cost: float = 2.0,
+        l1_cost: float = 5.0,
+        giou_cost: float = 2.0,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
+        self.class_cost, self.l1_cost, self.giou_cost = class_cost, l1_cost, giou_cost
+        self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
+
+    def forward(self, outputs: Outputs, targets: Targets, num_boxes: Tensor | None = None) -> Losses:
+        """num_boxes: what the sums are divided by (at least 1); default: the boxes of these targets.
+
+        An optimizer step over several micro-batches or devices passes the number of boxes of all of them.
+        """
+        indices = self.match(outputs, targets)
+        count = targets.counts.sum() if num_boxes is None else num_boxes
+        count = count.to(outputs.boxes.dtype).clamp(min=1)
+        class_loss = self.class_loss(outputs.logits, targets.labels, indices) / count
+        l1_loss, giou_loss = (loss / count for loss in self.box_losses(outputs.boxes, targets.boxes, indices))
+        total = (self.class_weight * class_loss + self.l1_weight * l1_loss + self.giou_weight * giou_loss).sum()
+        with torch.no_grad():
+            class_error = self.class_error(outputs.logits[-1], targets.labels, indices[-1])
+            cardinality = self.cardinality_error(outputs.logits, targets.counts)
+        terms = {"class_error": class_error}
+        for name, values in (
+            ("loss_ce", class_loss),
+            ("loss_bbox", l1_loss),
+            ("loss_giou", giou_loss),
+            ("cardinality_error", cardinality),
+        ):
+            *auxiliary, final = values.detach().unbind()
+            terms[name] = final
+            terms.update({f"{name}_{layer}": value for layer, value in enumerate(auxiliary)})
+        return Losses(total, terms)
+
+    def match(self, outputs: Outputs, targets: Targets) -> Tensor:
+        """The query of each target, [L, B, T] int64, -1 where there is none."""
+        cost = matching_cost(
+            outputs,
+            targets,
+            class_cost=self.class_cost,
+            l1_cost=self.l1_cost,
+            giou_cost=self.giou_cost,
+            focal_alpha=self.focal_alpha,
+            focal_gamma=self.focal_gamma,
+        )
+        return match(cost, targets.counts)
+
+    def class_loss(self, logits: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """Sigmoid focal loss summed over images, queries and classes: [L]."""
+        layers, batch, queries, classes = logits.shape
+        matched = (indices != UNMATCHED).to(logits.dtype)
+        flat_index = indices.clamp(min=0) * classes + labels
+        target = logits.new_zeros(layers, batch, queries * classes).scatter_add(2, flat_index, matched)
+        target = target.view(logits.shape)
+        cross_entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        probability = logits.sigmoid()
+        wrong = probability + target - 2 * probability * target  # 1 - p_t
+        alpha = 1 - self.focal_alpha + (2 * self.focal_alpha - 1) * target
+        return (alpha * wrong**self.focal_gamma * cross_entropy).sum((1, 2, 3))
+
+    def box_losses(self, boxes: Tensor, wanted: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """L1 and 1 - generalised IoU of matched pairs, summed over images and targets: [L] each."""
+        predicted = boxes.gather(2, indices.clamp(min=0)[..., None].expand(-1, -1, -1, 4))
+        matched = indices != UNMATCHED
+        # a padded pair is compared with itself as a unit box, so that no gradient of it is NaN
+        unit = boxes.new_tensor([0.5, 0.5, 1.0, 1.0])
+        predicted = torch.where(matched[..., None], predicted, unit)
+        wanted = torch.where(matched[..., None], wanted[None].to(boxes.dtype), unit)
+        l1 = (predicted - wanted).abs().sum(-1)
+        giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+        return l1.sum((1, 2)), (1 - giou).sum((1, 2))
+
+    @staticmethod
+    def class_error(logits: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """Percentage of matched queries [B, T] whose best logit of [B, Q, K] is not the target's."""
+        matched = indices != UNMATCHED
+        best = logits.argmax(-1).gather(1, indices.clamp(min=0))
+        correct = ((best == labels) & matched).sum()
+        return 100 - 100 * correct / matched.sum().clamp(min=1)
+
+    @staticmethod
+    def cardinality_error(logits: Tensor, counts: Tensor) -> Tensor:
+        """Published log value: |queries whose best logit is not the last - targets|, mean over images: [L]."""
+        predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
+        return (predicted - counts).abs().float().mean(-1)
+
+
+def build_criterion(recipe: Recipe) -> SetCriterion:
+    """The criterion of a recipe's loss section."""
+    section = recipe.loss
+    return SetCriterion(
+        class_weight=section.class_weight,
+        l1_weight=section.l1_weight,
+        giou_weight=section.giou_weight,
+        class_cost=section.class_cost,
+        l1_cost=section.l1_cost,
+        giou_cost=section.giou_cost,
+        focal_alpha=section.focal_alpha,
+        focal_gamma=section.focal_gamma,
+    )

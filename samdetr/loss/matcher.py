@@ -1,0 +1,61 @@
+"""Bipartite matching between queries and targets, for all decoder layers at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from samdetr.errors import NonFiniteError
+from samdetr.loss.boxes import cxcywh_to_xyxy, generalized_iou
+from samdetr.structures import Outputs, Targets
+
+UNMATCHED = -1
+LOG_EPSILON = 1e-8
+
+
+@torch.no_grad()
+def matching_cost(
+    outputs: Outputs,
+    targets: Targets,
+    *,
+    class_cost: float,
+    l1_cost: float,
+    giou_cost: float,
+    focal_alpha: float,
+    focal_gamma: float,
+) -> Tensor:
+    """Cost of giving target t to query q: [L, B, Q, T] float32. Columns at or beyond ``counts`` mean nothing.
+
+    The class term is the focal loss of the target's class as a positive minus as a negative (Deformable-DETR).
+    """
+    labels = targets.labels[None, :, None].expand(*outputs.logits.shape[:3], -1)
+    probability = outputs.logits.float().gather(-1, labels).sigmoid()
+    positive = focal_alpha * (1 - probability) ** focal_gamma * -(probability + LOG_EPSILON).log()
+    negative = (1 - focal_alpha) * probability**focal_gamma * -(1 - probability + LOG_EPSILON).log()
+    predicted, wanted = outputs.boxes.float()[..., None, :], targets.boxes[None, :, None]
+    distance = (predicted - wanted).abs().sum(-1)
+    overlap = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+    return class_cost * (positive - negative) + l1_cost * distance - giou_cost * overlap
+
+
+def match(cost: Tensor, counts: Tensor) -> Tensor:
+    """The cheapest one-to-one assignment of every layer and image.
+
+    cost [L, B, Q, T], counts [B] targets of each image. Returns [L, B, T] int64 on the device of ``cost``: the
+    query of each target, -1 beyond ``counts`` and for targets that more queries than Q would be needed for.
+    One transfer to the CPU and one back; scipy solves each problem exactly.
+    Raises NonFiniteError when a cost is NaN or infinite.
+    """
+    layers, batch, _, padded = cost.shape
+    on_host = cost.cpu().numpy()
+    valid = counts.tolist()
+    indices = np.full((layers, batch, padded), UNMATCHED, dtype=np.int64)
+    for image, count in enumerate(valid):
+        if not np.isfinite(on_host[:, image, :, :count]).all():
+            raise NonFiniteError("the matching cost is not finite")
+        for layer in range(layers):
+            query, target = linear_sum_assignment(on_host[layer, image, :, :count])
+            indices[layer, image, target] = query
+    return torch.from_numpy(indices).to(cost.device)

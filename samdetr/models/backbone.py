@@ -1,0 +1,217 @@
+"""The convolutional backbone: torchvision's residual blocks up to one feature map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
+from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+from torchvision.ops import FrozenBatchNorm2d
+
+from samdetr.errors import CheckpointError
+from samdetr.models.position import covered_cells, valid_mask
+
+if TYPE_CHECKING:
+    from samdetr.recipe import BackboneSection
+
+Block = type[BasicBlock] | type[Bottleneck]
+DEPTHS: dict[str, tuple[Block, tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+
+
+class Backbone(nn.Module):
+    """A ResNet without its classifier. Parameter names are torchvision's.
+
+    norm: "frozen" keeps BatchNorm's statistics and gains constant (pretrained weights), "batch" trains them.
+    dilation: DC5, the last stage dilates by 2 in place of its stride (Bottleneck models only).
+    frozen_stages: how many stages get no gradient; 1 is the stem, 2 also layer1. stages: residual stages in use.
+    width: channels of the stem. mask_padding: zero the padded cells before every spatial convolution, so that the
+    valid cells do not depend on the padding (the published model does not).
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str = "resnet50",
+        norm: str = "frozen",
+        dilation: bool = False,
+        frozen_stages: int = 2,
+        stages: int = 4,
+        width: int = 64,
+        mask_padding: bool = False,
+    ) -> None:
+        super().__init__()
+        block: Any
+        block, depths = DEPTHS[name]
+        norm_layer: Callable[[int], nn.Module] = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
+        self.name, self.width, self.mask_padding = name, width, mask_padding
+        self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = norm_layer(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        channels = width
+        for stage in range(stages):
+            planes = width * 2**stage
+            layer = _stage(
+                partial(block, norm_layer=norm_layer),
+                channels,
+                planes,
+                planes * block.expansion,
+                depth=depths[stage],
+                stride=1 if stage == 0 else 2,
+                dilate=dilation and stage == 3,
+                norm_layer=norm_layer,
+            )
+            self.add_module(f"layer{stage + 1}", layer)
+            channels = planes * block.expansion
+        self.layers = [f"layer{stage + 1}" for stage in range(stages)]
+        self.out_channels = channels
+        self.stride = 2 ** (stages + 1) // (2 if dilation and stages == 4 else 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        frozen = ["conv1", "bn1"][: 2 * frozen_stages] + self.layers[: max(0, frozen_stages - 1)]
+        for part in frozen:
+            self.get_submodule(part).requires_grad_(False)
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> Tensor:
+        """[B, 3, H, W] and sizes [B, 2] int (h, w) -> [B, out_channels, ceil(H/stride), ceil(W/stride)]."""
+        x = self.relu(self.bn1(self.conv1(images)))
+        stride = 4
+        if self.mask_padding:
+            x = _zero_padding(x, image_sizes, 2)
+        x = self.maxpool(x)
+        for name in self.layers:
+            for block in self.get_submodule(name).children():
+                if self.mask_padding:
+                    x, stride = _masked_block(block, x, image_sizes, stride)
+                else:
+                    x = block(x)
+        return x
+
+
+def _stage(
+    block: Callable[..., nn.Module],
+    in_channels: int,
+    planes: int,
+    out_channels: int,
+    *,
+    depth: int,
+    stride: int,
+    dilate: bool,
+    norm_layer: Callable[[int], nn.Module],
+) -> nn.Sequential:
+    """``depth`` blocks; with ``dilate`` the first keeps dilation 1 and stride 1 and the others dilate by 2."""
+    stride = 1 if dilate else stride
+    downsample = None
+    if dilate or stride != 1 or in_channels != out_channels:
+        downsample = nn.Sequential(conv1x1(in_channels, out_channels, stride), norm_layer(out_channels))
+    blocks = [block(in_channels, planes, stride, downsample)]
+    for _ in range(1, depth):
+        blocks.append(block(out_channels, planes, dilation=2) if dilate else block(out_channels, planes))
+    return nn.Sequential(*blocks)
+
+
+def _zero_padding(x: Tensor, image_sizes: Tensor, stride: int) -> Tensor:
+    valid = covered_cells(image_sizes, stride)
+    return x * valid_mask(valid, x.shape[2], x.shape[3])[:, None].to(x.dtype)
+
+
+def _masked_block(block: Any, x: Tensor, image_sizes: Tensor, stride: int) -> tuple[Tensor, int]:
+    """torchvision's residual block with padded cells zeroed before each 3x3 convolution; also its output stride."""
+    identity = x if block.downsample is None else block.downsample(x)
+    last = 3 if isinstance(block, Bottleneck) else 2
+    for number in range(1, last + 1):
+        conv = getattr(block, f"conv{number}")
+        if conv.kernel_size != (1, 1):
+            x = _zero_padding(x, image_sizes, stride)
+        x = getattr(block, f"bn{number}")(conv(x))
+        stride *= conv.stride[0]
+        x = x if number == last else block.relu(x)
+    return block.relu(x + identity), stride
+
+
+def load_backbone_weights(backbone: Backbone, weights: str) -> None:
+    """Load ``weights``: "none", "imagenet" (torchvision's IMAGENET1K_V1), or the path of a torchvision state dict.
+
+    Raises CheckpointError when the file cannot be had, or its tensors do not fit.
+    """
+    if weights == "none":
+        return
+    state = _imagenet_state_dict(backbone.name) if weights == "imagenet" else _read_state_dict(Path(weights))
+    own = backbone.state_dict()
+    unused = ("fc.", *(f"layer{n}." for n in range(len(backbone.layers) + 1, 5)))
+    state = {
+        key: value
+        for key, value in state.items()
+        if not key.startswith(unused) and (key in own or "num_batches" not in key)
+    }
+    problems = [f"{key} is missing" for key in own if key not in state and "num_batches" not in key]
+    problems += [f"{key} is not part of {backbone.name}" for key in state if key not in own]
+    problems += [
+        f"{key} is {list(value.shape)}, the model needs {list(own[key].shape)}"
+        for key, value in state.items()
+        if key in own and own[key].shape != value.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(
+            f'model.backbone.weights = "{weights}" does not fit {backbone.name} (width {backbone.width}): '
+            f'{problems[0]}{more}. Use weights of this model, or "none".'
+        )
+    backbone.load_state_dict(state, strict=False)
+
+
+def _imagenet_state_dict(name: str) -> dict[str, Tensor]:
+    weights = get_model_weights(name)["IMAGENET1K_V1"]
+    file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+    except (URLError, OSError) as error:
+        raise CheckpointError(
+            f"cannot download the ImageNet weights of {name} ({getattr(error, 'reason', error)}). "
+            f"Without a network, fetch {weights.url} elsewhere and put it at {file}, "
+            f'or set model.backbone.weights to its path or to "none".'
+        ) from error
+    except RuntimeError as error:  # a wrong hash, or an unreadable archive
+        raise CheckpointError(f"{file} is damaged: {error}. Delete it and try again.") from error
+    return state
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f'model.backbone.weights: there is no file {path} (nor is it "imagenet" or "none").')
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"cannot read the backbone weights {path}: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} is not a plain state dict of tensors.")
+    return state
+
+
+def build_backbone(section: BackboneSection, *, padding: str) -> Backbone:
+    """The backbone of a recipe, with random weights (`load_backbone_weights` loads others)."""
+    return Backbone(
+        name=section.name,
+        norm=section.norm,
+        dilation=section.dilation,
+        frozen_stages=section.frozen_stages,
+        stages=section.stages,
+        width=section.width,
+        mask_padding=padding == "masked",
+    )

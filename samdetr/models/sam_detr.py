@@ -1,0 +1,233 @@
+"""SAM-DETR and SAM-DETR w/ SMCA (CVPR 2022), single scale."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from samdetr.models.aligner import MapGeometry, SemanticAligner
+from samdetr.models.backbone import Backbone, build_backbone
+from samdetr.models.encoder import Encoder
+from samdetr.models.layers import MLP, FeedForward, MapGroupNorm, inverse_sigmoid
+from samdetr.models.position import covered_cells, sine_map, sine_points, valid_cells, valid_mask
+from samdetr.structures import Outputs
+
+if TYPE_CHECKING:
+    from samdetr.recipe import ModelSection
+
+CLASS_PRIOR = 0.01  # initial probability of every class (focal loss paper, section 4.1)
+GROUPS = 32
+SMCA_WIDTH = 8.0  # the Gaussian's denominator (SMCA-DETR, equation 4)
+
+
+class SelfAttention(nn.Module):
+    """Attention among queries: content and reference position are projected apart and added."""
+
+    def __init__(self, *, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query_content = nn.Linear(width, width)
+        self.query_position = nn.Linear(width, width)
+        self.key_content = nn.Linear(width, width)
+        self.key_position = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """x, position [B, Q, width] -> [B, Q, width]."""
+        query = self.query_content(x) + self.query_position(position)
+        key = self.key_content(x) + self.key_position(position)
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, self.value(x))
+        )
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from aligned queries to the map: a full-width key shared by all heads, values split among them."""
+
+    def __init__(self, *, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout, self.scale = heads, dropout, width**-0.5
+        self.query_content = nn.Linear(width, width)
+        self.query_position = MLP(width, width, width)
+        self.key_content = nn.Linear(width, width)
+        self.key_position = MLP(width, width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(
+        self, content: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor, bias: Tensor
+    ) -> Tensor:
+        """content, position [B, Q, P, width]; memory, memory_position [B, S, width]; bias, added to the scores
+        and -inf at padded cells, broadcasts to [B, P, Q, S]. Returns [B, Q, width]."""
+        query = self.query_content(content) + self.query_position(position)
+        key = self.key_content(memory) + self.key_position(memory_position)
+        value = self.value(memory).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        scores = (query * self.scale).transpose(1, 2).flatten(1, 2) @ key.transpose(1, 2)
+        scores = scores.unflatten(1, (self.heads, -1)) + bias
+        weights = functional.dropout(scores.softmax(-1), self.dropout, self.training)
+        return self.out((weights @ value).transpose(1, 2).flatten(2))
+
+
+def smca_bias(locations: Tensor, scales: Tensor, valid: Tensor, height: int, width: int) -> Tensor:
+    """The Gaussian term of SMCA around each salient point.
+
+    locations [B, Q, P, 2] (x, y) in [0, 1] of the valid image; scales [B, Q, P, 2] raw; valid [B, 2] cells.
+    Returns [B, P, Q, H * W]: ``-((px - gx - 0.5)^2 sx^2 + (py - gy - 0.5)^2 sy^2) / 8`` in cells.
+    """
+    points = locations * valid.flip(-1)[:, None, None].to(locations.dtype)
+    terms = []
+    for axis, size in ((0, width), (1, height)):
+        grid = torch.arange(size, device=points.device, dtype=points.dtype) + 0.5
+        terms.append(((points[..., axis, None] - grid) * scales[..., axis, None]).square())
+    squares = terms[1][..., :, None] + terms[0][..., None, :]
+    return (squares.flatten(-2) * (-1 / SMCA_WIDTH)).transpose(1, 2)
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, semantic alignment, cross-attention, feed-forward."""
+
+    def __init__(self, *, width: int, heads: int, ffn: int, dropout: float, smca: bool) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(width=width, heads=heads, dropout=dropout)
+        self.norm1 = nn.LayerNorm(width)
+        self.aligner = SemanticAligner(width=width, heads=heads, smca=smca)
+        self.cross_attention = CrossAttention(width=width, heads=heads, dropout=dropout)
+        self.norm2 = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, boxes: Tensor, memory: Tensor, memory_position: Tensor, geometry: MapGeometry
+    ) -> Tensor:
+        """x [B, Q, width]; boxes [B, Q, 4]; memory, memory_position [B, H, W, width] -> [B, Q, width]."""
+        box_position = sine_points(boxes[..., :2], x.shape[-1]).to(x.dtype)
+        x = self.norm1(x + self.dropout(self.self_attention(x, box_position)))
+        aligned = self.aligner(x, boxes, memory, geometry)
+        bias = torch.zeros_like(geometry.mask, dtype=x.dtype).masked_fill(~geometry.mask, -math.inf)
+        bias = bias.flatten(1)[:, None, None]
+        if aligned.scales is not None:
+            bias = bias + smca_bias(aligned.locations, aligned.scales, geometry.valid, *memory.shape[1:3])
+        attended = self.cross_attention(
+            aligned.content, aligned.position, memory.flatten(1, 2), memory_position.flatten(1, 2), bias
+        )
+        return self.feed_forward(self.norm2(x + self.dropout(attended)))
+
+
+def class_head(width: int, num_classes: int) -> nn.Linear:
+    """Logits that begin at a probability of `CLASS_PRIOR`."""
+    head = nn.Linear(width, num_classes)
+    nn.init.constant_(head.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
+    return head
+
+
+def box_head(width: int) -> MLP:
+    """Box offsets (before the sigmoid) that begin at zero."""
+    head = MLP(width, width, width, 4)
+    nn.init.zeros_(head.last.weight)
+    nn.init.zeros_(head.last.bias)
+    return head
+
+
+class SAMDETR(nn.Module):
+    """A detector that refines learned reference boxes layer by layer, with semantic-aligned matching."""
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        num_classes: int,
+        num_queries: int,
+        width: int,
+        heads: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        ffn: int,
+        dropout: float,
+        smca: bool,
+        input_norm: bool,
+        mask_padding: bool,
+    ) -> None:
+        super().__init__()
+        self.mask_padding = mask_padding
+        self.backbone = backbone
+        self.input_proj = nn.Linear(backbone.out_channels, width)
+        self.input_norm = MapGroupNorm(GROUPS, width) if input_norm else None
+        self.encoder = Encoder(layers=encoder_layers, width=width, heads=heads, ffn=ffn, dropout=dropout)
+        self.decoder = nn.ModuleList(
+            DecoderLayer(width=width, heads=heads, ffn=ffn, dropout=dropout, smca=smca) for _ in range(decoder_layers)
+        )
+        self.reference_boxes = nn.Parameter(torch.randn(num_queries, 4))
+        self.class_heads = nn.ModuleList(class_head(width, num_classes) for _ in range(decoder_layers))
+        self.box_heads = nn.ModuleList(box_head(width) for _ in range(decoder_layers))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for part in (self.encoder, self.decoder):
+            for parameter in part.parameters():
+                # this also overwrites the published zero start of the point branch's last weight: kept
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+        nn.init.xavier_uniform_(self.input_proj.weight)
+        nn.init.zeros_(self.input_proj.bias)
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:
+        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
+        memory, position, geometry = self.encode(images, image_sizes)
+        reference = self.reference_boxes.expand(len(images), -1, -1)
+        x = torch.zeros(*reference.shape[:2], memory.shape[-1], dtype=memory.dtype, device=memory.device)
+        logits, boxes = [], []
+        for layer, classify, regress in zip(self.decoder, self.class_heads, self.box_heads, strict=True):
+            reference_boxes = reference.sigmoid()
+            x = layer(x, reference_boxes, memory, position, geometry)
+            offset = regress(x)
+            logits.append(classify(x))
+            boxes.append((inverse_sigmoid(reference_boxes) + offset).sigmoid())
+            reference = (reference + offset).detach()
+        return Outputs(torch.stack(logits), torch.stack(boxes))
+
+    def encode(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, MapGeometry]:
+        """The encoded map [B, h, w, width], its position code of the same shape, and its geometry."""
+        features = self.backbone(images, image_sizes).permute(0, 2, 3, 1)
+        height, width = features.shape[1:3]
+        if self.mask_padding:
+            valid = covered_cells(image_sizes, self.backbone.stride)
+        else:
+            valid = valid_cells(image_sizes, (images.shape[2], images.shape[3]), (height, width))
+        mask = valid_mask(valid, height, width)
+        x = self.input_proj(features)
+        if self.input_norm is not None:
+            x = self.input_norm(x, mask if self.mask_padding else None)
+        position = sine_map(valid, height, width, x.shape[-1]).to(x.dtype)
+        memory = self.encoder(x.flatten(1, 2), position.flatten(1, 2), mask.flatten(1)).view(x.shape)
+        if self.mask_padding:
+            memory = memory * mask[..., None].to(memory.dtype)
+        return memory, position, MapGeometry(valid, mask, valid if self.mask_padding else None)
+
+
+def build_sam_detr(section: ModelSection) -> SAMDETR:
+    """The model of a recipe with random weights; needs no download and no GPU."""
+    return SAMDETR(
+        backbone=build_backbone(section.backbone, padding=section.padding),
+        num_classes=section.num_classes,
+        num_queries=section.num_queries,
+        width=section.width,
+        heads=section.heads,
+        encoder_layers=section.encoder_layers,
+        decoder_layers=section.decoder_layers,
+        ffn=section.ffn,
+        dropout=section.dropout,
+        smca=section.smca,
+        input_norm=section.input_norm == "group_norm",
+        mask_padding=section.padding == "masked",
+    )

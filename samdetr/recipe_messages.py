@@ -1,0 +1,128 @@
+"""Turns pydantic's findings about a recipe into one sentence a mistake, with a suggestion."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from datetime import date, datetime, time
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+Path = tuple[str | int, ...]
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "tuple_type": "an array",
+    "model_type": "a section",
+    "model_attributes_type": "a section",
+}
+_LIMITS = {
+    "greater_than": (">", "gt"),
+    "greater_than_equal": (">=", "ge"),
+    "less_than": ("<", "lt"),
+    "less_than_equal": ("<=", "le"),
+}
+
+
+def explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
+    """``optim.lrr: unknown key. Did you mean optim.lr?`` for one entry of ``ValidationError.errors()``."""
+    path: Path = tuple(error["loc"])
+    return f"{dotted(path)}: {_sentence(error, path, model)}"
+
+
+def dotted(path: Path) -> str:
+    """``("augment", "train_sizes", 1)`` -> ``augment.train_sizes[1]``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def keys_of(model: type[BaseModel], parent: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every path of a model, sections before their keys, with its annotation."""
+    for name, field in model.model_fields.items():
+        yield (*parent, name), field.annotation
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys_of(field.annotation, (*parent, name))
+
+
+def _sentence(error: Mapping[str, Any], path: Path, model: type[BaseModel]) -> str:
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _unknown(path, value, model)
+    if kind in _EXPECTED:
+        hint = " (put it in quotes)" if kind == "string_type" and isinstance(value, int | float) else ""
+        return f"expected {_EXPECTED[kind]}, got {_shown(value)}{hint}"
+    if kind in _LIMITS:
+        sign, name = _LIMITS[kind]
+        return f"must be {sign} {context[name]:g} (got {value})"
+    if kind == "multiple_of":
+        return f"must be a multiple of {context['multiple_of']:g} (got {value})"
+    if kind == "finite_number":
+        return f"must be a finite number (got {value})"
+    if kind == "too_short":
+        return "must not be empty"
+    if kind == "literal_error":
+        return _choice(value, get_args(dict(keys_of(model))[_names(path)]))
+    if kind == "value_error":
+        return str(context["error"])
+    return f"{error['msg'].lower()} (got {_shown(value)})"
+
+
+def _unknown(path: Path, value: object, model: type[BaseModel]) -> str:
+    what = "section" if isinstance(value, dict) else "key"
+    known = [key for key, _ in keys_of(model)]
+    best = _closest(_names(path), known)
+    return f"unknown {what}." + (f" Did you mean {dotted(best)}?" if best else " There is none of a similar name.")
+
+
+def _closest(path: tuple[str, ...], known: list[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """The path meant: the same name elsewhere, a similar one beside it, or a similar one elsewhere."""
+    name = path[-1]
+    beside = {key[-1]: key for key in known if key[:-1] == path[:-1]}
+    elsewhere: dict[str, tuple[str, ...]] = {}
+    for key in sorted(known, key=lambda key: -len(set(key) & set(path))):
+        elsewhere.setdefault(key[-1], key)
+    if name in elsewhere:
+        return elsewhere[name]
+    near = difflib.get_close_matches(name, beside, n=1, cutoff=0.7)
+    near = near or [longer for longer in beside if name in longer.split("_")]
+    if near:
+        return beside[near[0]]
+    far = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8)
+    return elsewhere[far[0]] if far else None
+
+
+def _choice(value: object, choices: tuple[str, ...]) -> str:
+    quoted = [f'"{choice}"' for choice in choices]
+    listed = " or ".join(part for part in (", ".join(quoted[:-1]), quoted[-1]) if part)
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f'. Did you mean "{near[0]}"?' if near else ""
+    return f"expected {listed}, got {_shown(value)}{hint}"
+
+
+def _names(path: Path) -> tuple[str, ...]:
+    return tuple(part for part in path if isinstance(part, str))
+
+
+def _shown(value: object) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int():
+            return f"the whole number {value}"
+        case float():
+            return f"the number {value}"
+        case str():
+            return f"the string {json.dumps(value, ensure_ascii=False)}"
+        case list() | tuple():
+            return "an array"
+        case dict():
+            return "a section"
+        case datetime() | date() | time():
+            return f"the date or time {value}"
+        case _:
+            return repr(value)

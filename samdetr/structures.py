@@ -1,0 +1,92 @@
+"""The typed, fixed-shape values that flow between data, models, loss and engine.
+
+Dimension names used across the project:
+B images in a batch, L decoder layers, Q object queries, K class logits, T padded targets of an image.
+Boxes are (cx, cy, w, h) in [0, 1] of the *valid* image unless a name says ``xyxy`` (absolute pixels).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Targets(NamedTuple):
+    """Ground truth of a batch, padded to a fixed T. Rows at or beyond ``counts`` are zero."""
+
+    labels: Tensor  # [B, T] int64, index of the class logit
+    boxes: Tensor  # [B, T, 4] float32 (cx, cy, w, h) in [0, 1] of the valid image
+    counts: Tensor  # [B] int64, number of valid rows
+
+
+class Batch(NamedTuple):
+    """What the model sees of a few images in one forward pass."""
+
+    images: Tensor  # [B, 3, H, W] float32, normalised, zero-padded at the bottom and right
+    image_sizes: Tensor  # [B, 2] int64, (height, width) of the valid pixels
+    targets: Targets
+    image_ids: Tensor  # [B] int64, the ids of the annotation file
+    original_sizes: Tensor  # [B, 2] int64, (height, width) of the decoded photo, before augmentation
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with the tensors that the model and the loss read on ``device``."""
+        return self._replace(
+            images=self.images.to(device, non_blocking=True),
+            image_sizes=self.image_sizes.to(device, non_blocking=True),
+            targets=Targets(*(part.to(device, non_blocking=True) for part in self.targets)),
+        )
+
+
+class Outputs(NamedTuple):
+    """Predictions of every decoder layer; index -1 of the first axis is the final one."""
+
+    logits: Tensor  # [L, B, Q, K] raw class logits
+    boxes: Tensor  # [L, B, Q, 4] (cx, cy, w, h) in [0, 1] of the valid image
+
+
+class Losses(NamedTuple):
+    """Result of a criterion."""
+
+    total: Tensor  # scalar, the weighted sum that is differentiated
+    terms: dict[str, Tensor]  # unweighted scalars: loss_ce, loss_bbox, loss_giou (final layer), loss_ce_0, ...
+
+
+class Detections(NamedTuple):
+    """The best scores of each image, sorted descending."""
+
+    scores: Tensor  # [B, N] float32 in [0, 1]
+    labels: Tensor  # [B, N] int64, index of the class logit
+    boxes_xyxy: Tensor  # [B, N, 4] float32, absolute pixels of the original image
+
+
+@dataclass(frozen=True)
+class Categories:
+    """The mapping between category ids of a data set and class logits, stored in every checkpoint."""
+
+    ids: tuple[int, ...]  # category ids, ascending
+    names: tuple[str, ...]
+    indices: tuple[int, ...]  # the class logit of each category
+
+    def index_of(self, category_id: int) -> int:
+        """The class logit of a category id (KeyError if the id is unknown)."""
+        return dict(zip(self.ids, self.indices, strict=True))[category_id]
+
+    def by_index(self) -> dict[int, tuple[int, str]]:
+        """Class logit -> (category id, name). Logits that no category uses are absent."""
+        return {i: (c, n) for c, n, i in zip(self.ids, self.names, self.indices, strict=True)}
+
+    def to_json(self) -> list[dict[str, object]]:
+        """A JSON value that `from_json` reads back."""
+        return [{"id": c, "name": n, "index": i} for c, n, i in zip(self.ids, self.names, self.indices, strict=True)]
+
+    @classmethod
+    def from_json(cls, value: list[dict[str, object]]) -> Categories:
+        """The inverse of `to_json`."""
+        return cls(
+            ids=tuple(int(row["id"]) for row in value),  # type: ignore[call-overload]
+            names=tuple(str(row["name"]) for row in value),
+            indices=tuple(int(row["index"]) for row in value),  # type: ignore[call-overload]
+        )

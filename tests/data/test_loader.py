@@ -1,0 +1,177 @@
+"""Loaders: the same batches whatever the workers, errors, signals and the end of the process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from samdetr.data.datasets import CocoData, DetectionDataset, make_categories
+from samdetr.data.loader import TrainLoader, build_eval_loader, build_train_loader
+from samdetr.data.transforms import EvalTransform, TrainTransform
+from samdetr.errors import DataError
+from samdetr.structures import Batch
+
+TRAIN = TrainTransform(
+    flip=0.5, sizes=(16, 20, 24), max_size=40, crop=0.5, crop_resize_sizes=(20, 30), crop_min=10, crop_max=20
+)
+IMAGES = [(100 + i, f"{i}.png", 20 + i, 30 - i) for i in range(11)]
+BOXES = [(i, 100 + i % 9, 1 + i % 2, (i % 5, i % 7, 6, 8)) for i in range(25)]
+
+
+@pytest.fixture
+def data(make_coco) -> CocoData:
+    return make_coco(IMAGES, BOXES)
+
+
+def dataset_of(data: CocoData, training: bool = True) -> DetectionDataset:
+    transform = TRAIN if training else EvalTransform(size=20, max_size=40)
+    categories = make_categories(data, "category_id", 3)
+    return DetectionDataset(data, categories, transform, seed=3, max_pixels=10_000, training=training)
+
+
+@contextmanager
+def train_loader(data: CocoData, workers: int, total: int = 4, micro: int = 2) -> Iterator[TrainLoader]:
+    loader = build_train_loader(
+        dataset_of(data), total_batch=total, micro_batch=micro, workers=workers, seed=1, pin_memory=False
+    )
+    try:
+        yield loader
+    finally:
+        loader.close()
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    return [batch.images, batch.image_sizes, *batch.targets, batch.image_ids, batch.original_sizes]
+
+
+def same(first: list[list[Batch]], second: list[list[Batch]]) -> bool:
+    assert [len(step) for step in first] == [len(step) for step in second]
+    pairs = zip((b for step in first for b in step), (b for step in second for b in step), strict=True)
+    return all(torch.equal(x, y) for a, b in pairs for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def test_batches_are_bit_equal_for_any_workers_and_start(data: CocoData) -> None:
+    with train_loader(data, 0) as plain, train_loader(data, 2) as parallel:
+        epochs = [list(plain.epoch(epoch)) for epoch in range(3)]
+        assert plain.steps_per_epoch == parallel.steps_per_epoch == 2
+        assert [[len(step) for step in steps] for steps in epochs] == [[2, 2]] * 3
+        assert not same(epochs[0], epochs[1])
+        assert same(list(parallel.epoch(2)), epochs[2])
+        next(parallel.epoch(1))  # abandoned under way
+        assert same(list(parallel.epoch(0)), epochs[0])
+        assert same(list(parallel.epoch(1, start_step=1)), epochs[1][1:])
+        assert same(list(plain.epoch(1, start_step=1)), epochs[1][1:])
+        assert list(plain.epoch(1, start_step=2)) == []
+
+
+def test_step_holds_the_same_images_for_any_micro_batch(data: CocoData) -> None:
+    with train_loader(data, 0, 6, 6) as whole, train_loader(data, 0, 6, 4) as cut:
+        (one,) = list(whole.epoch(0))
+        (two,) = list(cut.epoch(0))
+        assert ([len(b.image_ids) for b in one], [len(b.image_ids) for b in two]) == ([6], [4, 2])
+        assert torch.equal(one[0].image_ids, torch.cat([batch.image_ids for batch in two]))
+        assert torch.equal(one[0].targets.boxes, torch.cat([batch.targets.boxes for batch in two]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_callers_random_numbers_alone(data: CocoData, workers: int) -> None:
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    with train_loader(data, workers) as loader:
+        assert len(list(loader.epoch(0)) + list(loader.epoch(1))) == 4
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_visits_all_images_in_order(data: CocoData, workers: int) -> None:
+    loader = build_eval_loader(dataset_of(data, False), batch=4, workers=workers, pin_memory=False)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 3
+    assert torch.cat([batch.image_ids for batch in batches]).tolist() == [100 + i for i in range(11)]
+    assert torch.cat([batch.targets.counts for batch in batches]).tolist() == [3] * 7 + [2, 2, 0, 0]
+    assert torch.cat([batch.original_sizes for batch in batches]).tolist() == [[30 - i, 20 + i] for i in range(11)]
+    assert same([list(loader)], [batches])
+    loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_error_of_a_worker_is_the_same_sentence(data: CocoData, workers: int) -> None:
+    path = data.image_root / "5.png"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError) as direct:
+        dataset_of(data)[0, 5]
+    with train_loader(data, workers, 11, 11) as loader, pytest.raises(DataError) as caught:
+        list(loader.epoch(0))
+    assert str(caught.value) == str(direct.value)
+    assert str(caught.value).startswith(f"{path}: the image is damaged")
+
+
+def test_fewer_images_than_a_batch(data: CocoData) -> None:
+    with pytest.raises(DataError, match=r"has 11 images"), train_loader(data, 0, 12):
+        pass
+
+
+def test_workers_survive_the_signals_of_the_group(data: CocoData) -> None:
+    with train_loader(data, 0) as plain, train_loader(data, 2) as parallel:
+        want = list(plain.epoch(0))
+        steps = parallel.epoch(0)
+        got = [next(steps)]
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGTERM)
+            os.kill(worker.pid, signal.SIGINT)
+        assert same(got + list(steps), want)
+        assert same(list(parallel.epoch(0)), want)
+    assert multiprocessing.active_children() == []
+
+
+SCRIPT = """
+import multiprocessing, os, signal, sys, torch
+from pathlib import Path
+from samdetr.data.datasets import DetectionDataset, make_categories, read_coco
+from samdetr.data.loader import build_train_loader
+from samdetr.data.transforms import TrainTransform
+
+if __name__ == "__main__":
+    method, end, root, file = sys.argv[1:]
+    multiprocessing.set_start_method(method)
+    data = read_coco(root, file, "train")
+    transform = TrainTransform(
+        flip=0.5, sizes=(16, 20), max_size=40, crop=0.5, crop_resize_sizes=(20,), crop_min=10, crop_max=20
+    )
+    categories = make_categories(data, "category_id", 3)
+    dataset = DetectionDataset(data, categories, transform, seed=3, max_pixels=10_000, training=True)
+    plain, parallel, other = (
+        build_train_loader(dataset, total_batch=4, micro_batch=2, workers=n, seed=1, pin_memory=False)
+        for n in (0, 1, 1)
+    )
+    next(other.epoch(0))
+    first, second = next(parallel.epoch(1)), next(plain.epoch(1))
+    del other
+    print(all(torch.equal(a.images, b.images) for a, b in zip(first, second, strict=True)), flush=True)
+    if end == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("method", "end"), [("fork", "done"), ("forkserver", "done"), ("forkserver", "killed")])
+def test_workers_end_with_the_process(data: CocoData, tmp_path: Path, method: str, end: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), method, end, str(data.image_root), str(data.annotation_file)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # Workers hold the pipes open: this returns when the last of them has ended.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.returncode) == ("True", 0 if end == "done" else -signal.SIGKILL)
+    assert end == "killed" or done.stderr == ""

@@ -1,0 +1,162 @@
+"""The two aligner ops against torchvision and grid_sample in float64, and their registration."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+from torchvision.ops import roi_align as torchvision_roi_align
+
+from samdetr_kernels import roi_align, roi_align_reference, salient_points, salient_points_reference
+
+MAPS = [(1, 1), (7, 5), (25, 38)]
+
+
+def random_boxes(batch: int, count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Boxes within, across and outside the map, some of zero or negative size, one of the whole map."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.tensor([width, height], dtype=torch.float64)
+    centre = (torch.rand(batch, count, 2, generator=generator, dtype=torch.float64) * 1.6 - 0.3) * size
+    side = torch.rand(batch, count, 2, generator=generator, dtype=torch.float64) ** 2 * 1.7 * size
+    boxes = torch.cat((centre - side / 2, centre + side / 2), dim=-1)
+    if count >= 6:
+        boxes[:, 0] = torch.tensor([0.0, 0.0, width, height])
+        boxes[:, 1, 2:] = boxes[:, 1, :2]
+        boxes[:, 2, 2:] = boxes[:, 2, :2] - 1.0
+        boxes[:, 3] += 3 * max(height, width)
+        boxes[:, 4] = torch.tensor([0.2, 0.3, 0.21, 0.32])
+    return boxes
+
+
+def published_roi_align(features: Tensor, boxes: Tensor, size: int = 7) -> Tensor:
+    """torchvision's op on [B, H, W, C]; boxes without positive side are zero (torchvision leaves them to chance)."""
+    out = torchvision_roi_align(
+        features.permute(0, 3, 1, 2).contiguous(), list(boxes), size, aligned=True, sampling_ratio=-1
+    )
+    out = out.view(boxes.shape[0], boxes.shape[1], -1, size, size).permute(0, 1, 3, 4, 2)
+    positive = ((boxes[..., 2:] - boxes[..., :2]) > 0).all(-1)
+    return torch.where(positive[..., None, None, None], out, torch.zeros((), dtype=out.dtype))
+
+
+def published_points(features: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
+    """RoIAlign then grid_sample, as the paper composes them."""
+    rois = published_roi_align(features, boxes).flatten(0, 1).permute(0, 3, 1, 2)
+    grid = points.flatten(0, 1)[:, :, None]
+    out = grid_sample(rois, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return out.squeeze(-1).transpose(1, 2).reshape(*points.shape[:3], features.shape[-1])
+
+
+def inputs(height: int, width: int, channels: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(height * 100 + width)
+    features = torch.randn(2, height, width, channels, generator=generator, dtype=torch.float64)
+    boxes = random_boxes(2, 60, height, width)
+    points = torch.rand(2, 60, 8, 2, generator=generator, dtype=torch.float64) * 2.4 - 1.2
+    return features, boxes, points
+
+
+@pytest.mark.parametrize("size", MAPS)
+def test_roi_align_equals_torchvision_with_gradient(size):
+    features, boxes, _ = inputs(*size)
+    features.requires_grad_()
+    expected = published_roi_align(features, boxes)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (expected_grad,) = torch.autograd.grad(expected, features, upstream)
+    out = roi_align(features, boxes)
+    (grad,) = torch.autograd.grad(out, features, upstream)
+    assert (out - expected).abs().max() < 1e-12
+    assert (grad - expected_grad).abs().max() < 1e-12
+    assert (roi_align_reference(features, boxes) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("size", MAPS)
+def test_salient_points_equal_roi_align_then_grid_sample_with_gradients(size):
+    features, boxes, points = inputs(*size)
+    features.requires_grad_()
+    points.requires_grad_()
+    expected = published_points(features, boxes, points)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected_grads = torch.autograd.grad(expected, (features, points), upstream)
+    out = salient_points(features, boxes, points)
+    grads = torch.autograd.grad(out, (features, points), upstream)
+    assert (out - expected).abs().max() < 1e-12
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert (grad - expected_grad).abs().max() < 1e-11
+    reference = salient_points_reference(features, boxes, points)
+    reference_grads = torch.autograd.grad(reference, (features, points), upstream)
+    for grad, reference_grad in zip(grads, reference_grads, strict=True):
+        assert (grad - reference_grad).abs().max() < 1e-11
+
+
+def test_gradcheck():
+    features, boxes, points = inputs(7, 5, channels=2)
+    features, boxes, points = features[:1].requires_grad_(), boxes[:1, :9], points[:1, :9, :3]
+    points = points.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda f: roi_align(f, boxes, 3), (features,))
+    assert torch.autograd.gradcheck(lambda f, p: salient_points(f, boxes, p), (features, points))
+
+
+def test_reference_gives_the_gradient_of_the_boxes():
+    features, _, points = inputs(25, 38, channels=2)
+    boxes = torch.tensor([[[3.1, 4.2, 11.7, 12.9], [20.3, 6.6, 35.9, 19.2]]], dtype=torch.float64)
+    features, points = features[:1], points[:1, :2].clamp(-0.9, 0.9)
+    boxes.requires_grad_()
+    # float64 finite differences stay on one smooth piece of the piecewise-bilinear function
+    assert torch.autograd.gradcheck(lambda b: roi_align_reference(features, b), (boxes,), eps=1e-8, atol=1e-5)
+    assert torch.autograd.gradcheck(
+        lambda b: salient_points_reference(features, b, points), (boxes,), eps=1e-8, atol=1e-5
+    )
+
+
+def test_valid_sizes_make_a_padded_map_equal_to_the_map_alone():
+    features, boxes, points = inputs(7, 5)
+    padded = torch.full((2, 11, 9, 5), 1e3, dtype=torch.float64)
+    padded[:, :7, :5] = features
+    valid = torch.tensor([[7, 5], [7, 5]])
+    difference = roi_align(padded, boxes, 7, valid) - roi_align(features, boxes)
+    assert difference.abs().max() < 1e-12
+    difference = salient_points(padded, boxes, points, 7, valid) - salient_points(features, boxes, points)
+    assert difference.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_loses_no_more_than_its_inputs_do(dtype):
+    features, boxes, points = inputs(25, 38)
+    rounded = features.to(dtype)
+    expected = salient_points_reference(rounded.double(), boxes.float().double(), points.float().double())
+    out = salient_points(rounded, boxes.float(), points.float())
+    assert out.dtype == dtype
+    # one rounding of the output, and fp32 round-off of weights on coordinates of up to about 40 cells
+    bound = torch.finfo(dtype).eps * expected.abs() + 40 * torch.finfo(torch.float32).eps * 8
+    assert ((out.double() - expected).abs() <= bound).all()
+
+
+def test_empty_and_repeated():
+    features, boxes, points = inputs(7, 5)
+    assert roi_align(features, boxes[:, :0]).shape == (2, 0, 7, 7, 5)
+    assert salient_points(features, boxes[:, :0], points[:, :0]).shape == (2, 0, 8, 5)
+    assert torch.equal(roi_align(features, boxes), roi_align(features, boxes))
+
+
+@pytest.mark.parametrize("valid", [None, torch.tensor([[5, 4], [7, 5]])])
+def test_opcheck_compact_and_permuted(valid):
+    features, boxes, points = (part.float() for part in inputs(7, 5))
+    boxes, points = boxes[:, :6], points[:, :6]
+    permuted = features.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    for candidate in (features, permuted):
+        candidate = candidate.detach().requires_grad_()
+        torch.library.opcheck(torch.ops.samdetr.roi_align.default, (candidate, boxes, 7, valid))
+        torch.library.opcheck(
+            torch.ops.samdetr.salient_points.default,
+            (candidate, boxes, points.detach().requires_grad_(), 7, valid),
+        )
+
+
+def test_bad_shapes_are_named():
+    features, boxes, points = inputs(7, 5)
+    with pytest.raises(ValueError, match=r"boxes must be a floating \[2, N, 4\]"):
+        roi_align(features, boxes[0])
+    with pytest.raises(ValueError, match=r"features must be a floating \[B, H, W, C\]"):
+        roi_align(features[0], boxes)
+    with pytest.raises(ValueError, match=r"points must be \[2, 60, P, 2\]"):
+        salient_points(features, boxes, points[:, :5])
+    with pytest.raises(ValueError, match=r"valid_sizes must be an integer \[2, 2\]"):
+        roi_align(features, boxes, 7, torch.ones(2, 2))
