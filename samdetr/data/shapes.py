@@ -25,7 +25,7 @@ from samdetr.errors import DataError
 GENERATOR_VERSION = 1
 SPLITS = ("train", "val")
 MIN_VISIBLE = 0.38  # share of an object's own pixels that must stay in sight
-SMALLEST_SIDE, LARGEST_SIDE = 0.11, 0.6  # diameter of the circumscribed circle / longer side of the picture
+SMALLEST_SIDE, LARGEST_SIDE = 0.14, 0.6  # diameter of the circumscribed circle / longer side of the picture
 SMALLEST_PIXELS = 10.0  # below this diameter the classes cannot be told apart
 PLACEMENT_TRIES = 12
 MIN_CONTRAST = 75.0  # RGB distance between an object and what lies under it
@@ -260,7 +260,7 @@ def draw_scene(rng: np.random.Generator, image_size: int, max_objects: int) -> S
     canvas = np.clip(_paint(rng, background, _colour(rng), _between(rng, 15.0, 60.0)), 0, 255)
     wanted = 1 + _pick(rng, max_objects)
     smallest = max(SMALLEST_SIDE * image_size, SMALLEST_PIXELS)
-    largest = max(LARGEST_SIDE * image_size * min(1.0, math.sqrt(4.0 / wanted)), smallest)
+    largest = max(LARGEST_SIDE * image_size * min(1.0, math.sqrt(6.0 / wanted)), smallest)
     labels: list[int] = []
     wholes: list[int] = []
     masks: list[Mask] = []
