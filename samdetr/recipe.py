@@ -156,6 +156,9 @@ class ModelSection(Section):
     num_classes: PositiveInt = Field(91, description="class logits (91: raw COCO category ids)")
     num_queries: PositiveInt = Field(300, description="object queries; the most objects an image can have")
     smca: bool = Field(False, description="add the spatially modulated (Gaussian) term to cross-attention")
+    smca_initial_scale: NonNegative = Field(
+        0.0, description="initial Gaussian scale, 2 / sigma in map cells; 0: published, the term starts flat"
+    )
     width: int = Field(256, ge=32, multiple_of=8, description="channels of the transformer")
     heads: PositiveInt = Field(8, description="attention heads and salient points; divides width")
     encoder_layers: int = Field(6, ge=0, description="encoder layers")
@@ -202,8 +205,11 @@ class OptimSection(Section):
     backbone_lr: NonNegative = Field(1e-5, description="learning rate of the backbone")
     weight_decay: NonNegative = Field(1e-4, description="AdamW weight decay")
     clip_norm: NonNegative = Field(0.1, description="largest gradient norm; 0: no clipping")
+    schedule: Literal["step", "cosine"] = Field(
+        "step", description="step: drops after drop_epochs (published); cosine: to zero at the last step"
+    )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    drop_epochs: tuple[PositiveInt, ...] = Field((40,), description="epochs after which the rates are multiplied")
+    drop_epochs: tuple[PositiveInt, ...] = Field((40,), description="schedule step: epochs after which the rates drop")
     drop_factor: float = Field(0.1, gt=0.0, le=1.0, description="the factor of each drop")
 
     @field_validator("drop_epochs")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 # Samples of a bin are more than half a cell apart (or there is just one), so at most 4 of them fall within
-# the two cells that a bilinear weight spans; 2 more absorb rounding of the first candidate.
-CANDIDATES = 6
+# the two cells that a bilinear weight spans; one more absorbs rounding of the first candidate.
+CANDIDATES = 5
 
 
 def bin_weights(low: Tensor, high: Tensor, cells: int, bins: int, valid: Tensor | None = None) -> Tensor:
@@ -31,20 +31,23 @@ def bin_weights(low: Tensor, high: Tensor, cells: int, bins: int, valid: Tensor 
     bin_size = (side / bins)[..., None, None, None]  # [B, N, 1, 1, 1]: axes bins, cells, candidates
     samples = torch.ceil(bin_size.detach()).clamp(min=0)
     count = samples.clamp(min=1)
+    pitch = bin_size / count
+    axis = torch.arange(max(bins, cells), device=low.device, dtype=low.dtype)
+    bin_start = torch.addcmul(start[..., None, None, None], axis[:bins, None, None], bin_size)
+    cell = axis[:cells, None]
     extent: Tensor | int = cells if valid is None else valid.to(low.dtype)[:, None, None, None, None]
 
-    axis = torch.arange(max(bins, cells), device=low.device, dtype=low.dtype)
-    bin_start = start[..., None, None, None] + axis[:bins, None, None] * bin_size
-    cell = axis[:cells, None]
-    step = (bin_size / count).detach().clamp(min=torch.finfo(low.dtype).tiny)
-    first = torch.floor((cell - 1 - bin_start.detach()) / step - 0.5).clamp(min=0)
-    index = first + torch.arange(CANDIDATES, device=low.device, dtype=low.dtype)
-    position = bin_start + (index + 0.5) * bin_size / count
-    exists = (index < samples) & (position >= -1) & (position <= extent)
-    last = torch.as_tensor(extent - 1, device=low.device, dtype=low.dtype)
-    position = torch.minimum(position.clamp(min=0), last)
+    step = pitch.detach().clamp(min=torch.finfo(low.dtype).tiny)
+    first = torch.floor((cell - 1 - bin_start.detach()) / step - 0.5).clamp(min=0) + 0.5
+    number = first + torch.arange(CANDIDATES, device=low.device, dtype=low.dtype)  # sample index + 0.5
+    position = torch.addcmul(bin_start, number, pitch)
+    exists = (number < samples) & (position >= -1) & (position <= extent)
+    if isinstance(extent, int):
+        position = position.clamp(0, extent - 1)
+    else:
+        position = torch.minimum(position.clamp(min=0), extent - 1)
     weight = (1 - (position - cell).abs()).clamp(min=0)
-    return (torch.where(exists, weight, 0).sum(-1) / count[..., 0]).to(low.dtype)
+    return torch.where(exists, weight, 0).sum(-1) / count[..., 0]
 
 
 def box_weights(

@@ -172,17 +172,23 @@ def load_model_state(model: nn.Module, checkpoint: Checkpoint, *, remake_class_h
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
-    """Restore the moments of every parameter. Raises CheckpointError when one is missing."""
+    """Restore the moments of every parameter. Raises CheckpointError when one has another shape."""
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key, value in checkpoint.optimizer.items():
+        name, _, field = key.rpartition(":")
+        saved.setdefault(name, {})[field] = value
     for name, parameter in _named_optimizer_parameters(model, optimizer):
-        prefix = f"{name}:"
-        state = {
-            key.removeprefix(prefix): value for key, value in checkpoint.optimizer.items() if key.startswith(prefix)
-        }
-        if not state:
+        if name not in saved:
             continue  # a parameter that has had no gradient yet
-        if any(value.dim() and value.shape != parameter.shape for value in state.values()):
-            raise CheckpointError(f"the optimizer state of {name} in {checkpoint.path} has another shape.")
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+        state = optimizer.state[parameter]
+        for field, value in saved[name].items():
+            if value.dim() == 0:
+                state[field] = value.to(parameter.device)
+            elif value.shape == parameter.shape:
+                # fused AdamW walks memory in order: the moments need the parameter's own strides
+                state[field] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            else:
+                raise CheckpointError(f"the optimizer state of {name} in {checkpoint.path} has another shape.")
 
 
 def _named_optimizer_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,11 +25,12 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=section.lr, weight_decay=section.weight_decay, fused=True)
 
 
-def lr_factor(section: OptimSection, *, step: int, epoch: int) -> float:
-    """What every base learning rate is multiplied by at a step (from 0) of an epoch (from 0)."""
-    drops = sum(epoch >= drop for drop in section.drop_epochs)
+def lr_factor(section: OptimSection, *, step: int, epoch: int, total_steps: int) -> float:
+    """What every base learning rate is multiplied by at a step (from 0, of ``total_steps``) of an epoch (from 0)."""
     warmup = min(1.0, (step + 1) / section.warmup_steps) if section.warmup_steps else 1.0
-    return warmup * section.drop_factor**drops
+    if section.schedule == "cosine":
+        return warmup * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+    return warmup * section.drop_factor ** sum(epoch >= drop for drop in section.drop_epochs)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -174,7 +174,7 @@ def train_epoch(training: Training, log: RunLog) -> None:
     total, data = Stopwatch(), Stopwatch()
     for batch in batches:
         waited = data.lap()
-        factor = lr_factor(recipe.optim, step=progress.step, epoch=epoch)
+        factor = lr_factor(recipe.optim, step=progress.step, epoch=epoch, total_steps=log.steps)
         set_learning_rate(training.optimizer, factor)
         torch.manual_seed(step_seed(recipe.run.seed, progress.step))
         try:

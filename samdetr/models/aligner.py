@@ -43,14 +43,15 @@ class MapGeometry(NamedTuple):
 class SemanticAligner(nn.Module):
     """Reference boxes and decoder embeddings -> content and position queries taken from the image."""
 
-    def __init__(self, *, width: int, heads: int, smca: bool) -> None:
+    def __init__(self, *, width: int, heads: int, smca: bool, initial_scale: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
         reduced = width // CHANNEL_REDUCTION
         self.reduce = nn.Linear(width, reduced)
         hidden = POINT_HIDDEN * width
         self.point_mlp = MLP(ROI_SIZE * ROI_SIZE * reduced, width, hidden, hidden, heads * (4 if smca else 2))
-        nn.init.zeros_(self.point_mlp.last.bias)
+        nn.init.zeros_(self.point_mlp.last.bias[: 2 * heads])
+        nn.init.constant_(self.point_mlp.last.bias[2 * heads :], initial_scale)
         self.content_gate = nn.Linear(width, heads * width)
         self.position_gate = nn.Linear(width, heads * width)
 

@@ -83,6 +83,7 @@ class Backbone(nn.Module):
         frozen = ["conv1", "bn1"][: 2 * frozen_stages] + self.layers[: max(0, frozen_stages - 1)]
         for part in frozen:
             self.get_submodule(part).requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # convolutions then keep NHWC
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> Tensor:
         """[B, 3, H, W] and sizes [B, 2] int (h, w) -> [B, out_channels, ceil(H/stride), ceil(W/stride)]."""

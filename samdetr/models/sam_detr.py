@@ -97,11 +97,13 @@ def smca_bias(locations: Tensor, scales: Tensor, valid: Tensor, height: int, wid
 class DecoderLayer(nn.Module):
     """Self-attention, semantic alignment, cross-attention, feed-forward."""
 
-    def __init__(self, *, width: int, heads: int, ffn: int, dropout: float, smca: bool) -> None:
+    def __init__(
+        self, *, width: int, heads: int, ffn: int, dropout: float, smca: bool, smca_initial_scale: float
+    ) -> None:
         super().__init__()
         self.self_attention = SelfAttention(width=width, heads=heads, dropout=dropout)
         self.norm1 = nn.LayerNorm(width)
-        self.aligner = SemanticAligner(width=width, heads=heads, smca=smca)
+        self.aligner = SemanticAligner(width=width, heads=heads, smca=smca, initial_scale=smca_initial_scale)
         self.cross_attention = CrossAttention(width=width, heads=heads, dropout=dropout)
         self.norm2 = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
@@ -155,6 +157,7 @@ class SAMDETR(nn.Module):
         ffn: int,
         dropout: float,
         smca: bool,
+        smca_initial_scale: float,
         input_norm: bool,
         mask_padding: bool,
     ) -> None:
@@ -165,7 +168,15 @@ class SAMDETR(nn.Module):
         self.input_norm = MapGroupNorm(GROUPS, width) if input_norm else None
         self.encoder = Encoder(layers=encoder_layers, width=width, heads=heads, ffn=ffn, dropout=dropout)
         self.decoder = nn.ModuleList(
-            DecoderLayer(width=width, heads=heads, ffn=ffn, dropout=dropout, smca=smca) for _ in range(decoder_layers)
+            DecoderLayer(
+                width=width,
+                heads=heads,
+                ffn=ffn,
+                dropout=dropout,
+                smca=smca,
+                smca_initial_scale=smca_initial_scale,
+            )
+            for _ in range(decoder_layers)
         )
         self.reference_boxes = nn.Parameter(torch.randn(num_queries, 4))
         self.class_heads = nn.ModuleList(class_head(width, num_classes) for _ in range(decoder_layers))
@@ -228,6 +239,7 @@ def build_sam_detr(section: ModelSection) -> SAMDETR:
         ffn=section.ffn,
         dropout=section.dropout,
         smca=section.smca,
+        smca_initial_scale=section.smca_initial_scale,
         input_norm=section.input_norm == "group_norm",
         mask_padding=section.padding == "masked",
     )

@@ -89,8 +89,7 @@ def test_padding_of_targets_and_other_images_change_nothing() -> None:
     criterion = SetCriterion()
     whole = criterion(outputs, targets, torch.tensor(8))
     pieces = [
-        criterion(*part(outputs, targets, image, padded), torch.tensor(8))
-        for image, padded in enumerate((3, 1, 5))
+        criterion(*part(outputs, targets, image, padded), torch.tensor(8)) for image, padded in enumerate((3, 1, 5))
     ]
     assert whole.total.item() == pytest.approx(sum(piece.total.item() for piece in pieces), rel=1e-12)
     gradient = torch.autograd.grad(whole.total, outputs)

@@ -66,7 +66,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
 def test_no_network_says_which_file_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
-    with pytest.raises(CheckpointError, match="resnet50-0676ba61.pth") as caught:
+    with pytest.raises(CheckpointError, match=r"resnet50-0676ba61\.pth") as caught:
         load_backbone_weights(Backbone(name="resnet50"), "imagenet")
     assert str(tmp_path / "checkpoints" / "resnet50-0676ba61.pth") in str(caught.value)
     assert "https://download.pytorch.org" in str(caught.value)

@@ -45,7 +45,7 @@ def livened(model: SAMDETR) -> SAMDETR:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, value in model.state_dict().items():
-            if "running_mean" in name or ".bn" in name and name.endswith("bias"):
+            if "running_mean" in name or (".bn" in name and name.endswith("bias")):
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
             if name.startswith("box_heads") and name.endswith("4.weight"):
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
@@ -97,13 +97,20 @@ def test_published_padding_leaks_and_an_unpadded_image_is_the_same_either_way() 
 
 def test_initial_predictions() -> None:
     model = small("r50_smca_12ep", *TINY_BACKBONE).eval()
-    outputs = model(*(part.float() if part.is_floating_point() else part for part in images_of((64, 64), height=64, width=64)))
+    outputs = model(
+        *(part.float() if part.is_floating_point() else part for part in images_of((64, 64), height=64, width=64))
+    )
     # class prior 0.01, box offsets zero: every layer predicts its references, which stay where they began
     assert outputs.logits.sigmoid().mean().item() == pytest.approx(0.01, abs=0.01)
     expected = model.reference_boxes.sigmoid().clamp(1e-5, 1 - 1e-5)
     torch.testing.assert_close(outputs.boxes[-1, 0], expected, rtol=0, atol=1e-5)
     assert model.decoder[0].aligner.point_mlp.last.weight.abs().max() > 0.01  # Xavier overwrites the zero start
     assert model.decoder[0].aligner.point_mlp.last.bias.abs().max() == 0
+
+
+def test_initial_scale_of_the_gaussian() -> None:
+    bias = small("r50_smca_12ep", *TINY_BACKBONE, "model.smca_initial_scale=3").decoder[1].aligner.point_mlp.last.bias
+    assert bias.tolist() == [0.0] * 8 + [3.0] * 8
 
 
 def test_references_of_later_layers_carry_no_gradient() -> None:
@@ -120,7 +127,10 @@ def test_references_of_later_layers_carry_no_gradient() -> None:
 @pytest.mark.parametrize(("stages", "stride"), [(2, 8), (3, 16), (4, 32)])
 def test_backbone_depth_and_width_are_values(stages: int, stride: int) -> None:
     model = small(
-        "r50_12ep", *TINY_BACKBONE, f"model.backbone.stages={stages}", 'model.backbone.norm="batch"',
+        "r50_12ep",
+        *TINY_BACKBONE,
+        f"model.backbone.stages={stages}",
+        'model.backbone.norm="batch"',
         "model.backbone.frozen_stages=0",
     )
     features = model.backbone(torch.zeros(1, 3, 67, 95), torch.tensor([[67, 95]]))

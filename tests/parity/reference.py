@@ -71,9 +71,7 @@ def model_of(name: str) -> SAMDETR:
 def inputs_of(name: str, padded_targets: int = 7) -> Inputs:
     """The fixture's batch, zero-padded at the bottom and right; T is larger than any count on purpose."""
     facts = meta(name)
-    images, targets = fill.make_batch(
-        facts["batch_seed"], facts["sizes"], facts["counts"], facts["target_seed"]
-    )
+    images, targets = fill.make_batch(facts["batch_seed"], facts["sizes"], facts["counts"], facts["target_seed"])
     assert fill.checksum(images) == int(arrays(name)["image_crc32"])
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     batch = torch.zeros(len(images), 3, height, width)

@@ -50,9 +50,9 @@ def test_strict_errors_name_the_key(state: dict[str, torch.Tensor]) -> None:
 
 
 def test_group_norm_is_detected(state: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(CheckpointError, match='has a GroupNorm.*model.input_norm = "group_norm"'):
+    with pytest.raises(CheckpointError, match=r'has a GroupNorm.*model\.input_norm = "group_norm"'):
         load_official(model("r50_50ep"), state)
-    with pytest.raises(CheckpointError, match='has no GroupNorm.*model.input_norm = "none"'):
+    with pytest.raises(CheckpointError, match=r'has no GroupNorm.*model\.input_norm = "none"'):
         load_official(model(), official_state_dict("samdetr_r50_50ep"))
 
 

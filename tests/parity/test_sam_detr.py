@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +32,7 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+def run(request: pytest.FixtureRequest) -> Run:
     name: str = request.param
     model, inputs = model_of(name), inputs_of(name)
     recorded: dict[str, list[Tensor]] = {key: [] for key in ("backbone", "src", "ref_boxes", "hs")}
@@ -59,7 +58,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
         for handle in handles:
             handle.remove()
         memory, position, geometry = model.encode(inputs.images, inputs.image_sizes)
-    yield Run(name, model, inputs, outputs, memory, position, geometry.mask, recorded)
+    return Run(name, model, inputs, outputs, memory, position, geometry.mask, recorded)
 
 
 def close(ours: Tensor, reference: NDArray[np.generic], *, most: float, all_within: float, share: float = 0.99) -> None:
