@@ -118,7 +118,9 @@ class AugmentSection(Section):
 
 
 class BackboneSection(Section):
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = Field("resnet50", description="torchvision ResNet")
+    name: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = Field(
+        "resnet50", description="torchvision ResNet"
+    )
     weights: str = Field("imagenet", description='"imagenet", "none", or the path of a state dict')
     norm: Literal["frozen", "batch"] = Field(
         "frozen",
@@ -132,7 +134,7 @@ class BackboneSection(Section):
     @field_validator("dilation")
     @classmethod
     def _dilatable(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("name") in ("resnet18", "resnet34"):
+        if value and info.data.get("name") in ("resnet10", "resnet18", "resnet34"):
             raise ValueError(f"{info.data['name']} cannot be dilated; use resnet50 or resnet101")
         return value
 
@@ -148,6 +150,13 @@ class BackboneSection(Section):
     def _fits_weights(cls, value: int, info: ValidationInfo) -> int:
         if value != 64 and info.data.get("weights") == "imagenet":
             raise ValueError(f'must be 64 with model.backbone.weights = "imagenet" (got {value})')
+        return value
+
+    @field_validator("weights")
+    @classmethod
+    def _exist(cls, value: str, info: ValidationInfo) -> str:
+        if value == "imagenet" and info.data.get("name") == "resnet10":
+            raise ValueError('resnet10 has no ImageNet weights; use "none" or a path')
         return value
 
 

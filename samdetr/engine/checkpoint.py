@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +27,9 @@ from samdetr.errors import CheckpointError
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
 LAST, BEST = "last", "best"
+_OWN_CHECKSUM = "sha256_of_the_rest"  # of meta.json, in itself
+_OTHER = "use another checkpoint, or train again."
+_DAMAGED = f"its content does not match its checksum; {_OTHER}"
 
 
 @dataclass
@@ -38,7 +42,8 @@ class Progress:
     evaluation_due: bool = False  # the epoch's steps are done, its evaluation is not
     best_ap: float = -1.0
     best_epoch: int = -1
-    epoch_sums: dict[str, float] | None = None  # sums of the unfinished epoch's log values
+    epoch_sums: dict[str, float] | None = None  # of the unfinished epoch's step values: a stored Meter
+    interval_sums: dict[str, float] | None = None  # of the steps since the last line of metrics.jsonl
     finished: bool = False
 
 
@@ -49,12 +54,12 @@ class Checkpoint:
     path: Path
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    meta: dict[str, object]
+    meta: dict[str, Any]
 
     @property
     def progress(self) -> Progress:
         """The run's progress when this was written."""
-        return Progress(**self.meta["progress"])  # type: ignore[arg-type]
+        return Progress(**self.meta["progress"])
 
 
 def save_checkpoint(
@@ -72,43 +77,48 @@ def save_checkpoint(
     name = f"epoch-{progress.epoch:04d}"
     if not progress.evaluation_due:
         name += f"-step-{progress.step_in_epoch:06d}"
-    target, temporary = folder / name, folder / f".{name}.tmp"
+    temporary = folder / f".{name}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(_contiguous(model.state_dict()), temporary / MODEL_FILE)
         save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER_FILE)
         files = {file: _checksum(temporary / file) for file in (MODEL_FILE, OPTIMIZER_FILE)}
-        _write_json(temporary / META_FILE, {**meta, "progress": asdict(progress), "sha256": files})
+        _write_meta(temporary / META_FILE, {**meta, "progress": asdict(progress), "sha256": files})
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
-        shutil.rmtree(target, ignore_errors=True)
+        target = _free_place(folder / name)
         temporary.rename(target)
         _link(folder, LAST, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"cannot save the checkpoint {target} ({_reason(error)}); the previous checkpoint is intact. "
+            f"cannot save the checkpoint {folder / name} ({_reason(error)}); the previous checkpoint is intact. "
             "Free some space or choose another run.folder, then continue with --resume."
         ) from error
     _remove_unlinked(folder)
     return target
 
 
-def update_progress(checkpoint: Path, progress: Progress, *, best: bool) -> None:
-    """Store the progress after an evaluation, and with ``best`` point ``best`` at this checkpoint.
+def update_progress(folder: Path, progress: Progress, *, best: bool) -> None:
+    """Store the progress after an evaluation in ``folder/last``; with ``best`` point ``folder/best`` at it first.
 
-    Raises CheckpointError when the disk refuses.
+    The link moves first: what dies in between is evaluated again, and moves it again. Raises CheckpointError when
+    the disk refuses.
     """
+    checkpoint = (folder / LAST).resolve()
+    meta = read_meta(checkpoint / META_FILE)
     try:
-        content = json.loads((checkpoint / META_FILE).read_text())
-        _write_json(checkpoint / META_FILE, {**content, "progress": asdict(progress)})
         if best:
-            _link(checkpoint.parent, BEST, checkpoint)
+            _link(folder, BEST, checkpoint)
+        _write_meta(checkpoint / META_FILE, {**meta, "progress": asdict(progress)})
     except OSError as error:
-        raise CheckpointError(f"cannot update the checkpoint {checkpoint} ({_reason(error)}).") from error
-    _remove_unlinked(checkpoint.parent)
+        raise CheckpointError(
+            f"cannot update the checkpoint {checkpoint} ({_reason(error)}); it is as before. "
+            "Free some space, then continue with --resume."
+        ) from error
+    _remove_unlinked(folder)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -130,16 +140,33 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def load_checkpoint(path: Path, *, with_optimizer: bool) -> Checkpoint:
     """Read a checkpoint folder and verify its checksums. Raises CheckpointError naming the file that is bad."""
-    try:
-        meta = json.loads((path / META_FILE).read_text())
-        wanted = [MODEL_FILE, *([OPTIMIZER_FILE] if with_optimizer else [])]
-        for file in wanted:
-            if _checksum(path / file) != meta["sha256"][file]:
-                raise CheckpointError(f"{path / file} is damaged: its content does not match its checksum.")
-        tensors = [load_file(path / file) for file in wanted]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot read the checkpoint {path}: {_reason(error)}") from error
+    meta = read_meta(path / META_FILE)
+    wanted = [MODEL_FILE, *([OPTIMIZER_FILE] if with_optimizer else [])]
+    tensors = [_read_tensors(path / file, meta["sha256"][file]) for file in wanted]
     return Checkpoint(path, tensors[0], tensors[1] if with_optimizer else {}, meta)
+
+
+def _read_tensors(file: Path, checksum: str) -> dict[str, Tensor]:
+    try:
+        if _checksum(file) != checksum:
+            raise CheckpointError(f"{file} is damaged: {_DAMAGED}")
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {file} ({_reason(error)}): {_OTHER}") from error
+
+
+def read_meta(file: Path) -> dict[str, Any]:
+    """The content of a meta.json, its own checksum verified and left out."""
+    try:
+        meta: dict[str, Any] = json.loads(file.read_bytes())
+        intact = meta.pop(_OWN_CHECKSUM) == _json_checksum(meta)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file} ({_reason(error)}): {_OTHER}") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: {_DAMAGED}") from error
+    if not intact:
+        raise CheckpointError(f"{file} is damaged: {_DAMAGED}")
+    return meta
 
 
 def load_model_state(model: nn.Module, checkpoint: Checkpoint, *, remake_class_heads: bool = False) -> int:
@@ -157,9 +184,9 @@ def load_model_state(model: nn.Module, checkpoint: Checkpoint, *, remake_class_h
     problems = [f"{key} is missing" for key in own if key not in state]
     problems += [f"{key} is not part of this model" for key in state if key not in own]
     problems += [
-        f"{key} is {list(value.shape)}, the model needs {list(own[key].shape)}"
-        for key, value in state.items()
-        if key in own and own[key].shape != value.shape
+        f"{key} is {list(state[key].shape)}, the model needs {list(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
     ]
     if problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
@@ -183,7 +210,8 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, che
         state = optimizer.state[parameter]
         for field, value in saved[name].items():
             if value.dim() == 0:
-                state[field] = value.to(parameter.device)
+                # a copy: a view into the mapped file would keep its disk space after its removal
+                state[field] = value.to(parameter.device, copy=True)
             elif value.shape == parameter.shape:
                 # fused AdamW walks memory in order: the moments need the parameter's own strides
                 state[field] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
@@ -210,16 +238,28 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
+def _free_place(target: Path) -> Path:
+    """The path itself, or with a number behind it: what a link names is never removed to make room."""
+    place, number = target, 2
+    while place.exists():
+        place, number = target.with_name(f"{target.name}-{number}"), number + 1
+    return place
+
+
+def _write_meta(file: Path, meta: Mapping[str, object]) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps({**meta, _OWN_CHECKSUM: _json_checksum(meta)}, indent=1))
+    _sync(temporary)
+    os.replace(temporary, file)
+
+
+def _json_checksum(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _checksum(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_json(file: Path, content: Mapping[str, object]) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    _sync(temporary)
-    os.replace(temporary, file)
 
 
 def _sync(path: Path) -> None:
@@ -241,8 +281,10 @@ def _link(folder: Path, name: str, target: Path) -> None:
 def _remove_unlinked(folder: Path) -> None:
     keep = {(folder / link).resolve() for link in (LAST, BEST)}
     for entry in folder.iterdir():
-        stale = entry.name.startswith((".epoch-", "epoch-"))
-        if stale and not entry.is_symlink() and entry.resolve() not in keep:
+        if entry.is_symlink():
+            if entry.name.startswith("."):
+                entry.unlink(missing_ok=True)
+        elif entry.name.startswith((".epoch-", "epoch-")) and entry.resolve() not in keep:
             shutil.rmtree(entry, ignore_errors=True)
 
 

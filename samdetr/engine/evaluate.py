@@ -15,11 +15,12 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from samdetr.data.checks import check_data, raise_for_errors
-from samdetr.data.datasets import CocoData
+from samdetr.data.datasets import CocoData, make_categories
 from samdetr.data.loader import EvalLoader, build_eval_loader
-from samdetr.data.splits import build_dataset, load_splits, read_split
+from samdetr.data.splits import build_dataset, read_split
 from samdetr.engine.log import STAT_NAMES, print_evaluation, print_findings, print_per_class
 from samdetr.engine.setup import choose_device, load_trained
+from samdetr.errors import RecipeError
 from samdetr.loss.boxes import cxcywh_to_xyxy
 from samdetr.models import build_model
 from samdetr.models.official import load_official, read_official
@@ -68,25 +69,25 @@ def detect(
     *,
     device: torch.device,
     top_k: int,
-    after_batch: Callable[[], None] | None = None,
+    after_batch: Callable[[int], None] | None = None,
 ) -> list[CocoDetection]:
     """Run the model in evaluation mode over all images; logits without a category are left out.
 
-    ``after_batch`` is called between batches and may raise to stop.
+    ``after_batch`` is called with the number of batches done and may raise to stop.
     """
     names = categories.by_index()
     results: list[CocoDetection] = []
     was_training = model.training
     model.eval()
     try:
-        for batch in loader:
+        for done, batch in enumerate(loader, start=1):
             moved = batch.to(device)
             outputs = model(moved.images, moved.image_sizes)
             found = best_detections(outputs, batch.original_sizes.to(device), top_k)
             for row, image_id in enumerate(batch.image_ids.tolist()):
                 results += coco_detections(Detections(*(part[row : row + 1].cpu() for part in found)), image_id, names)
             if after_batch:
-                after_batch()
+                after_batch(done)
     finally:
         model.train(was_training)
     return results
@@ -112,9 +113,12 @@ def coco_evaluate(data: CocoData, results: list[CocoDetection]) -> Evaluation:
         truth = COCO()
         truth.dataset = _coco_dataset(data)
         truth.createIndex()
-        if not results:
-            return Evaluation(dict.fromkeys(STAT_NAMES, 0.0), dict.fromkeys(data.category_names, 0.0))
-        found = truth.loadRes([{**one._asdict(), "bbox": list(one.bbox)} for one in results])
+        if results:
+            found = truth.loadRes([{**one._asdict(), "bbox": list(one.bbox)} for one in results])
+        else:  # which loadRes cannot take
+            found = COCO()
+            found.dataset = {**truth.dataset, "annotations": []}
+            found.createIndex()
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -164,29 +168,33 @@ def _coco_dataset(data: CocoData) -> dict[str, object]:
 
 
 def evaluate_checkpoint(path: str, *, overrides: list[str]) -> None:
-    """Evaluate a run or checkpoint on the val split of its recipe, changed by ``overrides``, and print tables."""
-    model, recipe, categories = load_trained(path)
-    if overrides:
-        recipe = override_recipe(recipe, overrides)
-    _evaluate_and_print(model, recipe, categories, title=path)
+    """Evaluate a run or checkpoint on the val split of its recipe, changed by ``overrides``, and print tables.
+
+    Raises RecipeError when the overrides are wrong or change the model.
+    """
+    trained = load_trained(path)
+    recipe = override_recipe(trained.recipe, overrides) if overrides else trained.recipe
+    if recipe.model != trained.recipe.model:
+        raise RecipeError(f"--set model...: the model of {trained.path} is as it was trained and cannot be changed")
+    data = read_split(recipe.data, "val")
+    _evaluate_and_print(trained.model, recipe, data, trained.categories, title=f"{trained.path}")
 
 
 def evaluate_official(path: str, recipe: Recipe) -> None:
     """Evaluate a published checkpoint with a recipe's model and val split, and print tables."""
-    splits = load_splits(recipe.data, num_queries=recipe.model.num_queries, num_classes=recipe.model.num_classes)
+    data = read_split(recipe.data, "val")
+    categories = make_categories(data, recipe.data.class_index, recipe.model.num_classes)
     model = build_model(recipe.model)
     load_official(model, read_official(path))
-    _evaluate_and_print(model, recipe, splits.categories, title=path)
+    _evaluate_and_print(model, recipe, data, categories, title=path)
 
 
-def _evaluate_and_print(model: SAMDETR, recipe: Recipe, categories: Categories, *, title: str) -> None:
+def _evaluate_and_print(model: SAMDETR, recipe: Recipe, raw: CocoData, categories: Categories, *, title: str) -> None:
+    """raw: the val split, unchecked."""
     console = Console()
     device = choose_device(recipe.run.device)
     data, report = check_data(
-        read_split(recipe.data, "val"),
-        num_queries=recipe.model.num_queries,
-        on_bad=recipe.data.on_bad,
-        against=categories.ids,
+        raw, num_queries=recipe.model.num_queries, on_bad=recipe.data.on_bad, against=categories.ids
     )
     print_findings(console, report.rows())
     raise_for_errors([report])
@@ -195,7 +203,7 @@ def _evaluate_and_print(model: SAMDETR, recipe: Recipe, categories: Categories, 
         dataset, batch=recipe.eval.batch, workers=recipe.data.workers, pin_memory=device.type == "cuda"
     )
     model.to(device)
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=len(loader))
         results = detect(
             model,
@@ -203,7 +211,7 @@ def _evaluate_and_print(model: SAMDETR, recipe: Recipe, categories: Categories, 
             categories,
             device=device,
             top_k=recipe.eval.top_k,
-            after_batch=lambda: bar.advance(task),
+            after_batch=lambda done: bar.update(task, completed=done),
         )
     loader.close()
     evaluation = coco_evaluate(data, results)

@@ -8,15 +8,20 @@ import resource
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
+from samdetr.engine.checkpoint import Progress
 from samdetr.engine.run_folder import METRICS_FILE
+from samdetr.errors import SamdetrError
 
 STEP_VALUES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "grad_norm")
 STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -58,89 +63,98 @@ class Meter:
 class RunLog:
     """Progress of a run on the terminal (or plain lines where there is none), and metrics.jsonl in its folder."""
 
-    def __init__(self, folder: Path, *, steps: int, done: int, evaluations: int, console: Console) -> None:
+    def __init__(
+        self, folder: Path, *, epochs: int, steps: int, evaluations: int, progress: Progress, console: Console
+    ) -> None:
+        """epochs, steps: of the whole run. evaluations: those to come. progress: where the run begins or goes on."""
         self.folder, self.console = folder, console
-        self.steps, self.done, self.evaluations = steps, done, evaluations
+        self.epochs, self.steps, self.evaluations = epochs, steps, evaluations
+        self.done = progress.step
         self.step_seconds = self.data_seconds = self.evaluation_seconds = 0.0
-        self.timed_steps = self.images = 0
-        self._mean_step = 0.0
-        self._metrics: TextIO | None = None
-        self._bar = Progress(
+        self.images = 0
+        self._begun_at = progress
+        self._timed_steps = 0
+        self._mean_step = self._mean_wait = 0.0
+        self._losses = self._speeds = ""
+        self._bar = Bar(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-            disable=not console.is_terminal,
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f} %  step {task.completed}/{task.total}  ETA {task.fields[eta]}"),
+            expand=True,
         )
-        self._task = self._bar.add_task("starting", total=steps, completed=done, status="")
+        self._task = self._bar.add_task("starting", total=steps, completed=self.done, eta="-")
+        self._live = Live(console=console, get_renderable=self._picture, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> RunLog:
-        _drop_later_lines(self.folder / METRICS_FILE, self.done)
-        self._metrics = (self.folder / METRICS_FILE).open("a")
-        self._bar.start()
+        _drop_later_lines(self.folder / METRICS_FILE, self._begun_at)
+        if self.console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-        if self._metrics:
-            self._metrics.close()
+        self._live.stop()
 
     def write(self, kind: str, **values: object) -> None:
-        """Append a line to metrics.jsonl; numbers that JSON lacks become null."""
-        assert self._metrics is not None, "RunLog is used outside its with block"
+        """Append a line to metrics.jsonl; numbers that JSON lacks become null. Raises SamdetrError."""
         line = {"kind": kind, **{key: _plain(value) for key, value in values.items()}}
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        file = self.folder / METRICS_FILE
+        try:
+            with file.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise SamdetrError(
+                f"cannot write {file} ({error.strerror}): free some space, then continue with --resume."
+            ) from error
 
     def step(self, epoch: int, *, seconds: float, waited: float, images: int) -> None:
         """Count one optimizer step that took ``seconds``, of which ``waited`` waiting for data."""
         self.done += 1
-        self.timed_steps += 1
         self.step_seconds += seconds
         self.data_seconds += waited
         self.images += images
-        self._mean_step = seconds if not self._mean_step else 0.98 * self._mean_step + 0.02 * seconds
-        self._bar.update(self._task, completed=self.done, description=f"epoch {epoch + 1}")
+        self._timed_steps += 1
+        # a moving mean that forgets the first step, which waits for the loader to start
+        weight = max(0.02, 1 / max(1, self._timed_steps - 1))
+        self._mean_step += weight * (seconds - self._mean_step)
+        self._mean_wait += weight * (waited - self._mean_wait)
+        self._speeds = _speeds(images, self._mean_step, self._mean_wait)
+        self._bar.update(self._task, completed=self.done, description=self._name(epoch), eta=self.eta())
 
     def interval(self, epoch: int, means: Mapping[str, float], lr: float) -> None:
         """Report the steps since the last call: one line in metrics.jsonl, and on the terminal."""
-        speed = self.images / max(self.step_seconds, 1e-9)
-        waiting = self.data_seconds / max(self.step_seconds, 1e-9)
-        memory = memory_mb()
         self.write(
             "train",
             epoch=epoch,
             step=self.done,
             **means,
             lr=lr,
-            images_per_s=speed,
-            data_wait=waiting,
-            memory_mb=memory,
+            images_per_s=self.images / max(self.step_seconds, 1e-9),
+            data_wait=self.data_seconds / max(self.step_seconds, 1e-9),
+            memory_mb=memory_mb(),
         )
-        status = (
-            f"loss {means['loss']:.3f}  lr {lr:.1e}  {speed:.1f} img/s  "
-            f"data {waiting:.0%}  {memory / 1024:.1f} GB  ETA {self.eta()}"
-        )
-        self._bar.update(self._task, status=status)
+        self._losses = f"loss {means['loss']:.3f}  lr {lr:.1e}"
         if not self.console.is_terminal:
-            self.console.print(f"epoch {epoch + 1}  step {self.done}/{self.steps}  {status}")
+            speeds = _speeds(self.images, self.step_seconds, self.data_seconds)
+            self.note(f"{self._name(epoch)}  step {self.done}/{self.steps}  {self._losses}  {speeds}  ETA {self.eta()}")
         self.step_seconds = self.data_seconds = 0.0
         self.images = 0
 
     def eta(self) -> str:
-        """Time to the end of the run, evaluations included."""
-        seconds = self._mean_step * (self.steps - self.done) + self.evaluation_seconds * self.evaluations
-        return duration(seconds)
+        """Time to the end of the run, evaluations included as soon as one has been timed."""
+        steps = self.steps - self.done
+        return duration(self._mean_step * steps + self.evaluation_seconds * self.evaluations)
 
-    def epoch(self, epoch: int, epochs: int, means: Mapping[str, float]) -> None:
+    def epoch(self, epoch: int, means: Mapping[str, float]) -> None:
         """The permanent line of a finished epoch."""
         self.write("epoch", epoch=epoch, step=self.done, **means)
-        self.console.print(
-            f"epoch {epoch + 1}/{epochs}  loss {means['loss']:.3f}  class {means['loss_ce']:.3f}  "
-            f"L1 {means['loss_bbox']:.3f}  GIoU {means['loss_giou']:.3f}  "
-            f"class error {means['class_error']:.1f} %  grad norm {means['grad_norm']:.2f}  ETA {self.eta()}"
+        self.note(
+            f"{self._name(epoch)}  loss {means['loss']:.3f}  class {means['loss_ce']:.3f}  "
+            f"L1 {means['loss_bbox']:.3f}  GIoU {means['loss_giou']:.3f}  ETA {self.eta()}"
         )
+
+    def evaluating(self, epoch: int, done: int, batches: int) -> None:
+        """Show that ``done`` batches have been evaluated."""
+        self._bar.update(self._task, description=f"{self._name(epoch)} evaluation {done}/{batches}")
 
     def evaluation(
         self,
@@ -155,18 +169,27 @@ class RunLog:
         self.evaluations -= 1
         self.evaluation_seconds = seconds
         self.write("eval", epoch=epoch, step=self.done, **stats, per_class=dict(per_class), seconds=seconds)
-        print_evaluation(self.console, stats, f"epoch {epoch + 1}" + (" (best so far)" if best else ""))
+        title = f"{self._name(epoch)}  AP {_number(stats['AP'])}" + (" (best so far)" if best else "")
+        print_evaluation(self.console, stats, f"{title}, evaluated in {duration(seconds)}")
 
     def note(self, text: str) -> None:
         """A line that stays above the progress bar."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _name(self, epoch: int) -> str:
+        return f"epoch {epoch + 1}/{self.epochs}"
+
+    def _picture(self) -> Group:
+        status = "  ".join(text for text in (self._losses, self._speeds) if text)
+        return Group(self._bar, Text(status, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
 def print_evaluation(console: Console, stats: Mapping[str, float], title: str) -> None:
-    """The twelve COCO numbers as a table."""
-    table = Table(title=title, title_justify="left")
+    """The twelve COCO numbers under each other's names: 72 columns, which fit any terminal."""
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in STAT_NAMES:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=5)
     table.add_row(*(_number(stats[name]) for name in STAT_NAMES))
     console.print(table)
 
@@ -176,16 +199,17 @@ def print_per_class(console: Console, per_class: Mapping[str, float]) -> None:
     table = Table("class", title="AP per class", title_justify="left")
     table.add_column("AP", justify="right")
     for name, value in per_class.items():
-        table.add_row(name, _number(value))
+        table.add_row(Text(name), _number(value))
     console.print(table)
 
 
 def print_findings(console: Console, rows: Sequence[tuple[str, str, str, str, str]]) -> None:
-    """What the checks of the data set found; nothing where they found nothing."""
+    """What the checks of the data set dropped or noted; errors among the rows are left to their own message."""
+    rows = [row for row in rows if row[1] != "error"]
     if rows:
         table = Table("split", "severity", "count", "finding", "examples", title="data checks", title_justify="left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         console.print(table)
 
 
@@ -215,21 +239,39 @@ class Stopwatch:
         return elapsed
 
 
-def _drop_later_lines(file: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint that a run continues from (its steps are taken again)."""
+def _drop_later_lines(file: Path, progress: Progress) -> None:
+    """Forget what was logged after the checkpoint that a run continues from: it is done, and logged, again.
+
+    Raises SamdetrError when the file cannot be read or written.
+    """
     if not file.is_file():
         return
     kept = []
-    for line in file.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # the torn last line of a killed run
-        if entry["step"] <= step:
-            kept.append(line + "\n")
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(file)
+    try:
+        for line in file.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # the torn last line of a killed run
+            if _is_before(entry, progress):
+                kept.append(line + "\n")
+        temporary = file.with_name(f".{file.name}.tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(file)
+    except OSError as error:
+        raise SamdetrError(f"cannot rewrite {file} ({error.strerror}): free some space, then try again.") from error
+
+
+def _is_before(entry: Mapping[str, Any], progress: Progress) -> bool:
+    if entry["kind"] == "train":
+        return bool(entry["step"] <= progress.step)
+    finished = progress.epoch + (entry["kind"] == "epoch" and progress.evaluation_due)
+    return bool(entry["epoch"] < finished)
+
+
+def _speeds(images: int, seconds: float, waited: float) -> str:
+    seconds = max(seconds, 1e-9)
+    return f"{images / seconds:.1f} img/s  data {waited / seconds:.0%}  {memory_mb() / 1024:.1f} GB"
 
 
 def _plain(value: object) -> object:
@@ -239,4 +281,5 @@ def _plain(value: object) -> object:
 
 
 def _number(value: float) -> str:
+    """A COCO number, "-" where the data cannot define it."""
     return "-" if not math.isfinite(value) or value < 0 else f"{value:.3f}"

@@ -15,13 +15,16 @@ from samdetr.visualize.predictions import GridItem, prediction_grid
 if TYPE_CHECKING:
     from samdetr.data.datasets import CocoData
     from samdetr.engine.evaluate import CocoDetection
+    from samdetr.structures import Categories
 
 PICTURES = 12
 
 
-def draw_validation(path: Path, data: CocoData, results: list[CocoDetection], *, max_pixels: int) -> None:
+def draw_validation(
+    path: Path, data: CocoData, results: list[CocoDetection], categories: Categories, *, max_pixels: int
+) -> None:
     """Draw the first photos of a split with their detections and, dashed, their ground truth."""
-    names = dict(zip(data.category_ids, data.category_names, strict=True))
+    names = dict(zip(categories.ids, categories.names, strict=True))
     items = []
     for row, image_id in enumerate(data.image_ids[:PICTURES].tolist()):
         image = decode_image(

@@ -27,15 +27,16 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
     Raises SamdetrError when something cannot be read or written.
     """
     photos = find_photos(Path(source))
-    model, recipe, categories = load_trained(checkpoint)
-    device = choose_device(recipe.run.device)
+    model, recipe, categories, _ = load_trained(checkpoint)
+    device = choose_device("cpu" if recipe.run.device == "cpu" else "auto")  # "cuda" was the training machine's
     model.to(device).eval()
     transform = build_transform(recipe.augment, training=False)
     names = categories.by_index()
     by_id = dict(zip(categories.ids, categories.names, strict=True))
     folder = _writable_folder(output)
     console = Console()
-    images, annotations = [], []
+    images: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
     for number, photo in enumerate(photos, start=1):
         pixels = decode_image(photo, max_pixels=recipe.data.max_pixels)
         image, _, _ = transform(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
@@ -45,7 +46,9 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
         found = best_detections(outputs, original, recipe.eval.top_k)
         kept = [one for one in coco_detections(found, number, names) if one.score >= threshold]
         images.append({"id": number, "file_name": photo.name, "width": pixels.shape[2], "height": pixels.shape[1]})
-        annotations += [one._asdict() for one in kept]
+        for one in kept:
+            area = one.bbox[2] * one.bbox[3]
+            annotations.append({"id": len(annotations) + 1, **one._asdict(), "area": area, "iscrowd": 0})
         boxes = torch.tensor([one.bbox for one in kept]).reshape(-1, 4)
         corners = torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=-1)
         labels = [by_id[one.category_id] for one in kept]
@@ -53,11 +56,15 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
             folder / f"{photo.name}.png",
             draw_detections(pixels, corners, labels, [one.score for one in kept]),
         )
-        console.print(f"{photo}: {len(kept)} objects", markup=False, highlight=False)
+        objects = "1 object" if len(kept) == 1 else f"{len(kept)} objects"
+        console.print(f"{photo}: {objects}", markup=False, highlight=False, soft_wrap=True)
     category_rows = [{"id": number, "name": name} for number, name in by_id.items()]
     content = {"images": images, "categories": category_rows, "annotations": annotations}
-    (folder / "predictions.json").write_text(json.dumps(content, indent=1))
-    console.print(f"pictures and predictions.json are in {folder}", markup=False, highlight=False)
+    try:
+        (folder / "predictions.json").write_text(json.dumps(content, indent=1))
+    except OSError as error:
+        raise SamdetrError(f"cannot write {folder / 'predictions.json'} ({error.strerror}).") from error
+    console.print(f"pictures and predictions.json are in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 def find_photos(source: Path) -> list[Path]:

@@ -6,13 +6,14 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from samdetr.engine.checkpoint import LAST, META_FILE
+from samdetr.engine.checkpoint import LAST, META_FILE, read_meta
 from samdetr.errors import CheckpointError, RecipeError, SamdetrError
 from samdetr.recipe import dump_recipe, load_recipe
 
@@ -36,7 +37,7 @@ _PACKAGES = (
 )
 
 
-def new_run(recipe: Recipe, device: torch.device) -> Path:
+def new_run(recipe: Recipe, environment: Mapping[str, object]) -> Path:
     """Make the next free numbered folder, with the resolved recipe and the environment. Never reuses one.
 
     Raises SamdetrError when it cannot be written.
@@ -46,8 +47,7 @@ def new_run(recipe: Recipe, device: torch.device) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         folder = _next_folder(parent)
         (folder / RECIPE_FILE).write_text(dump_recipe(recipe))
-        environment = json.dumps(environment_of(recipe, device), indent=1)
-        (folder / ENVIRONMENT_FILE).write_text(environment)
+        (folder / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=1))
     except OSError as error:
         raise SamdetrError(
             f"cannot write the run folder {parent} ({error.strerror}): choose another run.folder."
@@ -79,6 +79,7 @@ def find_run(recipe: Recipe, resume: str) -> Path:
 def environment_of(recipe: Recipe, device: torch.device) -> dict[str, object]:
     """What a person needs to know to repeat a run: commit, versions, device, seed, command."""
     versions = {name: metadata.version(name) for name in _PACKAGES if _installed(name)}
+    versions["torch"] = str(torch.__version__)  # which also names its CUDA version
     return {
         "command": sys.argv,
         "commit": _commit(),
@@ -106,7 +107,7 @@ def _newest_unfinished(parent: Path) -> Path:
     entries = parent.iterdir() if parent.is_dir() else ()
     for entry in sorted((e for e in entries if e.name.isdigit()), key=lambda e: -int(e.name)):
         meta = entry / CHECKPOINTS / LAST / META_FILE
-        if meta.is_file() and not json.loads(meta.read_text())["progress"]["finished"]:
+        if meta.is_file() and not read_meta(meta)["progress"]["finished"]:
             return entry
     raise CheckpointError(f"--resume: there is no unfinished run with a checkpoint in {parent}.")
 

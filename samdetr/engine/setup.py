@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from pydantic import ValidationError
 
 from samdetr.engine.checkpoint import find_checkpoint, load_checkpoint, load_model_state
-from samdetr.errors import SamdetrError
+from samdetr.errors import CheckpointError, SamdetrError
 from samdetr.models import build_model
 from samdetr.models.backbone import load_backbone_weights
 from samdetr.models.official import load_official, read_official
@@ -16,6 +18,15 @@ from samdetr.structures import Categories
 
 if TYPE_CHECKING:
     from samdetr.models import SAMDETR
+
+
+class Trained(NamedTuple):
+    """A trained model as its checkpoint has it."""
+
+    model: SAMDETR  # on the CPU
+    recipe: Recipe
+    categories: Categories
+    path: Path  # the checkpoint folder
 
 
 def choose_device(name: str) -> torch.device:
@@ -51,13 +62,17 @@ def load_initial_weights(model: SAMDETR, recipe: Recipe) -> str:
     return sentence
 
 
-def load_trained(path: str) -> tuple[SAMDETR, Recipe, Categories]:
-    """The model of a run or checkpoint, on the CPU, with its recipe and class mapping.
-
-    Raises CheckpointError when it cannot be read.
-    """
+def load_trained(path: str) -> Trained:
+    """Read a run or checkpoint. Raises CheckpointError when it cannot be read."""
     checkpoint = load_checkpoint(find_checkpoint(path), with_optimizer=False)
-    recipe = Recipe.model_validate_json(str(checkpoint.meta["recipe"]))
+    try:
+        recipe = Recipe.model_validate_json(checkpoint.meta["recipe"])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CheckpointError(
+            f"the recipe in {checkpoint.path} is not one of this version of samdetr: "
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}."
+        ) from error
     model = build_model(recipe.model)
     load_model_state(model, checkpoint)
-    return model, recipe, Categories.from_json(checkpoint.meta["categories"])  # type: ignore[arg-type]
+    return Trained(model, recipe, Categories.from_json(checkpoint.meta["categories"]), checkpoint.path)

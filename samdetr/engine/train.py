@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -100,13 +100,18 @@ class Training:
     optimizer: torch.optim.AdamW
     train_loader: TrainLoader
     val_loader: EvalLoader
+    environment: Mapping[str, object]
     progress: Progress
+    epoch_meter: Meter  # of the epoch's steps so far
+    interval_meter: Meter  # of the steps since the last line of metrics.jsonl
     console: Console
     stop: StopSignal
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write the checkpoint ``last``."""
-        return save_checkpoint(
+        self.progress.epoch_sums = self.epoch_meter.to_json()
+        self.progress.interval_sums = self.interval_meter.to_json()
+        save_checkpoint(
             self.folder / CHECKPOINTS,
             model=self.model,
             optimizer=self.optimizer,
@@ -114,13 +119,12 @@ class Training:
             meta={
                 "recipe": self.recipe.model_dump_json(),
                 "categories": self.splits.categories.to_json(),
-                "environment": environment_of(self.recipe, self.device),
+                "environment": self.environment,
             },
         )
 
-    def save_and_leave(self) -> None:
-        """Answer a signal: save, say how to continue, and end."""
-        self.save()
+    def leave(self) -> None:
+        """Answer a signal, once everything is saved: say how to continue, and end."""
         self.console.print(
             f"stopped after step {self.progress.step}; continue with --resume {self.folder}",
             markup=False,
@@ -138,30 +142,34 @@ def train(recipe: Recipe, *, resume: str | None = None) -> Path:
     Raises SamdetrError for a problem of the recipe, the data, the disk or the numbers; KeyboardInterrupt or
     SystemExit(143) after a signal, once the checkpoint is written.
     """
-    console = Console()
-    with StopSignal() as stop:
-        training = build_training(recipe, resume=resume, console=console, stop=stop)
-        progress, epochs = training.progress, recipe.train.epochs
-        steps = training.train_loader.steps_per_epoch
-        with RunLog(
-            training.folder,
-            steps=steps * epochs,
-            done=progress.step,
-            evaluations=sum(is_evaluated(recipe, epoch) for epoch in range(progress.epoch, epochs)),
-            console=console,
-        ) as log:
+    training = build_training(recipe, resume=resume, console=Console())
+    progress, epochs = training.progress, recipe.train.epochs
+    log = RunLog(
+        training.folder,
+        epochs=epochs,
+        steps=training.train_loader.steps_per_epoch * epochs,
+        evaluations=sum(is_evaluated(recipe, epoch) for epoch in range(progress.epoch, epochs)),
+        progress=progress,
+        console=training.console,
+    )
+    try:
+        with training.stop, log:
             while progress.epoch < epochs:
+                if training.stop:
+                    training.leave()
                 if not progress.evaluation_due:
                     train_epoch(training, log)
-                checkpoint = training.save()
+                    training.save()
                 best = is_evaluated(recipe, progress.epoch) and evaluate_epoch(training, log)
                 progress.epoch, progress.step_in_epoch, progress.evaluation_due = progress.epoch + 1, 0, False
                 progress.finished = progress.epoch == epochs
-                update_progress(checkpoint, progress, best=best)
+                update_progress(training.folder / CHECKPOINTS, progress, best=best)
                 plot_curves(training.folder / METRICS_FILE, training.folder / "curves.png")
-            log.note(f"finished: best AP {progress.best_ap:.3f}; everything is in {training.folder}")
+    finally:
         training.train_loader.close()
         training.val_loader.close()
+    found = f"best AP {progress.best_ap:.3f} in epoch {progress.best_epoch + 1}; " if progress.best_epoch >= 0 else ""
+    log.note(f"finished: {found}everything is in {training.folder}")
     return training.folder
 
 
@@ -169,7 +177,6 @@ def train_epoch(training: Training, log: RunLog) -> None:
     """Take the epoch's remaining steps."""
     recipe, progress, epoch = training.recipe, training.progress, training.progress.epoch
     training.model.train()
-    epoch_meter, interval = Meter.from_json(progress.epoch_sums), Meter()
     batches = training.train_loader.epoch(epoch, progress.step_in_epoch)
     total, data = Stopwatch(), Stopwatch()
     for batch in batches:
@@ -189,32 +196,33 @@ def train_epoch(training: Training, log: RunLog) -> None:
         except NonFiniteError as error:
             images = ", ".join(str(number) for micro in batch for number in micro.image_ids.tolist())
             raise NonFiniteError(
-                f"{error} at step {progress.step + 1} (epoch {epoch + 1}, image ids {images}); the model was not "
-                f"changed by this step. Lower optim.lr or look at these images; the last checkpoint is in {log.folder}."
+                f"{error} at step {progress.step + 1} (epoch {epoch + 1}, image ids {images}); no parameter was "
+                f"changed by this step. Lower optim.lr or look at these images; what was saved is in {log.folder}."
             ) from error
         progress.step += 1
         progress.step_in_epoch += 1
-        for meter in (epoch_meter, interval):
+        for meter in (training.epoch_meter, training.interval_meter):
             meter.add(result.values)
         log.step(epoch, seconds=total.lap(), waited=waited, images=recipe.train.total_batch)
         if progress.step % recipe.train.log_every == 0:
-            log.interval(epoch, interval.means(), recipe.optim.lr * factor)
-            interval = Meter()
+            log.interval(epoch, training.interval_meter.means(), recipe.optim.lr * factor)
+            training.interval_meter = Meter()
         if training.stop:
-            progress.epoch_sums = epoch_meter.to_json()
-            training.save_and_leave()
+            training.save()
+            training.leave()
         data.lap()
-    progress.evaluation_due, progress.epoch_sums = True, None
-    log.epoch(epoch, recipe.train.epochs, epoch_meter.means())
+    log.epoch(epoch, training.epoch_meter.means())
+    progress.evaluation_due, training.epoch_meter = True, Meter()
 
 
 def evaluate_epoch(training: Training, log: RunLog) -> bool:
     """Evaluate, report and draw; True if this is the best AP so far."""
     recipe, progress = training.recipe, training.progress
 
-    def stop_if_asked() -> None:
+    def after_batch(done: int) -> None:
+        log.evaluating(progress.epoch, done, len(training.val_loader))
         if training.stop:
-            training.save_and_leave()
+            training.leave()  # the epoch's steps are saved; its evaluation is done when the run continues
 
     watch = Stopwatch()
     results = detect(
@@ -223,7 +231,7 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
         training.splits.categories,
         device=training.device,
         top_k=recipe.eval.top_k,
-        after_batch=stop_if_asked,
+        after_batch=after_batch,
     )
     evaluation = coco_evaluate(training.splits.val, results)
     ap = evaluation.stats["AP"]
@@ -235,12 +243,13 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
         training.folder / "val_predictions.png",
         training.splits.val,
         results,
+        training.splits.categories,
         max_pixels=recipe.data.max_pixels,
     )
     return best
 
 
-def build_training(recipe: Recipe, *, resume: str | None, console: Console, stop: StopSignal) -> Training:
+def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> Training:
     """Everything from the recipe, in order; nothing is written before the data has passed its checks."""
     device = choose_device(recipe.run.device)
     folder = None if resume is None else find_run(recipe, resume)
@@ -255,23 +264,23 @@ def build_training(recipe: Recipe, *, resume: str | None, console: Console, stop
     torch.manual_seed(recipe.run.seed)
     model = build_model(recipe.model)
     train_loader, val_loader = build_loaders(recipe, splits, device)
-    progress = Progress()
+    progress, environment = Progress(), environment_of(recipe, device)
     if folder is None:
         note = load_initial_weights(model, recipe)
         model.to(device)
         optimizer = build_optimizer(model, recipe.optim)
-        folder = new_run(recipe, device)
+        folder = new_run(recipe, environment)
     else:
         checkpoint = load_checkpoint((folder / CHECKPOINTS / LAST).resolve(), with_optimizer=True)
         load_model_state(model, checkpoint)
         model.to(device)
         optimizer = build_optimizer(model, recipe.optim)
         load_optimizer_state(model, optimizer, checkpoint)
-        progress = checkpoint.progress
+        progress = replace(checkpoint.progress, finished=False)
         note = f"continuing after step {progress.step}"
     count = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"model: {count:,} parameters on {device}; {note}", highlight=False)
-    console.print(f"run: {folder}", markup=False, highlight=False)
+    for line in (f"model: {count:,} parameters on {device}; {note}", f"run: {folder}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return Training(
         recipe=recipe,
         device=device,
@@ -282,9 +291,12 @@ def build_training(recipe: Recipe, *, resume: str | None, console: Console, stop
         optimizer=optimizer,
         train_loader=train_loader,
         val_loader=val_loader,
+        environment=environment,
         progress=progress,
+        epoch_meter=Meter.from_json(progress.epoch_sums),
+        interval_meter=Meter.from_json(progress.interval_sums),
         console=console,
-        stop=stop,
+        stop=StopSignal(),
     )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Block = type[BasicBlock] | type[Bottleneck]
 DEPTHS: dict[str, tuple[Block, tuple[int, int, int, int]]] = {
+    "resnet10": (BasicBlock, (1, 1, 1, 1)),
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
