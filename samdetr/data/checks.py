@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +32,8 @@ MEANINGS = {
     "image_unknown": "no such image in the file",
     "category_unknown": "no such category in the file",
     "category_not_in_train": "the training split lacks this category",
+    "category_renamed": "the training split has another name for this category id",
+    "no_objects": "the split has no objects",
     "box_not_finite": "a number of the box is NaN or infinite",
     "box_degenerate": "the box has no area inside the image",
     "box_negative": "the box begins more than 1 pixel left of or above the image",
@@ -41,9 +43,6 @@ MEANINGS = {
 }
 BOX_LEVEL = frozenset(
     {
-        "image_unknown",
-        "category_unknown",
-        "category_not_in_train",
         "box_not_finite",
         "box_degenerate",
         "box_negative",
@@ -87,12 +86,12 @@ class CheckReport:
 
 
 def check_data(
-    data: CocoData, *, num_queries: int, on_bad: Literal["error", "drop"], against: tuple[int, ...] | None
+    data: CocoData, *, num_queries: int, on_bad: Literal["error", "drop"], against: Mapping[int, str] | None
 ) -> tuple[CocoData, CheckReport]:
     """Check a split; with ``on_bad = "drop"`` the returned data lacks annotations with box-level findings.
 
-    ``against`` holds the category ids of the training split when a validation split is checked. The number of
-    objects is held against ``num_queries`` in the training split only. Nothing is raised for bad data.
+    ``against`` maps the category ids of the training split to their names when a validation split is checked. The
+    number of objects is held against ``num_queries`` in the training split only. Nothing is raised for bad data.
     """
     masks = {**_reference_masks(data, against), **_box_masks(data)}
     findings = _image_findings(data)
@@ -105,6 +104,9 @@ def check_data(
     if on_bad == "drop":
         bad = np.logical_or.reduce([mask for kind, mask in masks.items() if kind in BOX_LEVEL])
         data = _keep(data, ~bad)
+    if not (~data.ann_crowd).any():
+        findings.append(Finding("no_objects", "error", 1, (str(data.annotation_file),)))
+    findings += _renamed_categories(data, against or {})
     if data.split == "train":
         findings.append(_crowded_images(data, num_queries))
     return data, CheckReport(data.split, tuple(finding for finding in findings if finding.count))
@@ -132,7 +134,7 @@ def raise_for_errors(reports: Sequence[CheckReport]) -> None:
     raise DataError("\n".join(lines))
 
 
-def _reference_masks(data: CocoData, against: tuple[int, ...] | None) -> dict[str, _Mask]:
+def _reference_masks(data: CocoData, against: Mapping[int, str] | None) -> dict[str, _Mask]:
     """Annotations whose ids are repeated or point nowhere."""
     repeated = np.ones(len(data.ann_ids), dtype=np.bool_)
     repeated[np.unique(data.ann_ids, return_index=True)[1]] = False
@@ -143,8 +145,18 @@ def _reference_masks(data: CocoData, against: tuple[int, ...] | None) -> dict[st
         "category_unknown": unknown,
     }
     if against is not None:
-        masks["category_not_in_train"] = ~unknown & (positions(against, data.ann_category) < 0)
+        masks["category_not_in_train"] = ~unknown & (positions(sorted(against), data.ann_category) < 0)
     return masks
+
+
+def _renamed_categories(data: CocoData, against: Mapping[int, str]) -> list[Finding]:
+    """Categories with an id of the training split and another name."""
+    renamed = [
+        f"category id {number} of '{data.annotation_file.name}': {name!r}, in the training split {against[number]!r}"
+        for number, name in zip(data.category_ids, data.category_names, strict=True)
+        if against.get(number, name) != name
+    ]
+    return [Finding("category_renamed", "error", len(renamed), tuple(renamed[:_EXAMPLES]))]
 
 
 def _box_masks(data: CocoData) -> dict[str, _Mask]:

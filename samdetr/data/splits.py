@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,13 @@ class Splits:
     categories: Categories
     reports: tuple[CheckReport, CheckReport]
 
+    def fingerprint(self) -> str:
+        """A hash of the classes, and of the training split's images and boxes: the data a run may continue on."""
+        content = hashlib.sha256(repr(self.categories).encode())
+        for column in (self.train.image_ids, self.train.ann_image, self.train.ann_category, self.train.ann_boxes):
+            content.update(column.tobytes())
+        return content.hexdigest()
+
 
 def load_splits(section: DataSection, *, num_queries: int, num_classes: int) -> Splits:
     """Read and check the train and val split, generating the shapes data set on first use.
@@ -38,7 +46,10 @@ def load_splits(section: DataSection, *, num_queries: int, num_classes: int) -> 
     categories = make_categories(train, section.class_index, num_classes)
     checked_train, train_report = check_data(train, num_queries=num_queries, on_bad=section.on_bad, against=None)
     checked_val, val_report = check_data(
-        val, num_queries=num_queries, on_bad=section.on_bad, against=train.category_ids
+        val,
+        num_queries=num_queries,
+        on_bad=section.on_bad,
+        against=dict(zip(train.category_ids, train.category_names, strict=True)),
     )
     return Splits(checked_train, checked_val, categories, (train_report, val_report))
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from samdetr.errors import CheckpointError
+from samdetr.models.state import differences, first_of
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
 LAST, BEST = "last", "best"
@@ -181,17 +182,10 @@ def load_model_state(model: nn.Module, checkpoint: Checkpoint, *, remake_class_h
             if state[key].shape[0] != own[key].shape[0]:
                 remade = state[key].shape[0]
                 state[key] = own[key]
-    problems = [f"{key} is missing" for key in own if key not in state]
-    problems += [f"{key} is not part of this model" for key in state if key not in own]
-    problems += [
-        f"{key} is {list(state[key].shape)}, the model needs {list(value.shape)}"
-        for key, value in own.items()
-        if key in state and state[key].shape != value.shape
-    ]
+    problems = differences(own, state)
     if problems:
-        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
         raise CheckpointError(
-            f"the checkpoint {checkpoint.path} is of another architecture: {problems[0]}{more}. "
+            f"the checkpoint {checkpoint.path} is of another architecture: {first_of(problems)}. "
             "Use the recipe it was trained with."
         )
     model.load_state_dict(state)
@@ -276,6 +270,15 @@ def _link(folder: Path, name: str, target: Path) -> None:
     temporary.symlink_to(target.name)
     os.replace(temporary, folder / name)
     _sync(folder)
+
+
+def restore_links(folder: Path) -> None:
+    """Make links of ``last`` and ``best`` again where copying a run has made folders of them."""
+    for name in (LAST, BEST):
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            copy = _free_place(folder / f"epoch-{name}")
+            (folder / name).rename(copy)
+            _link(folder, name, copy)
 
 
 def _remove_unlinked(folder: Path) -> None:

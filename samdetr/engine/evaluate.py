@@ -194,7 +194,10 @@ def _evaluate_and_print(model: SAMDETR, recipe: Recipe, raw: CocoData, categorie
     console = Console()
     device = choose_device(recipe.run.device)
     data, report = check_data(
-        raw, num_queries=recipe.model.num_queries, on_bad=recipe.data.on_bad, against=categories.ids
+        raw,
+        num_queries=recipe.model.num_queries,
+        on_bad=recipe.data.on_bad,
+        against=dict(zip(categories.ids, categories.names, strict=True)),
     )
     print_findings(console, report.rows())
     raise_for_errors([report])

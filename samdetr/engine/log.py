@@ -36,7 +36,7 @@ class Meter:
 
     def add(self, values: Tensor) -> None:
         """values: [len(STEP_VALUES)] float."""
-        self.sum = values.double() if self.sum is None else self.sum + values
+        self.sum = values.double() if self.sum is None else self.sum.to(values.device) + values
         self.count += 1
 
     def means(self) -> dict[str, float]:
@@ -220,8 +220,8 @@ def duration(seconds: float) -> str:
 
 
 def memory_mb() -> float:
-    """Peak memory of the GPU in use, or of this process, MiB."""
-    if torch.cuda.is_available():
+    """Peak memory of the GPU if one is in use, else of this process, MiB."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from samdetr.data.decode import decode_image
 from samdetr.data.transforms import build_transform
-from samdetr.engine.evaluate import best_detections, coco_detections
+from samdetr.engine.evaluate import CocoDetection, best_detections, coco_detections
 from samdetr.engine.setup import choose_device, load_trained
 from samdetr.errors import DataError, SamdetrError
 from samdetr.visualize.predictions import draw_detections, save_png
 
+RESULTS_FILE = "predictions.json"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -24,7 +26,8 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
 
     source: a photo or a folder of photos. threshold: lowest score kept. The JSON has the images with the ids that
     its annotations name, the categories, and for every detection bbox (x, y, w, h in pixels) and score.
-    Raises SamdetrError when something cannot be read or written.
+    A photo that cannot be read is left out and named at the end. Raises SamdetrError then, and when nothing can be
+    read or written, or the folder holds an earlier prediction.
     """
     photos = find_photos(Path(source))
     model, recipe, categories, _ = load_trained(checkpoint)
@@ -37,11 +40,15 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
     console = Console()
     images: list[dict[str, object]] = []
     annotations: list[dict[str, object]] = []
+    unreadable: list[str] = []
     for number, photo in enumerate(photos, start=1):
-        pixels = decode_image(photo, max_pixels=recipe.data.max_pixels)
+        try:
+            pixels = decode_image(photo, max_pixels=recipe.data.max_pixels)
+        except DataError as error:
+            unreadable.append(str(error))
+            continue
         image, _, _ = transform(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        size = torch.tensor([image.shape[-2:]], device=device)
-        outputs = model(image[None].to(device), size)
+        outputs = model(image[None].to(device), torch.tensor([image.shape[-2:]], device=device))
         original = torch.tensor([pixels.shape[-2:]], device=device)
         found = best_detections(outputs, original, recipe.eval.top_k)
         kept = [one for one in coco_detections(found, number, names) if one.score >= threshold]
@@ -49,22 +56,25 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
         for one in kept:
             area = one.bbox[2] * one.bbox[3]
             annotations.append({"id": len(annotations) + 1, **one._asdict(), "area": area, "iscrowd": 0})
-        boxes = torch.tensor([one.bbox for one in kept]).reshape(-1, 4)
-        corners = torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=-1)
-        labels = [by_id[one.category_id] for one in kept]
-        save_png(
-            folder / f"{photo.name}.png",
-            draw_detections(pixels, corners, labels, [one.score for one in kept]),
-        )
+        save_png(folder / f"{photo.name}.png", draw_kept(pixels, kept, by_id))
         objects = "1 object" if len(kept) == 1 else f"{len(kept)} objects"
         console.print(f"{photo}: {objects}", markup=False, highlight=False, soft_wrap=True)
     category_rows = [{"id": number, "name": name} for number, name in by_id.items()]
     content = {"images": images, "categories": category_rows, "annotations": annotations}
     try:
-        (folder / "predictions.json").write_text(json.dumps(content, indent=1))
+        (folder / RESULTS_FILE).write_text(json.dumps(content, indent=1))
     except OSError as error:
-        raise SamdetrError(f"cannot write {folder / 'predictions.json'} ({error.strerror}).") from error
-    console.print(f"pictures and predictions.json are in {folder}", markup=False, highlight=False, soft_wrap=True)
+        raise SamdetrError(f"cannot write {folder / RESULTS_FILE} ({error.strerror}).") from error
+    console.print(f"pictures and {RESULTS_FILE} are in {folder}", markup=False, highlight=False, soft_wrap=True)
+    if unreadable:
+        raise DataError(f"{len(unreadable)} of {len(photos)} photos could not be read: " + "; ".join(unreadable[:10]))
+
+
+def draw_kept(pixels: Tensor, kept: list[CocoDetection], names: dict[int, str]) -> Tensor:
+    """The photo uint8 [3, H, W] with its detections; names by category id."""
+    boxes = torch.tensor([one.bbox for one in kept]).reshape(-1, 4)
+    corners = torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=-1)
+    return draw_detections(pixels, corners, [names[one.category_id] for one in kept], [one.score for one in kept])
 
 
 def find_photos(source: Path) -> list[Path]:
@@ -85,4 +95,6 @@ def _writable_folder(path: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SamdetrError(f"cannot write to {folder} ({error.strerror}): choose another --output.") from error
+    if (folder / RESULTS_FILE).exists():
+        raise SamdetrError(f"{folder} holds an earlier prediction: choose another --output, or delete it.")
     return folder

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 RECIPE_FILE, ENVIRONMENT_FILE, METRICS_FILE = "recipe.toml", "environment.json", "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 # what may change when a run continues; everything else would make it another run
-FREE_KEYS = ("run.folder", "run.device", "data.workers", "train.epochs", "train.log_every", "eval.")
+FREE_KEYS = (
+    *("run.folder", "run.device", "train.epochs", "train.micro_batch", "train.log_every", "eval."),
+    *("data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations"),
+    *("data.shapes.folder", "data.max_pixels", "data.workers"),
+)
 _PACKAGES = (
     "samdetr",
     "torch",
@@ -47,12 +51,18 @@ def new_run(recipe: Recipe, environment: Mapping[str, object]) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         folder = _next_folder(parent)
         (folder / RECIPE_FILE).write_text(dump_recipe(recipe))
-        (folder / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=1))
+        write_environment(folder, environment)
     except OSError as error:
         raise SamdetrError(
             f"cannot write the run folder {parent} ({error.strerror}): choose another run.folder."
         ) from error
     return folder
+
+
+def write_environment(folder: Path, environment: Mapping[str, object], *, step: int | None = None) -> None:
+    """Record where a run begins, or goes on after a step: it may be another machine or torch."""
+    name = ENVIRONMENT_FILE if step is None else f"environment-after-step-{step}.json"
+    (folder / name).write_text(json.dumps(environment, indent=1))
 
 
 def find_run(recipe: Recipe, resume: str) -> Path:
@@ -66,7 +76,8 @@ def find_run(recipe: Recipe, resume: str) -> Path:
     if not (folder / CHECKPOINTS / LAST / META_FILE).is_file():
         raise CheckpointError(f"--resume: the run {folder} has no checkpoint yet; start it again without --resume.")
     before, now = (_flat(one) for one in (load_recipe(folder / RECIPE_FILE), recipe))
-    changed = [key for key in before if before[key] != now[key] and not key.startswith(FREE_KEYS)]
+    free = tuple(key for key in FREE_KEYS if key != "train.epochs" or recipe.optim.schedule == "step")
+    changed = [key for key in before if before[key] != now[key] and not key.startswith(free)]
     if changed:
         raise RecipeError(
             "\n".join(

@@ -21,6 +21,7 @@ from samdetr.engine.checkpoint import (
     load_checkpoint,
     load_model_state,
     load_optimizer_state,
+    restore_links,
     save_checkpoint,
     update_progress,
 )
@@ -29,9 +30,17 @@ from samdetr.engine.interrupt import StopSignal
 from samdetr.engine.log import Meter, RunLog, Stopwatch, print_findings
 from samdetr.engine.optim import build_optimizer, lr_factor, set_learning_rate
 from samdetr.engine.pictures import draw_validation
-from samdetr.engine.run_folder import CHECKPOINTS, METRICS_FILE, environment_of, find_run, new_run
+from samdetr.engine.run_folder import (
+    CHECKPOINTS,
+    METRICS_FILE,
+    RECIPE_FILE,
+    environment_of,
+    find_run,
+    new_run,
+    write_environment,
+)
 from samdetr.engine.setup import choose_device, load_initial_weights
-from samdetr.errors import NonFiniteError
+from samdetr.errors import CheckpointError, DataError, NonFiniteError, SamdetrError
 from samdetr.loss import SetCriterion, build_criterion
 from samdetr.models import SAMDETR, build_model
 from samdetr.structures import Batch
@@ -119,14 +128,16 @@ class Training:
             meta={
                 "recipe": self.recipe.model_dump_json(),
                 "categories": self.splits.categories.to_json(),
+                "data": self.splits.fingerprint(),
                 "environment": self.environment,
             },
         )
 
     def leave(self) -> None:
         """Answer a signal, once everything is saved: say how to continue, and end."""
+        command = f"samdetr-train {self.folder / RECIPE_FILE} --resume {self.folder}"
         self.console.print(
-            f"stopped after step {self.progress.step}; continue with --resume {self.folder}",
+            f"stopped after step {self.progress.step}; continue with: {command}",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -165,6 +176,14 @@ def train(recipe: Recipe, *, resume: str | None = None) -> Path:
                 progress.finished = progress.epoch == epochs
                 update_progress(training.folder / CHECKPOINTS, progress, best=best)
                 plot_curves(training.folder / METRICS_FILE, training.folder / "curves.png")
+    except DataError:
+        training.save()  # an image that cannot be used is found between two steps: nothing done is lost
+        raise
+    except torch.OutOfMemoryError as error:
+        raise SamdetrError(
+            f"{training.device} is out of memory: lower train.micro_batch (in an evaluation eval.batch), or "
+            f"augment.max_size, then continue with --resume {training.folder} if a checkpoint was written."
+        ) from error
     finally:
         training.train_loader.close()
         training.val_loader.close()
@@ -254,7 +273,8 @@ def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> T
     device = choose_device(recipe.run.device)
     folder = None if resume is None else find_run(recipe, resume)
     watch = Stopwatch()
-    splits = load_splits(recipe.data, num_queries=recipe.model.num_queries, num_classes=recipe.model.num_classes)
+    with console.status("reading and checking the data"):
+        splits = load_splits(recipe.data, num_queries=recipe.model.num_queries, num_classes=recipe.model.num_classes)
     print_findings(console, [row for report in splits.reports for row in report.rows()])
     raise_for_errors(splits.reports)
     console.print(
@@ -271,14 +291,23 @@ def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> T
         optimizer = build_optimizer(model, recipe.optim)
         folder = new_run(recipe, environment)
     else:
+        restore_links(folder / CHECKPOINTS)
         checkpoint = load_checkpoint((folder / CHECKPOINTS / LAST).resolve(), with_optimizer=True)
+        if checkpoint.meta["data"] != splits.fingerprint():
+            raise CheckpointError(
+                f"--resume: the training split is not the one that {folder} was trained on "
+                "(other images, boxes or categories): start a new run with init.checkpoint instead."
+            )
         load_model_state(model, checkpoint)
         model.to(device)
         optimizer = build_optimizer(model, recipe.optim)
         load_optimizer_state(model, optimizer, checkpoint)
         progress = replace(checkpoint.progress, finished=False)
+        write_environment(folder, environment, step=progress.step)
         note = f"continuing after step {progress.step}"
     count = sum(parameter.numel() for parameter in model.parameters())
+    if recipe.optim.schedule == "step" and min(recipe.optim.drop_epochs, default=0) >= recipe.train.epochs:
+        note += f"; the learning rate never drops (optim.drop_epochs begin at {recipe.optim.drop_epochs[0]})"
     for line in (f"model: {count:,} parameters on {device}; {note}", f"run: {folder}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return Training(

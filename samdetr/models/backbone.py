@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 from urllib.error import URLError
 
 import torch
@@ -16,6 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from samdetr.errors import CheckpointError
 from samdetr.models.position import covered_cells, valid_mask
+from samdetr.models.state import differences, first_of
 
 if TYPE_CHECKING:
     from samdetr.recipe import BackboneSection
@@ -82,9 +83,17 @@ class Backbone(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         frozen = ["conv1", "bn1"][: 2 * frozen_stages] + self.layers[: max(0, frozen_stages - 1)]
+        self.frozen = frozen
         for part in frozen:
             self.get_submodule(part).requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # convolutions then keep NHWC
+
+    def train(self, mode: bool = True) -> Self:
+        """Frozen parts stay in evaluation mode, so that live BatchNorm does not drift there."""
+        super().train(mode)
+        for part in self.frozen:
+            self.get_submodule(part).eval()
+        return self
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> Tensor:
         """[B, 3, H, W] and sizes [B, 2] int (h, w) -> [B, out_channels, ceil(H/stride), ceil(W/stride)]."""
@@ -153,23 +162,17 @@ def load_backbone_weights(backbone: Backbone, weights: str) -> None:
     state = _imagenet_state_dict(backbone.name) if weights == "imagenet" else _read_state_dict(Path(weights))
     own = backbone.state_dict()
     unused = ("fc.", *(f"layer{n}." for n in range(len(backbone.layers) + 1, 5)))
+    needed = {key: value for key, value in own.items() if not key.endswith("num_batches_tracked")}
     state = {
         key: value
         for key, value in state.items()
-        if not key.startswith(unused) and (key in own or "num_batches" not in key)
+        if not key.startswith(unused) and not key.endswith("num_batches_tracked")
     }
-    problems = [f"{key} is missing" for key in own if key not in state and "num_batches" not in key]
-    problems += [f"{key} is not part of {backbone.name}" for key in state if key not in own]
-    problems += [
-        f"{key} is {list(value.shape)}, the model needs {list(own[key].shape)}"
-        for key, value in state.items()
-        if key in own and own[key].shape != value.shape
-    ]
+    problems = differences(needed, state)
     if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CheckpointError(
             f'model.backbone.weights = "{weights}" does not fit {backbone.name} (width {backbone.width}): '
-            f'{problems[0]}{more}. Use weights of this model, or "none".'
+            f'{first_of(problems)}. Use weights of this model, or "none".'
         )
     backbone.load_state_dict(state, strict=False)
 

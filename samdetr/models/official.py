@@ -18,77 +18,76 @@ from torch import Tensor
 from samdetr.errors import CheckpointError
 from samdetr.models.aligner import ROI_SIZE
 from samdetr.models.sam_detr import SAMDETR
+from samdetr.models.state import first_of
 
-# Our name -> published name, the first pattern that matches. {layer} stays as it is.
-_NAMES: tuple[tuple[str, str], ...] = (
-    (r"backbone\.(.+)", r"backbone.0.body.\1"),
-    (r"input_proj\.(.+)", r"input_proj.0.0.\1"),
-    (r"input_norm\.(.+)", r"input_proj.0.1.\1"),
-    (r"encoder\.layers\.(\d+)\.in_proj\.(.+)", r"transformer.encoder.layers.\1.self_attn.in_proj_\2"),
-    (r"encoder\.layers\.(\d+)\.out_proj\.(.+)", r"transformer.encoder.layers.\1.self_attn.out_proj.\2"),
-    (r"encoder\.layers\.(\d+)\.norm\.(.+)", r"transformer.encoder.layers.\1.norm1.\2"),
-    (r"encoder\.layers\.(\d+)\.feed_forward\.norm\.(.+)", r"transformer.encoder.layers.\1.norm2.\2"),
-    (r"encoder\.layers\.(\d+)\.feed_forward\.(.+)", r"transformer.encoder.layers.\1.\2"),
-    (
-        r"decoder\.(\d+)\.self_attention\.query_content\.(.+)",
-        r"transformer.decoder.layers.\1.sa_qcontent_proj.\2",
-    ),
-    (
-        r"decoder\.(\d+)\.self_attention\.query_position\.(.+)",
-        r"transformer.decoder.layers.\1.sa_qpos_proj.\2",
-    ),
-    (
-        r"decoder\.(\d+)\.self_attention\.key_content\.(.+)",
-        r"transformer.decoder.layers.\1.sa_kcontent_proj.\2",
-    ),
-    (r"decoder\.(\d+)\.self_attention\.key_position\.(.+)", r"transformer.decoder.layers.\1.sa_kpos_proj.\2"),
-    (r"decoder\.(\d+)\.self_attention\.value\.(.+)", r"transformer.decoder.layers.\1.sa_v_proj.\2"),
-    (r"decoder\.(\d+)\.self_attention\.out\.(.+)", r"transformer.decoder.layers.\1.self_attn.out_proj.\2"),
-    (r"decoder\.(\d+)\.aligner\.reduce\.(.+)", r"transformer.decoder.layers.\1.point1.0.\2"),
-    (r"decoder\.(\d+)\.aligner\.point_mlp\.(.+)", r"transformer.decoder.layers.\1.point2.\2"),
-    (r"decoder\.(\d+)\.aligner\.content_gate\.(.+)", r"transformer.decoder.layers.\1.attn1.\2"),
-    (r"decoder\.(\d+)\.aligner\.position_gate\.(.+)", r"transformer.decoder.layers.\1.attn2.\2"),
-    (
-        r"decoder\.(\d+)\.cross_attention\.query_content\.(.+)",
-        r"transformer.decoder.layers.\1.ca_qcontent_proj.\2",
-    ),
-    (
-        r"decoder\.(\d+)\.cross_attention\.query_position\.(\d)\.(.+)",
-        "mlp:transformer.decoder.layers.{0}.ca_qpos_sine_proj",
-    ),
-    (
-        r"decoder\.(\d+)\.cross_attention\.key_content\.(.+)",
-        r"transformer.decoder.layers.\1.ca_kcontent_proj.\2",
-    ),
-    (
-        r"decoder\.(\d+)\.cross_attention\.key_position\.(\d)\.(.+)",
-        "mlp:transformer.decoder.layers.{0}.ca_kpos_sine_proj",
-    ),
-    (r"decoder\.(\d+)\.cross_attention\.value\.(.+)", r"transformer.decoder.layers.\1.ca_v_proj.\2"),
-    (r"decoder\.(\d+)\.cross_attention\.out\.(.+)", r"transformer.decoder.layers.\1.cross_attn.out_proj.\2"),
-    (r"decoder\.(\d+)\.feed_forward\.norm\.(.+)", r"transformer.decoder.layers.\1.norm3.\2"),
-    (r"decoder\.(\d+)\.feed_forward\.(.+)", r"transformer.decoder.layers.\1.\2"),
-    (r"decoder\.(\d+)\.(norm\d)\.(.+)", r"transformer.decoder.layers.\1.\2.\3"),
-    (r"reference_boxes", r"query_embed.weight"),
-    (r"class_heads\.(.+)", r"class_embed.\1"),
-    (r"box_heads\.(\d+)\.(\d)\.(.+)", "mlp:bbox_embed.{0}"),
+# Our prefix -> published prefix; of several that fit, the first. A value that ends in "layers." is an MLP, whose
+# linear layers the published names count without the ReLUs between them.
+_WHOLE = {
+    "backbone.": "backbone.0.body.",
+    "input_proj.": "input_proj.0.0.",
+    "input_norm.": "input_proj.0.1.",
+    "reference_boxes": "query_embed.weight",
+    "class_heads.": "class_embed.",
+}
+_ENCODER_LAYER = {
+    "in_proj.": "self_attn.in_proj_",
+    "out_proj.": "self_attn.out_proj.",
+    "norm.": "norm1.",
+    "feed_forward.norm.": "norm2.",
+    "feed_forward.": "",
+}
+_DECODER_LAYER = {
+    "self_attention.query_content.": "sa_qcontent_proj.",
+    "self_attention.query_position.": "sa_qpos_proj.",
+    "self_attention.key_content.": "sa_kcontent_proj.",
+    "self_attention.key_position.": "sa_kpos_proj.",
+    "self_attention.value.": "sa_v_proj.",
+    "self_attention.out.": "self_attn.out_proj.",
+    "norm1.": "norm1.",
+    "aligner.reduce.": "point1.0.",
+    "aligner.point_mlp.": "point2.",
+    "aligner.content_gate.": "attn1.",
+    "aligner.position_gate.": "attn2.",
+    "cross_attention.query_content.": "ca_qcontent_proj.",
+    "cross_attention.query_position.": "ca_qpos_sine_proj.layers.",
+    "cross_attention.key_content.": "ca_kcontent_proj.",
+    "cross_attention.key_position.": "ca_kpos_sine_proj.layers.",
+    "cross_attention.value.": "ca_v_proj.",
+    "cross_attention.out.": "cross_attn.out_proj.",
+    "norm2.": "norm2.",
+    "feed_forward.norm.": "norm3.",
+    "feed_forward.": "",
+}
+_BOX_HEAD = {"": "layers."}
+# Our numbered parts: pattern, published prefix, names within.
+_NUMBERED = (
+    (r"encoder\.layers\.(\d+)\.(.+)", "transformer.encoder.layers", _ENCODER_LAYER),
+    (r"decoder\.(\d+)\.(.+)", "transformer.decoder.layers", _DECODER_LAYER),
+    (r"box_heads\.(\d+)\.(.+)", "bbox_embed", _BOX_HEAD),
 )
 _DUPLICATE_PREFIX = "transformer.decoder."  # box heads stand in the published file with and without it
 
 
 def official_name(name: str) -> str:
     """The published key of one of our parameters or buffers. Raises CheckpointError where there is none."""
-    for pattern, replacement in _NAMES:
-        found = re.fullmatch(pattern, name)
-        if found and replacement.startswith("mlp:"):
-            layer, position, leaf = found.groups()  # ours counts the ReLUs, theirs does not
-            return f"{replacement[4:].format(layer)}.layers.{int(position) // 2}.{leaf}"
-        if found and "num_batches_tracked" not in name:
-            return found.expand(replacement)
-    raise CheckpointError(
-        f"{name} has no place in the published layout, which holds frozen BatchNorm only: "
-        'set model.backbone.norm = "frozen".'
-    )
+    for pattern, prefix, names in _NUMBERED:
+        if found := re.fullmatch(pattern, name):
+            return f"{prefix}.{found[1]}.{_renamed(found[2], names)}"
+    if "num_batches_tracked" in name:
+        raise CheckpointError(
+            f"{name} has no place in the published layout, which holds frozen BatchNorm only: "
+            'set model.backbone.norm = "frozen".'
+        )
+    return _renamed(name, _WHOLE)
+
+
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    ours, theirs = next((one, other) for one, other in prefixes.items() if name.startswith(one))
+    rest = name.removeprefix(ours)
+    if theirs.endswith("layers."):
+        position, leaf = rest.split(".")
+        rest = f"{int(position) // 2}.{leaf}"
+    return theirs + rest
 
 
 def load_official(model: SAMDETR, state_dict: Mapping[str, Tensor], *, remake_class_heads: bool = False) -> int:
@@ -123,8 +122,7 @@ def load_official(model: SAMDETR, state_dict: Mapping[str, Tensor], *, remake_cl
         loaded[name] = _from_official_layout(name, value).view(own[name].shape)
     problems += [f"{key} is not part of this model" for key in remaining]
     if problems:
-        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        raise CheckpointError(f"the published checkpoint does not fit the recipe's model: {problems[0]}{more}.")
+        raise CheckpointError(f"the published checkpoint does not fit the recipe's model: {first_of(problems)}.")
     model.load_state_dict(loaded, strict=not remade)
     return remade
 

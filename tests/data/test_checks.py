@@ -18,17 +18,24 @@ IMAGES = [(1, "a.png", 40, 30), (2, "b.png", 40, 30)]
 
 
 def check(data: CocoData, on_bad: str = "error", num_queries: int = 10, against=None) -> CheckReport:
-    return check_data(data, num_queries=num_queries, on_bad=on_bad, against=against)[1]
+    """The report without what a split lacking objects says of itself, which has its own tests."""
+    report = check_data(data, num_queries=num_queries, on_bad=on_bad, against=against)[1]
+    return replace(report, findings=tuple(f for f in report.findings if f.kind != "no_objects"))
 
 
 def counts(report: CheckReport) -> dict[str, int]:
     return {finding.kind: finding.count for finding in report.findings}
 
 
+def names_of(data: CocoData, *ids: int) -> dict[int, str]:
+    """The names that the data has for these categories."""
+    return {number: name for number, name in zip(data.category_ids, data.category_names, strict=True) if number in ids}
+
+
 def test_sound_data_has_no_findings(make_coco) -> None:
     boxes = [(1, 1, 1, (0, 0, 40, 30)), (2, 1, 2, (0.1, 0.2, 39.9, 29.8)), (0, 2, 2, (39, 29, 1, 1))]
     data = make_coco(IMAGES, boxes, crowds=(2,))
-    same, report = check_data(data, num_queries=2, on_bad="drop", against=(1, 2))
+    same, report = check_data(data, num_queries=2, on_bad="drop", against=names_of(data, 1, 2))
     assert (report.findings, report.errors(), report.rows()) == ((), 0, [])
     assert same.ann_ids.tolist() == [1, 2, 0]
     raise_for_errors([report])
@@ -108,9 +115,9 @@ def test_references(make_coco) -> None:
         "category_unknown": 1,
     }
     assert counts(check(data)) == want
-    assert counts(check(data, against=(2,))) == {**want, "category_not_in_train": 3}
-    report = check(data, "drop", against=(2,))
-    assert report.errors() == 3
+    assert counts(check(data, against=names_of(data, 2))) == {**want, "category_not_in_train": 3}
+    report = check(data, "drop", against=names_of(data, 2))
+    assert report.errors() == 8  # wrong references are no bad boxes: nothing is dropped for them
     by_kind = {finding.kind: finding for finding in report.findings}
     assert "annotation 6 of image id 3 (unknown)" in by_kind["image_unknown"].examples[0]
     assert "category id 8" in by_kind["category_unknown"].examples[0]
@@ -258,7 +265,22 @@ def test_every_kind_has_a_meaning() -> None:
 
 
 def test_without_annotations(make_coco) -> None:
-    assert counts(check(make_coco(IMAGES), against=(1,))) == {}
+    data = make_coco(IMAGES)
+    _, report = check_data(data, num_queries=10, on_bad="drop", against=names_of(data, 1))
+    assert [(f.kind, f.severity, f.count) for f in report.findings] == [("no_objects", "error", 1)]
+
+
+def test_nothing_left_after_dropping_is_an_error(make_coco) -> None:
+    _, report = check_data(make_coco(IMAGES, [(1, 1, 1, (5, 5, 0, 0))]), num_queries=10, on_bad="drop", against=None)
+    assert [(f.kind, f.severity) for f in report.findings] == [("box_degenerate", "dropped"), ("no_objects", "error")]
+
+
+def test_categories_with_another_name_than_in_train(make_coco) -> None:
+    data = make_coco(IMAGES, [(1, 1, 1, (5, 5, 4, 4))])
+    against = {**names_of(data, 1, 2), 2: "something else"}
+    report = check(data, against=against)
+    assert counts(report) == {"category_renamed": 1}
+    assert "'something else'" in report.findings[0].examples[0]
 
 
 def test_large_split_is_checked_quickly(tmp_path: Path) -> None:

@@ -70,3 +70,11 @@ def test_no_network_says_which_file_to_put_where(tmp_path: Path, monkeypatch: py
         load_backbone_weights(Backbone(name="resnet50"), "imagenet")
     assert str(tmp_path / "checkpoints" / "resnet50-0676ba61.pth") in str(caught.value)
     assert "https://download.pytorch.org" in str(caught.value)
+
+
+def test_live_batch_norm_of_a_frozen_stage_does_not_drift() -> None:
+    backbone = Backbone(name="resnet18", norm="batch", frozen_stages=2, stages=2, width=8).train()
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    backbone(torch.randn(2, 3, 64, 64), torch.tensor([[64, 64]] * 2))
+    moved = {key.split(".")[0] for key, value in backbone.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == {"layer2"}
