@@ -1,0 +1,129 @@
+"""The learning rate of every step, the parameter groups, and what a run starts from."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from samdetr.engine.checkpoint import load_checkpoint
+from samdetr.engine.optim import build_optimizer, lr_factor, set_learning_rate
+from samdetr.engine.setup import choose_device, load_initial_weights
+from samdetr.engine.train import train
+from samdetr.errors import CheckpointError, SamdetrError
+from samdetr.models import build_model
+from samdetr.models.official import to_official
+from samdetr.recipe import OptimSection
+from tests.engine.runs import Command, MakeRecipe, metrics
+
+
+def test_warm_up_and_drops() -> None:
+    section = OptimSection(warmup_steps=4, drop_epochs=(2, 3), drop_factor=0.1)
+    steps_per_epoch = 3
+    factors = [lr_factor(section, step=step, epoch=step // steps_per_epoch, total_steps=12) for step in range(12)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01], rel=1e-12)
+    assert lr_factor(OptimSection(drop_epochs=(40,)), step=0, epoch=0, total_steps=1) == 1.0
+
+
+def test_cosine() -> None:
+    section = OptimSection(schedule="cosine", warmup_steps=2)
+    factors = [lr_factor(section, step=step, epoch=0, total_steps=8) for step in (0, 4, 8)]
+    assert factors == pytest.approx([0.5, 0.5, 0.0], abs=1e-12)
+    assert lr_factor(section, step=2, epoch=0, total_steps=8) == pytest.approx(0.5 + 0.5 * math.sqrt(0.5))
+
+
+def test_groups(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(
+        'model.backbone.norm="frozen"', "model.backbone.frozen_stages=2", "optim.lr=0.01", "optim.backbone_lr=0.002"
+    )
+    model = build_model(recipe.model)
+    optimizer = build_optimizer(model, recipe.optim)
+    rest, backbone = optimizer.param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    in_backbone = {names[id(parameter)] for parameter in backbone["params"]}
+    assert in_backbone == {name for name in names.values() if name.startswith("backbone.layer2.")}
+    assert {names[id(parameter)] for parameter in rest["params"]} == {
+        name for name in names.values() if not name.startswith("backbone.")
+    }
+    assert (rest["weight_decay"], backbone["weight_decay"]) == (1e-4, 1e-4)
+    set_learning_rate(optimizer, 0.5)
+    assert (rest["lr"], backbone["lr"]) == (0.005, 0.001)
+
+
+def test_a_frozen_backbone_has_no_group(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("model.backbone.frozen_stages=3")
+    assert len(build_optimizer(build_model(recipe.model), recipe.optim).param_groups) == 1
+
+
+def test_frozen_parameters_do_not_move(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe('model.backbone.norm="frozen"', "model.backbone.frozen_stages=2", "train.epochs=1")
+    torch.manual_seed(recipe.run.seed)
+    before = build_model(recipe.model).state_dict()
+    after = load_checkpoint((train(recipe) / "checkpoints" / "last").resolve(), with_optimizer=False).model
+    moved = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    assert {key for key in moved if key.startswith("backbone.")} == {
+        key for key in before if key.startswith("backbone.layer2.") and ("conv" in key or "downsample.0" in key)
+    }
+    assert "reference_boxes" in moved
+
+
+def test_the_logged_rate(make_recipe: MakeRecipe, trained: Path) -> None:
+    assert [line["lr"] for line in metrics(trained, "train")] == pytest.approx(
+        [1e-3 / 3, 2e-3 / 3, *[1e-3] * 4, *[1e-4] * 6]
+    )
+
+
+def test_starting_from_a_checkpoint(make_recipe: MakeRecipe, trained: Path) -> None:
+    recipe = make_recipe(f'init.checkpoint="{trained}"')
+    model = build_model(recipe.model)
+    best = (trained / "checkpoints" / "best").resolve()
+    assert load_initial_weights(model, recipe) == f"weights: {best}"
+    saved = load_checkpoint(best, with_optimizer=False).model
+    assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+
+
+def test_another_number_of_classes_makes_the_heads_anew(
+    make_recipe: MakeRecipe, trained: Path, train_command: Command
+) -> None:
+    options = (f'init.checkpoint="{trained}"', 'data.class_index="category_id"', "model.num_classes=9")
+    recipe = make_recipe(*options)
+    model = build_model(recipe.model)
+    heads = {key: value.clone() for key, value in model.state_dict().items() if key.startswith("class_heads.")}
+    sentence = load_initial_weights(model, recipe)
+    assert sentence.endswith("; class heads are made anew, for 9 classes (it has 8)")
+    saved = load_checkpoint((trained / "checkpoints" / "best").resolve(), with_optimizer=False).model
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, heads.get(key, saved[key])), key
+    assert heads["class_heads.0.weight"].shape == (9, 32)
+    result = train_command(*(f"--set={option}" for option in options), "--set", "train.epochs=1")
+    assert result.code == 0
+    assert sentence in result.out
+
+
+def test_starting_from_a_published_checkpoint(make_recipe: MakeRecipe, tmp_path: Path, train_command: Command) -> None:
+    frozen = 'model.backbone.norm="frozen"'
+    torch.manual_seed(1)
+    source = build_model(make_recipe(frozen).model)
+    torch.save({"model": to_official(source)}, tmp_path / "published.pth")
+    official = f'init.official="{tmp_path / "published.pth"}"'
+    model = build_model(make_recipe(frozen).model)
+    assert "anew" not in load_initial_weights(model, make_recipe(frozen, official))
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+    options = (frozen, official, 'data.class_index="category_id"', "model.num_classes=11", "train.epochs=1")
+    result = train_command(*(f"--set={option}" for option in options))
+    assert result.code == 0
+    assert "class heads are made anew, for 11 classes (it has 8)" in result.out
+    deeper = make_recipe(frozen, official, "model.encoder_layers=2")
+    with pytest.raises(CheckpointError, match=r"transformer\.encoder\.layers\.1"):
+        load_initial_weights(build_model(deeper.model), deeper)
+
+
+def test_choice_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_device("cpu").type == "cpu"
+    for present, auto in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda present=present: present)
+        assert choose_device("auto").type == auto
+    with pytest.raises(SamdetrError, match="torch finds no GPU"):
+        choose_device("cuda")

@@ -1,0 +1,108 @@
+"""What a run leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import samdetr
+from samdetr.engine.run_folder import environment_of, new_run
+from samdetr.errors import SamdetrError
+from samdetr.recipe import load_recipe
+from tests.engine.runs import MakeRecipe, metrics
+
+
+def test_everything_is_there(trained: Path) -> None:
+    assert {entry.name for entry in trained.iterdir()} == {
+        "checkpoints",
+        "curves.png",
+        "environment.json",
+        "metrics.jsonl",
+        "recipe.toml",
+        "val_predictions.png",
+    }
+
+
+def test_runs_are_numbered_and_never_reused(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe()
+    parent = Path(recipe.run.folder) / "tiny"
+    assert [new_run(recipe, {}).name for _ in range(3)] == ["1", "2", "3"]
+    (parent / "7").mkdir()
+    (parent / "notes").mkdir()
+    (parent / "8").touch()
+    assert new_run(recipe, {}) == parent / "9"
+    assert new_run(make_recipe('run.name="other"'), {}).relative_to(parent.parent) == Path("other/1")
+
+
+def test_runs_started_at_once_get_their_own_folders(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe()
+    parent = Path(recipe.run.folder) / "tiny"
+    mkdir = Path.mkdir
+
+    def slower(self: Path, *arguments: object, **options: object) -> None:
+        if self == parent / "1" and not self.exists():
+            mkdir(self)  # another run was faster
+        mkdir(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", slower)
+    assert new_run(recipe, {}) == parent / "2"
+
+
+def test_the_recipe_can_be_run_again(trained: Path, recipe_file: Path) -> None:
+    again = load_recipe(trained / "recipe.toml")
+    folder = str(trained.parents[1])
+    assert again == load_recipe(recipe_file, [f"run.folder={json.dumps(folder)}"])
+    assert again.run.name == "tiny"
+
+
+def test_environment(trained: Path, make_recipe: MakeRecipe) -> None:
+    environment = json.loads((trained / "environment.json").read_text())
+    assert environment["seed"] == 7
+    assert environment["versions"]["torch"] == torch.__version__
+    assert {"torchvision", "numpy", "scipy", "pycocotools", "safetensors"} <= environment["versions"].keys()
+    assert environment["device"] and environment["python"] and environment["platform"] and environment["command"]
+    meta = json.loads((trained / "checkpoints" / "last" / "meta.json").read_text())
+    assert meta["environment"] == environment
+    if (Path(samdetr.__file__).parents[1] / ".git").exists():
+        assert len(environment["commit"].removesuffix("+changes")) == 40
+    else:
+        assert environment["commit"] == ""
+    assert environment_of(make_recipe("run.seed=3"), torch.device("cpu"))["seed"] == 3
+
+
+def test_metrics(trained: Path) -> None:
+    lines = metrics(trained)
+    assert [line["kind"] for line in lines] == [*["train"] * 6, "epoch", "eval"] * 2
+    for line in metrics(trained, "train"):
+        assert line["loss"] > 0 and line["grad_norm"] > 0 and line["images_per_s"] > 0
+        assert line["memory_mb"] > (-1 if torch.cuda.is_initialized() else 50)
+        assert 0 <= line["data_wait"] <= 1 and 0 <= line["class_error"] <= 100
+        assert line["epoch"] == (line["step"] - 1) // 6
+    for epoch, line in enumerate(metrics(trained, "epoch")):
+        steps = [entry["loss"] for entry in metrics(trained, "train") if entry["epoch"] == epoch]
+        assert line["loss"] == pytest.approx(math.fsum(steps) / 6, rel=1e-12)
+    for line in metrics(trained, "eval"):
+        assert 0 <= line["AP"] <= line["AP50"] <= 1
+        assert len(line["per_class"]) == 8
+        assert line["seconds"] > 0
+
+
+@pytest.mark.parametrize("name", ["curves.png", "val_predictions.png"])
+def test_pictures(trained: Path, name: str) -> None:
+    picture = Image.open(trained / name)
+    picture.load()
+    assert min(picture.size) > 300
+    assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+
+
+def test_a_folder_that_cannot_be_written(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    recipe = make_recipe(f'run.folder="{tmp_path / "file"}"')
+    with pytest.raises(SamdetrError, match=r"cannot write the run folder .*file/tiny \(Not a directory\): choose"):
+        new_run(recipe, {})
