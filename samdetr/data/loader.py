@@ -51,10 +51,18 @@ class _Loader:
             # them. Hooks run last in, first out, so this one is registered after the workers have started.
             atexit.register(_close_if_alive, weakref.ref(self))
             self._ends_at_exit = True
-        for item in items:
-            if isinstance(item, DataError):
-                raise item
-            yield item
+        try:
+            for item in items:
+                if isinstance(item, DataError):
+                    raise item
+                yield item
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "a loader process was killed, usually because memory (or a container's shared memory) ran out: "
+                "lower data.workers, or set it to 0 to load in the main process"
+            ) from error
 
 
 class TrainLoader(_Loader):

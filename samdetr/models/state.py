@@ -12,9 +12,9 @@ def differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[
     missing = [f"{key} is missing" for key in own if key not in given]
     surplus = [f"{key} is not part of this model" for key in given if key not in own]
     shapes = [
-        f"{key} is {list(value.shape)}, the model needs {list(own[key].shape)}"
-        for key, value in given.items()
-        if key in own and own[key].shape != value.shape
+        f"{key} is {list(given[key].shape)}, the model needs {list(value.shape)}"
+        for key, value in own.items()
+        if key in given and given[key].shape != value.shape
     ]
     return missing + surplus + shapes
 

@@ -175,3 +175,20 @@ def test_workers_end_with_the_process(data: CocoData, tmp_path: Path, method: st
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.stdout.strip(), done.returncode) == ("True", 0 if end == "done" else -signal.SIGKILL)
     assert end == "killed" or done.stderr == ""
+
+
+class _DiesAtOnce:
+    """A transform whose process is killed, as the kernel does when memory runs out."""
+
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return image, boxes, labels
+
+
+def test_a_killed_worker_is_a_sentence(data: CocoData) -> None:
+    categories = make_categories(data, "category_id", 3)
+    dataset = DetectionDataset(data, categories, _DiesAtOnce(), seed=3, max_pixels=10_000, training=True)
+    loader = build_train_loader(dataset, total_batch=4, micro_batch=2, workers=1, seed=1, pin_memory=False)
+    with pytest.raises(DataError, match=r"a loader process was killed.*lower data\.workers"):
+        next(loader.epoch(0))
+    loader.close()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from samdetr.data.batching import epoch_order
 from samdetr.data.datasets import make_categories, read_coco
 from samdetr.engine.checkpoint import Progress, load_checkpoint, save_checkpoint
 from samdetr.engine.train import train
@@ -28,6 +29,7 @@ from tests.engine.runs import (
     assert_same_weights,
     end,
     losses,
+    metrics,
     sentence,
     start_train,
     weights,
@@ -121,11 +123,14 @@ def test_broken_json(coco: Path, train_command: Command) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_truncated_photo(coco: Path, train_command: Command, workers: int) -> None:
-    photo = coco / "train" / "5.jpg"
+def test_a_truncated_photo(coco: Path, train_command: Command, tmp_path: Path, workers: int) -> None:
+    photo = coco / "train" / f"{epoch_order(6, 7, 0)[-1] + 1}.jpg"  # in the last of three steps
     photo.write_bytes(photo.read_bytes()[:1500])
     result = train_command(*coco_options(coco), "--set", f"data.workers={workers}")
     assert sentence(result).startswith(f"error: {photo}: the image is damaged or cut off (")
+    run = tmp_path / "runs/tiny/1"  # the steps before it are not lost
+    saved = load_checkpoint((run / "checkpoints/last").resolve(), with_optimizer=True)
+    assert saved.progress.step == len(metrics(run, "train")) == 2
 
 
 def test_a_truncated_photo_in_evaluation(coco: Path, train_command: Command, tmp_path: Path) -> None:

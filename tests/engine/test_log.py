@@ -52,6 +52,8 @@ def test_meter() -> None:
     for one in (meter, again):
         one.add(torch.full((6,), 0.1))
     assert again.means() == meter.means()
+    again.add(torch.zeros(6, device="meta"))  # a continued run may compute elsewhere than its stored sums are
+    assert again.sum is not None and again.sum.device.type == "meta"
     assert Meter.from_json(None).means() == Meter.from_json(Meter().to_json()).means() == {}
 
 

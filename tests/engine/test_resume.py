@@ -15,6 +15,7 @@ import torch
 
 import samdetr.engine.checkpoint
 import samdetr.engine.train
+from samdetr.data.splits import Splits
 from samdetr.engine.checkpoint import load_checkpoint, read_meta
 from samdetr.engine.run_folder import find_run
 from samdetr.engine.train import train
@@ -322,3 +323,20 @@ def test_sigterm_is_exit_code_143() -> None:
             stop.leave()
     assert caught.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_other_data_is_refused(make_recipe: MakeRecipe, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Splits, "fingerprint", lambda self: "of other data")
+    with pytest.raises(CheckpointError, match="the training split is not the one that"):
+        train(make_recipe("train.epochs=3"), resume=str(trained))
+
+
+def test_a_run_copied_without_links_goes_on(make_recipe: MakeRecipe, trained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copied"
+    shutil.copytree(trained, copy, symlinks=False)
+    assert not (copy / "checkpoints" / "last").is_symlink()
+    train(make_recipe("train.epochs=3"), resume=str(copy))
+    progress = load_checkpoint((copy / "checkpoints" / "last").resolve(), with_optimizer=True).progress
+    assert (progress.epoch, progress.step, progress.finished) == (3, 18, True)
+    assert_tidy(copy)
+    assert (copy / "environment-after-step-12.json").is_file()
