@@ -1,0 +1,81 @@
+"""How the ops start their Triton kernels, and the switch that makes them run their references instead.
+
+Every launch goes through `launch`, so that one place selects the tensor's device and `record_launches` can list
+exactly what would run, kernel by kernel, on a machine without a GPU (`samdetr_kernels.aot` compiles that list).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tile(NamedTuple):
+    """Compile-time sizes of one kernel: block sizes by name, warps per program, software-pipelining stages."""
+
+    blocks: Mapping[str, int]
+    warps: int = 4
+    stages: int = 2
+
+
+class Launch(NamedTuple):
+    """One recorded launch. ``arguments`` are the positional run-time arguments, ``constants`` the constexprs."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Sequence[Any]
+    constants: Mapping[str, Any]
+    tile: Tile
+
+
+_recorded: list[Launch] | None = None
+_reference_forced = False
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: Sequence[Any], **constants: Any) -> None:
+    """Run ``kernel`` on the device of its first tensor argument; an empty grid runs nothing."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, {**constants, **tile.blocks}, tile))
+        return
+    if 0 in grid:
+        return
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **constants, **tile.blocks, num_warps=tile.warps, num_stages=tile.stages)
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Within the context no kernel runs; launchers called with meta tensors fill the list. Not thread-safe."""
+    global _recorded
+    launches: list[Launch] = []
+    _recorded = launches
+    try:
+        yield launches
+    finally:
+        _recorded = None
+
+
+def force_reference(enabled: bool) -> None:
+    """Whether ops on a GPU run their plain-torch reference instead of their Triton kernel, from now on."""
+    global _reference_forced
+    _reference_forced = enabled
+
+
+def reference_forced() -> bool:
+    """What `force_reference` was last told."""
+    return _reference_forced
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is at least ``number``, for ``number`` >= 1."""
+    return 1 << (number - 1).bit_length()
+
+
+def float32_precision() -> str:
+    """Triton's ``input_precision`` of fp32 products: exact, unless the user allowed TF32 in torch."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
