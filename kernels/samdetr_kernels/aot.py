@@ -82,7 +82,7 @@ def compile_launch(op: str, launch: Launch, target: int) -> Report:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    registers, spilled = _assemble(compiled.asm["ptx"], target)
+    registers, spilled = _resources(compiled.asm["cubin"])
     shared = int(compiled.metadata.shared)
     warps = int(compiled.metadata.num_warps)
     return Report(
@@ -119,26 +119,21 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
     return {name: signature[name] for name in names}, constants, attributes
 
 
-def _assemble(ptx: str, target: int) -> tuple[int, int]:
-    """Registers a thread and spilled bytes, from the assembler that comes with Triton."""
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of local memory a thread: a kernel without arrays has none unless it spills."""
     from triton import knobs
 
-    assembler = knobs.nvidia.ptxas_blackwell if target >= 100 else knobs.nvidia.ptxas
-    architecture = re.search(r"\.target (sm_\w+)", ptx)
-    assert architecture is not None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        result = subprocess.run(
-            [assembler.path, "-v", f"--gpu-name={architecture[1]}", str(path), "-o", os.devnull],
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
             capture_output=True,
             text=True,
             check=True,
-        )
-    registers = re.search(r"Used (\d+) registers", result.stderr)
-    spills = re.findall(r"(\d+) bytes spill", result.stderr)
-    assert registers is not None
-    return int(registers[1]), sum(map(int, spills))
+        ).stdout
+    numbers = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
 
 
 def _occupancy(registers: int, shared: int, warps: int, limits: Limits) -> float:
@@ -156,7 +151,8 @@ def _occupancy(registers: int, shared: int, warps: int, limits: Limits) -> float
 def _describe(launch: Launch) -> str:
     types = sorted({TYPES[a.dtype] for a in launch.arguments if isinstance(a, torch.Tensor) and a.is_floating_point()})
     blocks = [f"{name}={value}" for name, value in launch.tile.blocks.items()]
-    return " ".join(["/".join(types), *blocks, f"warps={launch.tile.warps}", f"stages={launch.tile.stages}"])
+    modes = [f"{name}={value}" for name, value in launch.constants.items() if name not in launch.tile.blocks]
+    return " ".join(["/".join(types), *modes, *blocks, f"warps={launch.tile.warps}", f"stages={launch.tile.stages}"])
 
 
 def reports(ops: Iterable[str], targets: Sequence[int]) -> list[Report]:

@@ -12,11 +12,15 @@ in torchvision's form ``aligned=True, sampling_ratio=-1``:
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 # Samples of a bin are more than half a cell apart (or there is just one), so at most 4 of them fall within
 # the two cells that a bilinear weight spans; one more absorbs rounding of the first candidate.
 CANDIDATES = 5
+MAX_OUTPUT_SIZE = 64
+_CANDIDATES = tl.constexpr(CANDIDATES)
 
 
 def bin_weights(low: Tensor, high: Tensor, cells: int, bins: int, valid: Tensor | None = None) -> Tensor:
@@ -59,8 +63,107 @@ def box_weights(
     return bin_weights(y0, y1, height, bins, valid_y), bin_weights(x0, x1, width, bins, valid_x)
 
 
-def check_inputs(op: str, features: Tensor, boxes: Tensor, valid_sizes: Tensor | None) -> None:
+@triton.jit
+def axis_weight(low, high, bin_number, cell, extent, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """An element of ``A`` in fp32: arguments broadcast against each other; all but ``extent`` and BINS are fp32.
+
+    low, high: the box's edges. bin_number: row of ``A``, anything outside [0, BINS) gives 0. cell: column of ``A``.
+    extent: integer, cells that exist.
+    """
+    start = low - 0.5
+    # exactly rounded, as in the reference: the number of samples jumps with the quotient
+    bin_size = tl.div_rn((high - 0.5) - start, BINS * 1.0)
+    samples = tl.maximum(tl.ceil(bin_size), 0.0)
+    count = tl.maximum(samples, 1.0)
+    pitch = tl.div_rn(bin_size, count)
+    bin_start = start + bin_number * bin_size
+    # a pitch below 0.5 belongs to a single sample, which is then the first candidate
+    first = tl.maximum(tl.floor((cell - 1.0 - bin_start) / tl.maximum(pitch, 0.25) - 0.5), 0.0) + 0.5
+    total = tl.zeros_like(first)
+    for i_candidate in tl.static_range(_CANDIDATES):
+        number = first + i_candidate
+        position = bin_start + number * pitch
+        exists = (number < samples) & (position >= -1.0) & (position <= extent)
+        position = tl.minimum(tl.maximum(position, 0.0), extent - 1.0)
+        total += tl.where(exists, tl.maximum(1.0 - tl.abs(position - cell), 0.0), 0.0)
+    return tl.where((bin_number >= 0) & (bin_number < BINS), total / count, 0.0)
+
+
+@triton.jit
+def axis_range(low, high, first_bin, last_bin, extent, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The cells [begin, end) outside which `axis_weight` is 0 for the bins first_bin .. last_bin (fp32), int32."""
+    start = low - 0.5
+    side = (high - 0.5) - start
+    bin_size = tl.div_rn(side, BINS * 1.0)
+    begin = tl.floor(start + first_bin * bin_size)
+    end = tl.floor(start + (last_bin + 1.0) * bin_size) + 2.0
+    exists = (side > 0.0) & (end > -1.0) & (begin <= extent) & (first_bin <= last_bin)
+    begin = tl.minimum(tl.maximum(begin, 0.0), extent - 1.0)
+    end = tl.minimum(tl.maximum(end, 1.0), extent * 1.0)
+    return tl.where(exists, begin, 0.0).to(tl.int32), tl.where(exists, end, 0.0).to(tl.int32)
+
+
+@triton.jit
+def point_weight(low, high, coordinate, cell, extent, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``tent(p)^T A`` at one cell; arguments as for `axis_weight`, coordinate in [-1, 1] of the box."""
+    weight, _slope = point_weight_and_slope(low, high, coordinate, cell, extent, BINS)
+    return weight
+
+
+@triton.jit
+def point_weight_and_slope(low, high, coordinate, cell, extent, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`point_weight` and its derivative by the coordinate."""
+    position = ((coordinate + 1.0) * BINS - 1.0) * 0.5
+    bin_before = tl.floor(position)
+    before = axis_weight(low, high, bin_before, cell, extent, BINS)
+    after = axis_weight(low, high, bin_before + 1.0, cell, extent, BINS)
+    return before + (position - bin_before) * (after - before), (after - before) * (0.5 * BINS)
+
+
+@triton.jit
+def point_range(low, high, coordinate, extent, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The cells [begin, end) that a point's bilinear sample of the bins reads."""
+    bin_before = tl.floor(((coordinate + 1.0) * BINS - 1.0) * 0.5)
+    first = tl.minimum(tl.maximum(bin_before, 0.0), BINS * 1.0)
+    last = tl.maximum(tl.minimum(bin_before + 1.0, BINS - 1.0), -1.0)
+    return axis_range(low, high, first, last, extent, BINS)
+
+
+@triton.jit
+def load_box(p_box):  # type: ignore[no-untyped-def]
+    """The edges x0, y0, x1, y1 in fp32."""
+    x0, y0 = tl.load(p_box).to(tl.float32), tl.load(p_box + 1).to(tl.float32)
+    x1, y1 = tl.load(p_box + 2).to(tl.float32), tl.load(p_box + 3).to(tl.float32)
+    return x0, y0, x1, y1
+
+
+@triton.jit
+def load_extent(valid_sizes, i_image, H, W):  # type: ignore[no-untyped-def]
+    """The rows and columns of the image's map that exist, int32; ``valid_sizes`` [B, 2] or None."""
+    height, width = H, W
+    if valid_sizes is not None:
+        height = tl.load(valid_sizes + i_image * 2).to(tl.int32)
+        width = tl.load(valid_sizes + i_image * 2 + 1).to(tl.int32)
+    return height, width
+
+
+@triton.jit
+def weighted_sum(weights, values, accumulator, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """accumulator + weights @ values, with fp32 weights and values of any dtype.
+
+    Beside half-precision values a weight is two terms of that dtype, so that only the values' rounding is felt.
+    """
+    if values.dtype == tl.float32:
+        return tl.dot(weights, values, accumulator, input_precision=PRECISION)
+    high = weights.to(values.dtype)
+    low = (weights - high.to(tl.float32)).to(values.dtype)
+    return tl.dot(low, values, tl.dot(high, values, accumulator))
+
+
+def check_inputs(op: str, features: Tensor, boxes: Tensor, valid_sizes: Tensor | None, output_size: int) -> None:
     """Raise a readable ValueError when shapes or dtypes do not fit together."""
+    if not 1 <= output_size <= MAX_OUTPUT_SIZE:
+        raise ValueError(f"{op}: output_size must be between 1 and {MAX_OUTPUT_SIZE}, got {output_size}")
     if features.dim() != 4 or not features.is_floating_point():
         raise ValueError(f"{op}: features must be a floating [B, H, W, C] tensor, got {_describe(features)}")
     batch = features.shape[0]

@@ -1,22 +1,46 @@
 """RoIAlign on a channels-last map.
 
-Replaces ``torchvision.ops.roi_align(map, boxes, 7, aligned=True, sampling_ratio=-1)`` to rounding:
-``out[b, n, p, q, c] = sum_{h, w} A_y[b, n, p, h] * A_x[b, n, q, w] * features[b, h, w, c]`` with the matrices
-of `axis_weights`. Two small matrix products a box instead of a gather of every sample, and a backward
-``dF = sum_n A_y^T dO A_x`` that is a sum over boxes: no atomics, the same bits in every run.
+Replaces ``torchvision.ops.roi_align(map, boxes, 7, aligned=True, sampling_ratio=-1)`` (He et al., ICCV 2017) to
+rounding: ``out[b, n, p, q, c] = sum_{h, w} A_y[b, n, p, h] * A_x[b, n, q, w] * features[b, h, w, c]`` with the
+matrices of `axis_weights`. A cell is read once a box however many samples fall on it, as one small matrix product;
+the backward ``dF = sum_n A_y^T dO A_x`` is gathered by the program that owns the cells: no atomics, the same bits in
+every run. The kernels also reduce over the bins without writing them, for `roi_pool`.
 
-Gradients: of ``features`` only. The op treats the boxes as constants, as torchvision does;
-`roi_align_reference` is differentiable in them wherever the number of samples does not change.
-Dtypes: fp16, bf16, fp32, fp64; weights and sums are in fp32 or wider.
-Dims: B images, H x W cells, C channels, N boxes, P = Q = output_size.
+Gradients: of ``features`` only. The op treats the boxes as constants, as torchvision does; `roi_align_reference` is
+differentiable in them wherever the number of samples does not change.
+Dtypes: fp16, bf16, fp32; weights and sums are in fp32. fp64 runs the reference on every device.
+Dims: B images, H x W cells, C channels, N boxes, P = Q = output_size, S cells that a box covers (with its border).
+Bytes: forward B H W C read, B N P Q C written; backward the reverse; boxes are read again from the L2 cache.
+Operations: 2 B N P^2 C S multiply-adds forward and as many backward (twice that for fp16 and bf16).
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from samdetr_kernels.axis_weights import box_weights, check_inputs, compute_dtype
+from samdetr_kernels.axis_weights import (
+    axis_range,
+    axis_weight,
+    box_weights,
+    check_inputs,
+    compute_dtype,
+    load_box,
+    load_extent,
+    weighted_sum,
+)
+from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_of_2, reference_forced
+
+BINS, MEAN, MAX = "bins", "mean", "max"
+_MEAN, _MAX = tl.constexpr(MEAN), tl.constexpr(MAX)
+
+# Chosen by registers and shared memory of the ahead-of-time report; not yet timed on a GPU.
+FORWARD_TILE = Tile({"BLOCK_H": 4, "BLOCK_W": 16}, warps=4, stages=2)
+BACKWARD_TILE = Tile({"BLOCK_H": 4, "BLOCK_W": 16}, warps=4, stages=2)
+BLOCK_ROWS = 64  # bins of a program's matrix product
+MAX_BLOCK_C = 64
 
 
 def roi_align_reference(
@@ -45,19 +69,265 @@ def roi_align_backward_reference(
     return out.view(batch, height, width, channels).to(grad.dtype)
 
 
-@torch.library.custom_op("samdetr::roi_align", mutates_args=())
+@triton.jit
+def _roi_align_forward_kernel(  # type: ignore[no-untyped-def]
+    features,  # [B, H, W, C]
+    boxes,  # [B, N, 4]
+    valid_sizes,  # [B, 2] or None
+    out,  # [B, N, BINS, BINS, C], or [B, N, C] of a pooling mode
+    index,  # [B, N, C] int32, written by the maximum only
+    N,
+    H,
+    W,
+    C,
+    BINS: tl.constexpr,
+    MODE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """One program a box and block of channels."""
+    ROWS: tl.constexpr = BLOCK_P * BLOCK_Q
+    i_box = tl.program_id(0).to(tl.int64)
+    i_image = i_box // N
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    height, width = load_extent(valid_sizes, i_image, H, W)
+    x0, y0, x1, y1 = load_box(boxes + i_box * 4)
+    y_begin, y_end = axis_range(y0, y1, 0.0, BINS - 1.0, height, BINS)
+    x_begin, x_end = axis_range(x0, x1, 0.0, BINS - 1.0, width, BINS)
+    p_image = features + i_image * H * W * C
+
+    o_row, o_cell = tl.arange(0, ROWS), tl.arange(0, BLOCK_H * BLOCK_W)
+    o_q = tl.arange(0, BLOCK_Q)
+    b_best = tl.full((BLOCK_C,), float("-inf"), tl.float32)
+    b_index = tl.zeros((BLOCK_C,), tl.int32)
+    b_total = tl.zeros((BLOCK_C,), tl.float32)
+    for first_p in range(0, BINS, BLOCK_P):
+        o_p = first_p + tl.arange(0, BLOCK_P)
+        b_out = tl.zeros((ROWS, BLOCK_C), tl.float32)
+        for x_first in range(x_begin, x_end, BLOCK_W):
+            o_x = x_first + tl.arange(0, BLOCK_W)
+            b_x = axis_weight(x0, x1, o_q[:, None].to(tl.float32), o_x[None, :].to(tl.float32), width, BINS)
+            for y_first in range(y_begin, y_end, BLOCK_H):
+                o_y = y_first + tl.arange(0, BLOCK_H)
+                b_y = axis_weight(y0, y1, o_p[:, None].to(tl.float32), o_y[None, :].to(tl.float32), height, BINS)
+                b_weight = b_y[:, None, :, None] * b_x[None, :, None, :]
+                b_weight = tl.reshape(b_weight, (ROWS, BLOCK_H * BLOCK_W))
+                y, x = y_first + o_cell // BLOCK_W, x_first + o_cell % BLOCK_W
+                m_cell = (y < y_end) & (x < x_end)
+                p_cell = p_image + (y.to(tl.int64) * W + x) * C
+                b_cell = tl.load(p_cell[:, None] + o_c[None, :], mask=m_cell[:, None] & m_c[None, :], other=0.0)
+                b_out = weighted_sum(b_weight, b_cell, b_out, PRECISION)
+
+        p, q = first_p + o_row // BLOCK_Q, o_row % BLOCK_Q
+        m_row = (p < BINS) & (q < BINS)
+        bin_number = p * BINS + q
+        if MODE == _MAX:
+            b_value = tl.where(m_row[:, None], b_out, float("-inf"))
+            b_max = tl.max(b_value, axis=0)
+            b_first = tl.min(tl.where(b_value == b_max[None, :], bin_number[:, None], BINS * BINS), axis=0)
+            b_index = tl.where(b_max > b_best, b_first, b_index)
+            b_best = tl.maximum(b_best, b_max)
+        elif MODE == _MEAN:
+            b_total += tl.sum(tl.where(m_row[:, None], b_out, 0.0), axis=0)
+        else:
+            p_out = out + (i_box * BINS * BINS + bin_number)[:, None] * C + o_c[None, :]
+            tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_row[:, None] & m_c[None, :])
+    if MODE == _MAX:
+        tl.store(out + i_box * C + o_c, b_best.to(out.dtype.element_ty), mask=m_c)
+        tl.store(index + i_box * C + o_c, b_index, mask=m_c)
+    elif MODE == _MEAN:
+        tl.store(out + i_box * C + o_c, (b_total / (BINS * BINS)).to(out.dtype.element_ty), mask=m_c)
+
+
+@triton.jit
+def _roi_align_backward_kernel(  # type: ignore[no-untyped-def]
+    grad,  # [B, N, BINS, BINS, C], or [B, N, C] of a pooling mode
+    boxes,  # [B, N, 4]
+    valid_sizes,  # [B, 2] or None
+    index,  # [B, N, C] int32, read by the maximum only
+    out,  # [B, H, W, C]
+    N,
+    H,
+    W,
+    C,
+    BINS: tl.constexpr,
+    MODE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """One program a window of BLOCK_H x BLOCK_W cells and block of channels; it visits the boxes that reach it."""
+    ROWS: tl.constexpr = BLOCK_P * BLOCK_Q
+    windows_x = tl.cdiv(W, BLOCK_W)
+    windows = tl.cdiv(H, BLOCK_H) * windows_x
+    i_image = (tl.program_id(0) // windows).to(tl.int64)
+    i_window = tl.program_id(0) % windows
+    y_first, x_first = i_window // windows_x * BLOCK_H, i_window % windows_x * BLOCK_W
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    height, width = load_extent(valid_sizes, i_image, H, W)
+
+    o_y, o_x = y_first + tl.arange(0, BLOCK_H), x_first + tl.arange(0, BLOCK_W)
+    o_row, o_q = tl.arange(0, ROWS), tl.arange(0, BLOCK_Q)
+    b_out = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
+    for i_local in range(N):
+        i_box = i_image * N + i_local
+        x0, y0, x1, y1 = load_box(boxes + i_box * 4)
+        y_begin, y_end = axis_range(y0, y1, 0.0, BINS - 1.0, height, BINS)
+        x_begin, x_end = axis_range(x0, x1, 0.0, BINS - 1.0, width, BINS)
+        rows_meet = (y_begin < y_first + BLOCK_H) & (y_end > y_first)
+        if rows_meet & (x_begin < x_first + BLOCK_W) & (x_end > x_first):
+            b_x = axis_weight(x0, x1, o_q[None, :].to(tl.float32), o_x[:, None].to(tl.float32), width, BINS)
+            b_x = tl.where((o_x < width)[:, None], b_x, 0.0)
+            for first_p in range(0, BINS, BLOCK_P):
+                o_p = first_p + tl.arange(0, BLOCK_P)
+                b_y = axis_weight(y0, y1, o_p[None, :].to(tl.float32), o_y[:, None].to(tl.float32), height, BINS)
+                b_y = tl.where((o_y < height)[:, None], b_y, 0.0)
+                b_weight = tl.reshape(b_y[:, None, :, None] * b_x[None, :, None, :], (BLOCK_H * BLOCK_W, ROWS))
+                p, q = first_p + o_row // BLOCK_Q, o_row % BLOCK_Q
+                m_row = (p < BINS) & (q < BINS)
+                bin_number = p * BINS + q
+                if MODE == _MAX:
+                    b_one = tl.load(grad + i_box * C + o_c, mask=m_c, other=0.0)
+                    b_index = tl.load(index + i_box * C + o_c, mask=m_c, other=-1)
+                    b_grad = tl.where(bin_number[:, None] == b_index[None, :], b_one[None, :], 0.0)
+                    b_grad = tl.where(m_row[:, None], b_grad, 0.0).to(grad.dtype.element_ty)
+                elif MODE == _MEAN:
+                    b_one = tl.load(grad + i_box * C + o_c, mask=m_c, other=0.0)
+                    b_grad = tl.where(m_row[:, None], b_one[None, :], 0.0).to(grad.dtype.element_ty)
+                    b_weight *= 1.0 / (BINS * BINS)
+                else:
+                    p_grad = grad + (i_box * BINS * BINS + bin_number)[:, None] * C + o_c[None, :]
+                    b_grad = tl.load(p_grad, mask=m_row[:, None] & m_c[None, :], other=0.0)
+                b_out = weighted_sum(b_weight, b_grad, b_out, PRECISION)
+
+    o_cell = tl.arange(0, BLOCK_H * BLOCK_W)
+    y, x = y_first + o_cell // BLOCK_W, x_first + o_cell % BLOCK_W
+    p_out = out + (i_image * H * W + y.to(tl.int64) * W + x)[:, None] * C + o_c[None, :]
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=((y < H) & (x < W))[:, None] & m_c[None, :])
+
+
+def _blocks(tile: Tile, output_size: int, channels: int) -> Tile:
+    columns = next_power_of_2(output_size)
+    rows = max(BLOCK_ROWS // columns, 1)
+    block_c = min(max(next_power_of_2(channels), 16), MAX_BLOCK_C)
+    return tile._replace(blocks={**tile.blocks, "BLOCK_P": rows, "BLOCK_Q": columns, "BLOCK_C": block_c})
+
+
+def roi_align_forward_triton(
+    features: Tensor, boxes: Tensor, output_size: int = 7, valid_sizes: Tensor | None = None, mode: str = BINS
+) -> tuple[Tensor, Tensor]:
+    """The bins [B, N, P, P, C] or their mean or maximum [B, N, C], and the maximum's bin (else empty)."""
+    batch, height, width, channels = features.shape
+    number = boxes.shape[1]
+    shape = (batch, number, channels) if mode != BINS else (batch, number, output_size, output_size, channels)
+    out = features.new_empty(shape)
+    index = features.new_empty(shape if mode == MAX else 0, dtype=torch.int32)
+    tile = _blocks(FORWARD_TILE, output_size, channels)
+    launch(
+        _roi_align_forward_kernel,
+        (batch * number, triton.cdiv(channels, tile.blocks["BLOCK_C"])),
+        tile,
+        (
+            features.contiguous(),
+            boxes.contiguous(),
+            None if valid_sizes is None else valid_sizes.contiguous(),
+            out,
+            index,
+            number,
+            height,
+            width,
+            channels,
+        ),
+        BINS=output_size,
+        MODE=mode,
+        PRECISION=float32_precision(),
+    )
+    return out, index
+
+
+def roi_align_backward_triton(
+    grad: Tensor,
+    index: Tensor | None,
+    boxes: Tensor,
+    height: int,
+    width: int,
+    output_size: int = 7,
+    valid_sizes: Tensor | None = None,
+    mode: str = BINS,
+) -> Tensor:
+    """d features [B, H, W, C] from the gradient of what `roi_align_forward_triton` returned."""
+    batch, number, channels = grad.shape[0], grad.shape[1], grad.shape[-1]
+    out = grad.new_empty(batch, height, width, channels)
+    tile = _blocks(BACKWARD_TILE, output_size, channels)
+    windows = triton.cdiv(height, tile.blocks["BLOCK_H"]) * triton.cdiv(width, tile.blocks["BLOCK_W"])
+    launch(
+        _roi_align_backward_kernel,
+        (batch * windows, triton.cdiv(channels, tile.blocks["BLOCK_C"])),
+        tile,
+        (
+            grad.contiguous(),
+            boxes.contiguous(),
+            None if valid_sizes is None else valid_sizes.contiguous(),
+            index,
+            out,
+            number,
+            height,
+            width,
+            channels,
+        ),
+        BINS=output_size,
+        MODE=mode,
+        PRECISION=float32_precision(),
+    )
+    return out
+
+
+def example_launches() -> None:
+    """Every kernel at the shapes of training, for the ahead-of-time report."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for mode, channels in ((BINS, 64), (MEAN, 256), (MAX, 256)):
+            features = torch.empty(16, 25, 38, channels, dtype=dtype, device="meta")
+            boxes = torch.empty(16, 300, 4, device="meta")
+            for valid_sizes in (None, torch.empty(16, 2, dtype=torch.int64, device="meta")):
+                out, index = roi_align_forward_triton(features, boxes, 7, valid_sizes, mode)
+                roi_align_backward_triton(out, index, boxes, 25, 38, 7, valid_sizes, mode)
+
+
+@torch.library.custom_op("samdetr::roi_align", mutates_args=(), device_types="cuda")
 def _roi_align(features: Tensor, boxes: Tensor, output_size: int, valid_sizes: Tensor | None) -> Tensor:
+    if reference_forced() or features.dtype == torch.float64:
+        return roi_align_reference(features, boxes, output_size, valid_sizes)
+    return roi_align_forward_triton(features, boxes, output_size, valid_sizes)[0]
+
+
+@_roi_align.register_kernel("cpu")
+def _(features: Tensor, boxes: Tensor, output_size: int, valid_sizes: Tensor | None) -> Tensor:
     return roi_align_reference(features, boxes, output_size, valid_sizes)
 
 
 @_roi_align.register_fake
 def _(features: Tensor, boxes: Tensor, output_size: int, valid_sizes: Tensor | None) -> Tensor:
-    batch, _, _, channels = features.shape
-    return features.new_empty(batch, boxes.shape[1], output_size, output_size, channels)
+    return features.new_empty(features.shape[0], boxes.shape[1], output_size, output_size, features.shape[3])
 
 
-@torch.library.custom_op("samdetr::roi_align_backward", mutates_args=())
+@torch.library.custom_op("samdetr::roi_align_backward", mutates_args=(), device_types="cuda")
 def _roi_align_backward(grad: Tensor, boxes: Tensor, height: int, width: int, valid_sizes: Tensor | None) -> Tensor:
+    if reference_forced() or grad.dtype == torch.float64:
+        return roi_align_backward_reference(grad, boxes, height, width, valid_sizes)
+    return roi_align_backward_triton(grad, None, boxes, height, width, grad.shape[2], valid_sizes)
+
+
+@_roi_align_backward.register_kernel("cpu")
+def _(grad: Tensor, boxes: Tensor, height: int, width: int, valid_sizes: Tensor | None) -> Tensor:
     return roi_align_backward_reference(grad, boxes, height, width, valid_sizes)
 
 
@@ -89,8 +359,6 @@ def roi_align(features: Tensor, boxes: Tensor, output_size: int = 7, valid_sizes
     does not depend on padding. Returns [B, N, output_size, output_size, C] in the dtype of ``features``.
     Raises ValueError when shapes or dtypes do not fit.
     """
-    check_inputs("roi_align", features, boxes, valid_sizes)
-    if output_size < 1:
-        raise ValueError(f"roi_align: output_size must be at least 1, got {output_size}")
+    check_inputs("roi_align", features, boxes, valid_sizes, output_size)
     out: Tensor = _roi_align(features, boxes, output_size, valid_sizes)
     return out

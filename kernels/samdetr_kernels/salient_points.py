@@ -4,19 +4,45 @@ Replaces ``grid_sample(roi_align(map, boxes, 7), points, bilinear, zeros, align_
 CVPR 2022, section 3.3) to rounding. Bilinear sampling of the bins at (px, py) weighs bin b of an axis by
 ``tent(p)_b = max(0, 1 - |((p + 1) * 7 - 1) / 2 - b|)``, so a point is rank one on the map:
 ``out[b, n, k, c] = a_y^T features[b, :, :, c] a_x`` with ``a = tent(p)^T A`` and A of `axis_weights`.
+Points anywhere in the image (SAM-DETR's ablation of the search range) are points of the box (0, 0, w, h).
 
-Gradients: of ``features`` (no atomics) and of ``points``. The boxes are constants for the op;
-`salient_points_reference` is differentiable in them wherever the number of samples does not change.
-Dtypes: fp16, bf16, fp32, fp64; weights and sums are in fp32 or wider.
-Dims: B images, H x W cells, C channels, N boxes, P points of a box.
+Gradients: of ``features`` and of ``points``. The boxes are constants for the op; `salient_points_reference` is
+differentiable in them wherever the number of samples does not change.
+Determinism: every output element is summed by one program, no atomics, the same bits in every run.
+Dtypes: fp16, bf16, fp32; weights and sums are in fp32. fp64 runs the reference on every device.
+Dims: B images, H x W cells, C channels, N boxes, P points of a box, S cells that the points of a box span.
+Bytes: forward B H W C read, B N P C written; backward both read, B H W C written. The published composition also
+writes and reads B N 49 C.
+Operations: B N P C S multiply-adds forward, twice as many backward (products with fp16 and bf16 features cost two,
+except that of the gradient of the points).
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from samdetr_kernels.axis_weights import box_weights, check_inputs, compute_dtype
+from samdetr_kernels.axis_weights import (
+    box_weights,
+    check_inputs,
+    compute_dtype,
+    load_box,
+    load_extent,
+    point_range,
+    point_weight,
+    point_weight_and_slope,
+    weighted_sum,
+)
+from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_of_2, reference_forced
+
+# Chosen by registers and shared memory of the ahead-of-time report; not yet timed on a GPU.
+FORWARD_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=4, stages=2)
+FEATURES_TILE = Tile({"BLOCK_H": 4, "BLOCK_W": 16, "BLOCK_R": 32}, warps=4, stages=2)
+POINTS_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=4, stages=2)
+MAX_BLOCK_P = 32
+MAX_BLOCK_C = 128
 
 
 def _bin_offsets(coordinate: Tensor, bins: int) -> Tensor:
@@ -80,10 +106,274 @@ def salient_points_backward_reference(
     return grad_features.to(features.dtype), grad_points.to(points.dtype)
 
 
-@torch.library.custom_op("samdetr::salient_points", mutates_args=())
+@triton.jit
+def _salient_points_forward_kernel(  # type: ignore[no-untyped-def]
+    features,  # [B, H, W, C]
+    boxes,  # [B, N, 4]
+    points,  # [B, N, P, 2]
+    valid_sizes,  # [B, 2] or None
+    out,  # [B, N, P, C]
+    N,
+    P,
+    H,
+    W,
+    C,
+    BINS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """One program a box, block of its points and block of channels, over the cells that these points span."""
+    i_box = tl.program_id(0).to(tl.int64)
+    i_image = i_box // N
+    height, width = load_extent(valid_sizes, i_image, H, W)
+    x0, y0, x1, y1 = load_box(boxes + i_box * 4)
+    o_p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
+    m_p = o_p < P
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    p_point = points + (i_box * P + o_p) * 2
+    b_px = tl.load(p_point, mask=m_p, other=0.0).to(tl.float32)
+    b_py = tl.load(p_point + 1, mask=m_p, other=0.0).to(tl.float32)
+    y_begin, y_end, x_begin, x_end = _span(x0, y0, x1, y1, b_px, b_py, m_p, height, width, BINS)
+
+    o_cell = tl.arange(0, BLOCK_H * BLOCK_W)
+    p_image = features + i_image * H * W * C
+    b_out = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for x_first in range(x_begin, x_end, BLOCK_W):
+        o_x = x_first + tl.arange(0, BLOCK_W)
+        b_x = point_weight(x0, x1, b_px[:, None], o_x[None, :].to(tl.float32), width, BINS)
+        for y_first in range(y_begin, y_end, BLOCK_H):
+            o_y = y_first + tl.arange(0, BLOCK_H)
+            b_y = point_weight(y0, y1, b_py[:, None], o_y[None, :].to(tl.float32), height, BINS)
+            b_weight = tl.reshape(b_y[:, :, None] * b_x[:, None, :], (BLOCK_P, BLOCK_H * BLOCK_W))
+            y, x = y_first + o_cell // BLOCK_W, x_first + o_cell % BLOCK_W
+            m_cell = (y < y_end) & (x < x_end)
+            p_cell = p_image + (y.to(tl.int64) * W + x) * C
+            b_cell = tl.load(p_cell[:, None] + o_c[None, :], mask=m_cell[:, None] & m_c[None, :], other=0.0)
+            b_out = weighted_sum(b_weight, b_cell, b_out, PRECISION)
+    p_out = out + (i_box * P + o_p)[:, None] * C + o_c[None, :]
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_p[:, None] & m_c[None, :])
+
+
+@triton.jit
+def _salient_points_features_kernel(  # type: ignore[no-untyped-def]
+    grad,  # [B, N, P, C]
+    boxes,  # [B, N, 4]
+    points,  # [B, N, P, 2]
+    valid_sizes,  # [B, 2] or None
+    out,  # [B, H, W, C]
+    N,
+    P,
+    H,
+    W,
+    C,
+    BINS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program a window of cells and block of channels; it visits the points of its image, BLOCK_R at once."""
+    windows_x = tl.cdiv(W, BLOCK_W)
+    windows = tl.cdiv(H, BLOCK_H) * windows_x
+    i_image = (tl.program_id(0) // windows).to(tl.int64)
+    i_window = tl.program_id(0) % windows
+    y_first, x_first = i_window // windows_x * BLOCK_H, i_window % windows_x * BLOCK_W
+    height, width = load_extent(valid_sizes, i_image, H, W)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    o_y, o_x = y_first + tl.arange(0, BLOCK_H), x_first + tl.arange(0, BLOCK_W)
+    m_y, m_x = (o_y < height)[:, None], (o_x < width)[:, None]
+
+    b_out = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
+    for first in range(0, N * P, BLOCK_R):
+        o_r = first + tl.arange(0, BLOCK_R)
+        m_r = o_r < N * P
+        i_row = i_image * N * P + o_r
+        p_box = boxes + (i_image * N + o_r // P) * 4
+        x0 = tl.load(p_box, mask=m_r, other=0.0).to(tl.float32)
+        y0 = tl.load(p_box + 1, mask=m_r, other=0.0).to(tl.float32)
+        x1 = tl.load(p_box + 2, mask=m_r, other=0.0).to(tl.float32)
+        y1 = tl.load(p_box + 3, mask=m_r, other=0.0).to(tl.float32)
+        b_px = tl.load(points + i_row * 2, mask=m_r, other=0.0).to(tl.float32)
+        b_py = tl.load(points + i_row * 2 + 1, mask=m_r, other=0.0).to(tl.float32)
+        y_begin, y_end = point_range(y0, y1, b_py, height, BINS)
+        x_begin, x_end = point_range(x0, x1, b_px, width, BINS)
+        meets = (y_begin < y_first + BLOCK_H) & (y_end > y_first) & (x_begin < x_first + BLOCK_W) & (x_end > x_first)
+        if tl.max((meets & m_r).to(tl.int32), axis=0) > 0:
+            b_y = point_weight(y0[None, :], y1[None, :], b_py[None, :], o_y[:, None].to(tl.float32), height, BINS)
+            b_x = point_weight(x0[None, :], x1[None, :], b_px[None, :], o_x[:, None].to(tl.float32), width, BINS)
+            b_y, b_x = tl.where(m_y & m_r[None, :], b_y, 0.0), tl.where(m_x, b_x, 0.0)
+            b_weight = tl.reshape(b_y[:, None, :] * b_x[None, :, :], (BLOCK_H * BLOCK_W, BLOCK_R))
+            p_grad = grad + i_row[:, None] * C + o_c[None, :]
+            b_grad = tl.load(p_grad, mask=(meets & m_r)[:, None] & m_c[None, :], other=0.0)
+            b_out = weighted_sum(b_weight, b_grad, b_out, PRECISION)
+
+    o_cell = tl.arange(0, BLOCK_H * BLOCK_W)
+    y, x = y_first + o_cell // BLOCK_W, x_first + o_cell % BLOCK_W
+    p_out = out + (i_image * H * W + y.to(tl.int64) * W + x)[:, None] * C + o_c[None, :]
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=((y < H) & (x < W))[:, None] & m_c[None, :])
+
+
+@triton.jit
+def _salient_points_points_kernel(  # type: ignore[no-untyped-def]
+    grad,  # [B, N, P, C]
+    features,  # [B, H, W, C]
+    boxes,  # [B, N, 4]
+    points,  # [B, N, P, 2]
+    valid_sizes,  # [B, 2] or None
+    out,  # [B, N, P, 2]
+    N,
+    P,
+    H,
+    W,
+    C,
+    BINS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """One program a box and block of its points: the gradient of each cell's weight, then two sums over the cells."""
+    i_box = tl.program_id(0).to(tl.int64)
+    i_image = i_box // N
+    height, width = load_extent(valid_sizes, i_image, H, W)
+    x0, y0, x1, y1 = load_box(boxes + i_box * 4)
+    o_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    m_p = o_p < P
+    p_point = points + (i_box * P + o_p) * 2
+    b_px = tl.load(p_point, mask=m_p, other=0.0).to(tl.float32)
+    b_py = tl.load(p_point + 1, mask=m_p, other=0.0).to(tl.float32)
+    y_begin, y_end, x_begin, x_end = _span(x0, y0, x1, y1, b_px, b_py, m_p, height, width, BINS)
+
+    o_cell = tl.arange(0, BLOCK_H * BLOCK_W)
+    p_image = features + i_image * H * W * C
+    p_grad = grad + (i_box * P + o_p)[:, None] * C
+    b_dx, b_dy = tl.zeros((BLOCK_P,), tl.float32), tl.zeros((BLOCK_P,), tl.float32)
+    for x_first in range(x_begin, x_end, BLOCK_W):
+        o_x = x_first + tl.arange(0, BLOCK_W)
+        b_x, b_slope_x = point_weight_and_slope(x0, x1, b_px[:, None], o_x[None, :].to(tl.float32), width, BINS)
+        for y_first in range(y_begin, y_end, BLOCK_H):
+            o_y = y_first + tl.arange(0, BLOCK_H)
+            b_y, b_slope_y = point_weight_and_slope(y0, y1, b_py[:, None], o_y[None, :].to(tl.float32), height, BINS)
+            y, x = y_first + o_cell // BLOCK_W, x_first + o_cell % BLOCK_W
+            m_cell = (y < y_end) & (x < x_end)
+            p_cell = p_image + (y.to(tl.int64) * W + x)[None, :] * C
+            b_weight_grad = tl.zeros((BLOCK_P, BLOCK_H * BLOCK_W), tl.float32)
+            for c_first in range(0, C, BLOCK_C):
+                o_c = c_first + tl.arange(0, BLOCK_C)
+                m_c = o_c < C
+                b_grad = tl.load(p_grad + o_c[None, :], mask=m_p[:, None] & m_c[None, :], other=0.0)
+                b_cell = tl.load(p_cell + o_c[:, None], mask=m_cell[None, :] & m_c[:, None], other=0.0)
+                b_weight_grad = tl.dot(b_grad, b_cell, b_weight_grad, input_precision=PRECISION)
+            b_weight_grad = tl.reshape(b_weight_grad, (BLOCK_P, BLOCK_H, BLOCK_W))
+            b_dx += tl.sum(tl.sum(b_weight_grad * b_y[:, :, None] * b_slope_x[:, None, :], axis=2), axis=1)
+            b_dy += tl.sum(tl.sum(b_weight_grad * b_slope_y[:, :, None] * b_x[:, None, :], axis=2), axis=1)
+    p_out = out + (i_box * P + o_p) * 2
+    tl.store(p_out, b_dx.to(out.dtype.element_ty), mask=m_p)
+    tl.store(p_out + 1, b_dy.to(out.dtype.element_ty), mask=m_p)
+
+
+@triton.jit
+def _span(x0, y0, x1, y1, b_px, b_py, m_p, height, width, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The smallest window of cells [y_begin, y_end) x [x_begin, x_end) that holds what all points read."""
+    y_begin, y_end = point_range(y0, y1, b_py, height, BINS)
+    x_begin, x_end = point_range(x0, x1, b_px, width, BINS)
+    m_p = m_p & (y_begin < y_end) & (x_begin < x_end)
+    y_begin, x_begin = tl.where(m_p, y_begin, height), tl.where(m_p, x_begin, width)
+    y_end, x_end = tl.where(m_p, y_end, 0), tl.where(m_p, x_end, 0)
+    return tl.min(y_begin, axis=0), tl.max(y_end, axis=0), tl.min(x_begin, axis=0), tl.max(x_end, axis=0)
+
+
+def _blocks(tile: Tile, channels: int, points: int | None = None) -> Tile:
+    """The tile with as many channels, and points where the kernel has a block of them, as it needs."""
+    blocks = {**tile.blocks, "BLOCK_C": min(max(next_power_of_2(channels), 16), MAX_BLOCK_C)}
+    if points is not None:
+        blocks["BLOCK_P"] = min(max(next_power_of_2(points), 16), MAX_BLOCK_P)
+    return tile._replace(blocks=blocks)
+
+
+def salient_points_forward_triton(
+    features: Tensor, boxes: Tensor, points: Tensor, output_size: int = 7, valid_sizes: Tensor | None = None
+) -> Tensor:
+    """What `salient_points` returns, by the Triton kernel."""
+    batch, height, width, channels = features.shape
+    number, count = points.shape[1:3]
+    out = features.new_empty(batch, number, count, channels)
+    if out.numel() == 0:
+        return out
+    tile = _blocks(FORWARD_TILE, channels, count)
+    grid = (batch * number, triton.cdiv(channels, tile.blocks["BLOCK_C"]), triton.cdiv(count, tile.blocks["BLOCK_P"]))
+    inputs = (features.contiguous(), boxes.contiguous(), points.contiguous())
+    valid_sizes = None if valid_sizes is None else valid_sizes.contiguous()
+    launch(
+        _salient_points_forward_kernel,
+        grid,
+        tile,
+        (*inputs, valid_sizes, out, number, count, height, width, channels),
+        BINS=output_size,
+        PRECISION=float32_precision(),
+    )
+    return out
+
+
+def salient_points_backward_triton(
+    grad: Tensor,
+    features: Tensor,
+    boxes: Tensor,
+    points: Tensor,
+    output_size: int = 7,
+    valid_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """d features [B, H, W, C] and d points [B, N, P, 2] from ``grad`` [B, N, P, C], by the Triton kernels."""
+    batch, height, width, channels = features.shape
+    number, count = points.shape[1:3]
+    grad_features, grad_points = features.new_empty(features.shape), points.new_empty(points.shape)
+    grad, features, boxes, points = grad.contiguous(), features.contiguous(), boxes.contiguous(), points.contiguous()
+    valid_sizes = None if valid_sizes is None else valid_sizes.contiguous()
+    sizes = (number, count, height, width, channels)
+    constants = {"BINS": output_size, "PRECISION": float32_precision()}
+
+    tile = _blocks(FEATURES_TILE, channels)
+    windows = triton.cdiv(height, tile.blocks["BLOCK_H"]) * triton.cdiv(width, tile.blocks["BLOCK_W"])
+    grid: tuple[int, ...] = (batch * windows, triton.cdiv(channels, tile.blocks["BLOCK_C"]))
+    arguments = (grad, boxes, points, valid_sizes, grad_features, *sizes)
+    launch(_salient_points_features_kernel, grid, tile, arguments, **constants)
+
+    if grad_points.numel():
+        tile = _blocks(POINTS_TILE, channels, count)
+        grid = (batch * number, triton.cdiv(count, tile.blocks["BLOCK_P"]))
+        arguments = (grad, features, boxes, points, valid_sizes, grad_points, *sizes)
+        launch(_salient_points_points_kernel, grid, tile, arguments, **constants)
+    return grad_features, grad_points
+
+
+def example_launches() -> None:
+    """Every kernel at the shapes of training, for the ahead-of-time report."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for valid_sizes in (None, torch.empty(16, 2, dtype=torch.int64, device="meta")):
+            features = torch.empty(16, 25, 38, 256, dtype=dtype, device="meta")
+            boxes, points = torch.empty(16, 300, 4, device="meta"), torch.empty(16, 300, 8, 2, device="meta")
+            out = salient_points_forward_triton(features, boxes, points, 7, valid_sizes)
+            salient_points_backward_triton(out, features, boxes, points, 7, valid_sizes)
+
+
+@torch.library.custom_op("samdetr::salient_points", mutates_args=(), device_types="cuda")
 def _salient_points(
     features: Tensor, boxes: Tensor, points: Tensor, output_size: int, valid_sizes: Tensor | None
 ) -> Tensor:
+    if reference_forced() or features.dtype == torch.float64:
+        return salient_points_reference(features, boxes, points, output_size, valid_sizes)
+    return salient_points_forward_triton(features, boxes, points, output_size, valid_sizes)
+
+
+@_salient_points.register_kernel("cpu")
+def _(features: Tensor, boxes: Tensor, points: Tensor, output_size: int, valid_sizes: Tensor | None) -> Tensor:
     return salient_points_reference(features, boxes, points, output_size, valid_sizes)
 
 
@@ -92,8 +382,22 @@ def _(features: Tensor, boxes: Tensor, points: Tensor, output_size: int, valid_s
     return features.new_empty(*points.shape[:3], features.shape[-1])
 
 
-@torch.library.custom_op("samdetr::salient_points_backward", mutates_args=())
+@torch.library.custom_op("samdetr::salient_points_backward", mutates_args=(), device_types="cuda")
 def _salient_points_backward(
+    grad: Tensor,
+    features: Tensor,
+    boxes: Tensor,
+    points: Tensor,
+    output_size: int,
+    valid_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if reference_forced() or features.dtype == torch.float64:
+        return salient_points_backward_reference(grad, features, boxes, points, output_size, valid_sizes)
+    return salient_points_backward_triton(grad, features, boxes, points, output_size, valid_sizes)
+
+
+@_salient_points_backward.register_kernel("cpu")
+def _(
     grad: Tensor,
     features: Tensor,
     boxes: Tensor,
@@ -141,12 +445,10 @@ def salient_points(
     RoIAlign grid per axis. valid_sizes: [B, 2] integer (h, w); cells at or beyond it count as absent.
     Returns [B, N, P, C] in the dtype of ``features``. Raises ValueError when shapes or dtypes do not fit.
     """
-    check_inputs("salient_points", features, boxes, valid_sizes)
+    check_inputs("salient_points", features, boxes, valid_sizes, output_size)
     if points.dim() != 4 or points.shape[:2] != boxes.shape[:2] or points.shape[3] != 2:
         raise ValueError(
             f"salient_points: points must be [{boxes.shape[0]}, {boxes.shape[1]}, P, 2], got {list(points.shape)}"
         )
-    if output_size < 1:
-        raise ValueError(f"salient_points: output_size must be at least 1, got {output_size}")
     out: Tensor = _salient_points(features, boxes, points, output_size, valid_sizes)
     return out

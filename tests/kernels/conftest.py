@@ -4,8 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def _mend_interpreter() -> None:
+    """Make Triton's interpreter do what a GPU does.
+
+    As it comes, it multiplies the bit patterns of bf16 operands (their products are exact in fp32), truncates to bf16
+    instead of rounding, and turns a comparison of scalars that meets a vector into a float.
+    """
+    multiply, splat, convert = (
+        InterpreterBuilder.create_dot,
+        InterpreterBuilder.create_splat,
+        InterpreterBuilder.create_fp_to_fp,
+    )
+
+    def create_dot(self, a, b, *rest):
+        a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return multiply(self, a, b, *rest)
+
+    def create_splat(self, ret_ty, value):
+        out = splat(self, ret_ty, value)
+        out.data = out.data.astype(value.data.dtype)
+        return out
+
+    def create_fp_trunc(self, value, dst_type):
+        if value.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(value.data)).bfloat16().view(torch.int16).numpy()
+            return TensorHandle(rounded.view(np.uint16).reshape(value.data.shape), tl.bfloat16)
+        return self.cast_impl(value, dst_type)
+
+    def create_fp_to_fp(self, value, dst_type, rounding_mode):
+        if dst_type.scalar == tl.bfloat16:
+            return create_fp_trunc(self, value, dst_type)
+        return convert(self, value, dst_type, rounding_mode)
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.create_splat = create_dot, create_splat
+    InterpreterBuilder.create_fp_trunc, InterpreterBuilder.create_fp_to_fp = create_fp_trunc, create_fp_to_fp
+
+
+_mend_interpreter()
 
 
 @pytest.fixture

@@ -1,0 +1,193 @@
+"""The Triton kernels of roi_align, roi_pool and salient_points, on a GPU or under the interpreter.
+
+The error budget is what the reference in the same dtype loses against float64, times 1.5 (its largest error is that of
+a few roundings), plus an fp32 round-off of the sums and weights.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from samdetr_kernels import roi_align, roi_pool, salient_points
+from samdetr_kernels.roi_align import (
+    roi_align_backward_reference,
+    roi_align_backward_triton,
+    roi_align_forward_triton,
+    roi_align_reference,
+)
+from samdetr_kernels.roi_pool import _backward_reference as pool_backward_reference
+from samdetr_kernels.roi_pool import _forward_reference as pool_forward_reference
+from samdetr_kernels.salient_points import (
+    salient_points_backward_reference,
+    salient_points_backward_triton,
+    salient_points_forward_triton,
+    salient_points_reference,
+)
+from tests.kernels.test_aligner_ops import random_boxes
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# height, width, channels, boxes, output size, whether the map is padded
+CASES = [
+    (1, 1, 5, 7, 7, False),
+    (7, 5, 24, 7, 7, True),
+    (7, 5, 4, 6, 14, False),
+    (7, 5, 4, 6, 3, True),
+    (13, 19, 70, 7, 7, False),
+    (25, 38, 16, 6, 7, True),
+    (50, 76, 16, 1, 7, False),
+    (7, 5, 16, 0, 7, False),
+]
+CASE_IDS = [f"{h}x{w}-C{c}-N{n}-bins{s}{'-padded' * p}" for h, w, c, n, s, p in CASES]
+
+
+class Inputs:
+    """Random features (garbage beyond the valid cells), boxes and points, and the same in float64 without garbage."""
+
+    def __init__(self, case: tuple[int, int, int, int, int, bool], dtype: torch.dtype, points: int = 8) -> None:
+        height, width, channels, count, self.size, padded = case
+        self.generator = torch.Generator().manual_seed(height * 1000 + channels)
+        self.features = torch.randn(2, height, width, channels, generator=self.generator).to(dtype)
+        self.clean = self.features.clone()
+        self.valid = None
+        if padded:
+            self.valid = torch.tensor([[max(height - 2, 1), max(width - 3, 1)], [height, width]])
+            rows, columns = self.valid[0].tolist()
+            self.features[0, rows:], self.features[0, :, columns:] = torch.nan, torch.nan
+            self.clean[0, rows:], self.clean[0, :, columns:] = 0, 0
+        self.boxes = random_boxes(2, count, height, width).float()
+        self.points = torch.rand(2, count, points, 2, generator=self.generator) * 2.4 - 1.2
+
+    def upstream(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(self.features.dtype)
+
+
+def assert_within_budget(out: Tensor, eager: Tensor, exact: Tensor, sums: float) -> None:
+    """sums: the size of the largest sum of absolute terms, whose fp32 round-off is allowed as well."""
+    assert out.shape == exact.shape and out.dtype == eager.dtype
+    if exact.numel() == 0:
+        return
+    error = (out.cpu().double() - exact).abs().max().item()
+    budget = 1.5 * (eager.double() - exact).abs().max().item() + 16 * torch.finfo(torch.float32).eps * sums
+    assert error <= budget, f"error {error:.3g} over the budget of {budget:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
+def test_roi_align_kernels(case, dtype, kernel_device):
+    x = Inputs(case, dtype)
+    on_device = x.features.to(kernel_device), x.boxes.to(kernel_device)
+    valid = None if x.valid is None else x.valid.to(kernel_device)
+    out, _ = roi_align_forward_triton(*on_device, x.size, valid)
+    exact = roi_align_reference(x.clean.double(), x.boxes.double(), x.size, x.valid)
+    assert_within_budget(out, roi_align_reference(x.clean, x.boxes, x.size, x.valid), exact, sums=40)
+    assert torch.equal(out, roi_align_forward_triton(*on_device, x.size, valid)[0])
+
+    upstream = x.upstream(exact)
+    arguments = (None, on_device[1], *case[:2], x.size, valid)
+    grad = roi_align_backward_triton(upstream.to(kernel_device), *arguments)
+    exact = roi_align_backward_reference(upstream.double(), x.boxes.double(), *case[:2], x.valid)
+    eager = roi_align_backward_reference(upstream, x.boxes, *case[:2], x.valid)
+    assert_within_budget(grad, eager, exact, sums=40 * case[3])
+    assert torch.equal(grad, roi_align_backward_triton(upstream.to(kernel_device), *arguments))
+
+
+@pytest.mark.parametrize("mode", ["mean", "max"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[7]], ids=[CASE_IDS[1], CASE_IDS[2], CASE_IDS[7]])
+def test_roi_pool_kernels(case, dtype, mode, kernel_device):
+    x = Inputs(case, dtype)
+    on_device = x.features.to(kernel_device), x.boxes.to(kernel_device)
+    valid = None if x.valid is None else x.valid.to(kernel_device)
+    out, index = roi_align_forward_triton(*on_device, x.size, valid, mode)
+    exact, exact_index = pool_forward_reference(x.clean.double(), x.boxes.double(), x.size, x.valid, mode)
+    eager = pool_forward_reference(x.clean, x.boxes, x.size, x.valid, mode)[0]
+    assert_within_budget(out, eager, exact, sums=40)
+    if mode == "max" and exact.numel():
+        # rounding may exchange bins whose values nearly agree, nothing else
+        bins = roi_align_reference(x.clean.double(), x.boxes.double(), x.size, x.valid).flatten(2, 3)
+        chosen = bins.gather(2, index.cpu().long()[:, :, None])[:, :, 0]
+        assert (exact - chosen).abs().max() < 1e-5
+        assert (index.cpu() == exact_index).float().mean() > 0.98
+
+    upstream = x.upstream(exact)
+    arguments = (index, on_device[1], *case[:2], x.size, valid, mode)
+    grad = roi_align_backward_triton(upstream.to(kernel_device), *arguments)
+    chosen_index = index.cpu()
+    exact = pool_backward_reference(upstream.double(), chosen_index, x.boxes.double(), *case[:2], x.size, x.valid, mode)
+    eager = pool_backward_reference(upstream, chosen_index, x.boxes, *case[:2], x.size, x.valid, mode)
+    assert_within_budget(grad, eager, exact, sums=40 * case[3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
+def test_salient_points_kernels(case, dtype, kernel_device):
+    x = Inputs(case, dtype, points={14: 40, 3: 1}.get(case[4], 8))
+    on_device = [part.to(kernel_device) for part in (x.features, x.boxes, x.points)]
+    valid = None if x.valid is None else x.valid.to(kernel_device)
+    wide = [part.double() for part in (x.clean, x.boxes, x.points)]
+    out = salient_points_forward_triton(*on_device, x.size, valid)
+    exact = salient_points_reference(*wide, x.size, x.valid)
+    assert_within_budget(out, salient_points_reference(x.clean, x.boxes, x.points, x.size, x.valid), exact, sums=40)
+
+    upstream = x.upstream(exact)
+    grads = salient_points_backward_triton(upstream.to(kernel_device), *on_device, x.size, valid)
+    exacts = salient_points_backward_reference(upstream.double(), *wide, x.size, x.valid)
+    eagers = salient_points_backward_reference(upstream, x.clean, x.boxes, x.points, x.size, x.valid)
+    sums = (40.0 * case[3] * x.points.shape[2], 40.0 * case[2])
+    for grad, eager, exact, total in zip(grads, eagers, exacts, sums, strict=True):
+        assert_within_budget(grad, eager, exact, sums=total)
+    again = salient_points_backward_triton(upstream.to(kernel_device), *on_device, x.size, valid)
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+
+
+def test_permuted_inputs_give_the_same_bits(kernel_device):
+    x = Inputs(CASES[1], torch.float32)
+    features, boxes, points = (part.to(kernel_device) for part in (x.clean, x.boxes, x.points))
+    permuted = features.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    swapped = points.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not permuted.is_contiguous() and not swapped.is_contiguous()
+    assert torch.equal(roi_align_forward_triton(permuted, boxes)[0], roi_align_forward_triton(features, boxes)[0])
+    expected = salient_points_forward_triton(features, boxes, points)
+    assert torch.equal(salient_points_forward_triton(permuted, boxes, swapped), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ops_on_a_gpu_agree_with_the_reference_and_repeat_their_bits(dtype):
+    x = Inputs((50, 76, 64, 300, 7, True), dtype)
+    boxes, points, valid = x.boxes.cuda(), x.points.cuda(), x.valid.cuda()
+
+    def run() -> list[Tensor]:
+        features = x.features.cuda().requires_grad_()
+        place = points.clone().requires_grad_()
+        outs = [
+            roi_align(features, boxes, 7, valid),
+            roi_pool(features, boxes, 7, valid, "mean"),
+            roi_pool(features, boxes, 7, valid, "max"),
+            salient_points(features, boxes, place, 7, valid),
+        ]
+        weights = [torch.linspace(-1, 1, out.numel(), device="cuda").view(out.shape).to(dtype) for out in outs]
+        grads = [torch.autograd.grad(out, features, w, retain_graph=True)[0] for out, w in zip(outs, weights)]
+        return [*outs, *grads, torch.autograd.grad(outs[3], place, weights[3])[0]]
+
+    first, second = run(), run()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    exact = salient_points_reference(x.clean.double(), x.boxes.double(), x.points.double(), 7, x.valid)
+    eager = salient_points_reference(x.clean, x.boxes, x.points, 7, x.valid)
+    assert_within_budget(first[3], eager, exact, sums=40)
+    exact = roi_align_reference(x.clean.double(), x.boxes.double(), 7, x.valid)
+    assert_within_budget(first[0], roi_align_reference(x.clean, x.boxes, 7, x.valid), exact, sums=40)
+
+
+@pytest.mark.gpu
+def test_ops_can_be_captured_in_a_cuda_graph():
+    x = Inputs(CASES[5], torch.bfloat16)
+    features, boxes, points = x.clean.cuda(), x.boxes.cuda(), x.points.cuda()
+    expected = roi_align(features, boxes), salient_points(features, boxes, points)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = roi_align(features, boxes), salient_points(features, boxes, points)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
