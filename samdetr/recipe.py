@@ -31,6 +31,9 @@ class RunSection(Section):
     folder: str = Field("runs", description="where run folders are made: <folder>/<name>/<n>")
     seed: int = Field(42, ge=0, description="seed of initialisation, order, augmentation and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the first GPU if there is one")
+    kernels: Literal["triton", "reference"] = Field(
+        "triton", description="what the ops run on a GPU; reference: plain torch, for comparison. A CPU has only these"
+    )
 
     @field_validator("name")
     @classmethod

@@ -33,6 +33,7 @@ ALLOWED = {
         "samdetr.loss",
         "samdetr.visualize",
         "samdetr.engine",
+        "samdetr_kernels",  # for the recipe key that forces the references
     },
     "samdetr.cli": {"samdetr", "samdetr.recipe", "samdetr.engine", "samdetr.cli"},
 }

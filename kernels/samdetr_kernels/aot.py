@@ -65,10 +65,16 @@ class Report(NamedTuple):
 
 
 def example_launches(op: str) -> list[Launch]:
-    """What the op launches at the shapes of training, without running it."""
+    """What the op launches at the shapes of training, without running it, with exact and with TF32 products."""
     module = importlib.import_module(f"samdetr_kernels.{op}")
-    with record_launches() as launches:
-        module.example_launches()
+    precision = torch.get_float32_matmul_precision()
+    try:
+        with record_launches() as launches:
+            for wanted in ("highest", "high"):
+                torch.set_float32_matmul_precision(wanted)
+                module.example_launches()
+    finally:
+        torch.set_float32_matmul_precision(precision)
     return launches
 
 
@@ -152,6 +158,8 @@ def _describe(launch: Launch) -> str:
     types = sorted({TYPES[a.dtype] for a in launch.arguments if isinstance(a, torch.Tensor) and a.is_floating_point()})
     blocks = [f"{name}={value}" for name, value in launch.tile.blocks.items()]
     modes = [f"{name}={value}" for name, value in launch.constants.items() if name not in launch.tile.blocks]
+    arguments = zip(launch.kernel.arg_names, launch.arguments, strict=False)
+    modes += [f"{name}=None" for name, value in arguments if value is None]
     return " ".join(["/".join(types), *modes, *blocks, f"warps={launch.tile.warps}", f"stages={launch.tile.stages}"])
 
 

@@ -76,6 +76,7 @@ def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def float32_precision() -> str:
-    """Triton's ``input_precision`` of fp32 products: exact, unless the user allowed TF32 in torch."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def float32_precision(dtype: torch.dtype = torch.float32) -> str:
+    """Triton's ``input_precision`` of products: exact, unless the user allowed TF32 in torch for fp32 tensors."""
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"

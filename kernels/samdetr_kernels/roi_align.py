@@ -37,8 +37,11 @@ BINS, MEAN, MAX = "bins", "mean", "max"
 _MEAN, _MAX = tl.constexpr(MEAN), tl.constexpr(MAX)
 
 # Chosen by registers and shared memory of the ahead-of-time report; not yet timed on a GPU.
-FORWARD_TILE = Tile({"BLOCK_H": 4, "BLOCK_W": 16}, warps=4, stages=2)
-BACKWARD_TILE = Tile({"BLOCK_H": 4, "BLOCK_W": 16}, warps=4, stages=2)
+FORWARD_TILES = {  # by bytes of an element
+    2: Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=8, stages=2),
+    4: Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=4, stages=2),
+}
+BACKWARD_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=8, stages=2)
 BLOCK_ROWS = 64  # bins of a program's matrix product
 MAX_BLOCK_C = 64
 
@@ -231,7 +234,7 @@ def roi_align_forward_triton(
     shape = (batch, number, channels) if mode != BINS else (batch, number, output_size, output_size, channels)
     out = features.new_empty(shape)
     index = features.new_empty(shape if mode == MAX else 0, dtype=torch.int32)
-    tile = _blocks(FORWARD_TILE, output_size, channels)
+    tile = _blocks(FORWARD_TILES[features.element_size()], output_size, channels)
     launch(
         _roi_align_forward_kernel,
         (batch * number, triton.cdiv(channels, tile.blocks["BLOCK_C"])),
@@ -249,7 +252,7 @@ def roi_align_forward_triton(
         ),
         BINS=output_size,
         MODE=mode,
-        PRECISION=float32_precision(),
+        PRECISION=float32_precision(features.dtype),
     )
     return out, index
 
@@ -286,7 +289,7 @@ def roi_align_backward_triton(
         ),
         BINS=output_size,
         MODE=mode,
-        PRECISION=float32_precision(),
+        PRECISION=float32_precision(grad.dtype),
     )
     return out
 

@@ -68,7 +68,7 @@ def _backward_reference(
     else:
         spread = wide.new_zeros(*grad.shape[:2], bins, grad.shape[2])
         spread.scatter_(2, index.long()[:, :, None], wide[:, :, None])
-    spread = spread.unflatten(2, (output_size, output_size))
+    spread = spread.reshape(*grad.shape[:2], output_size, output_size, grad.shape[2])
     return roi_align_backward_reference(spread, boxes, height, width, valid_sizes).to(grad.dtype)
 
 

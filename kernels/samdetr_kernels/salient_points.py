@@ -39,10 +39,10 @@ from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_o
 
 # Chosen by registers and shared memory of the ahead-of-time report; not yet timed on a GPU.
 FORWARD_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=4, stages=2)
-FEATURES_TILE = Tile({"BLOCK_H": 4, "BLOCK_W": 16, "BLOCK_R": 32}, warps=4, stages=2)
-POINTS_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=4, stages=2)
+FEATURES_TILE = Tile({"BLOCK_H": 4, "BLOCK_W": 8, "BLOCK_R": 32}, warps=8, stages=2)
+POINTS_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=8, stages=2)
 MAX_BLOCK_P = 32
-MAX_BLOCK_C = 128
+MAX_BLOCK_C = 64
 
 
 def _bin_offsets(coordinate: Tensor, bins: int) -> Tensor:
@@ -317,7 +317,7 @@ def salient_points_forward_triton(
         tile,
         (*inputs, valid_sizes, out, number, count, height, width, channels),
         BINS=output_size,
-        PRECISION=float32_precision(),
+        PRECISION=float32_precision(features.dtype),
     )
     return out
 
@@ -337,12 +337,12 @@ def salient_points_backward_triton(
     grad, features, boxes, points = grad.contiguous(), features.contiguous(), boxes.contiguous(), points.contiguous()
     valid_sizes = None if valid_sizes is None else valid_sizes.contiguous()
     sizes = (number, count, height, width, channels)
-    constants = {"BINS": output_size, "PRECISION": float32_precision()}
+    constants = {"BINS": output_size, "PRECISION": float32_precision(features.dtype)}
 
     tile = _blocks(FEATURES_TILE, channels)
     windows = triton.cdiv(height, tile.blocks["BLOCK_H"]) * triton.cdiv(width, tile.blocks["BLOCK_W"])
     grid: tuple[int, ...] = (batch * windows, triton.cdiv(channels, tile.blocks["BLOCK_C"]))
-    arguments = (grad, boxes, points, valid_sizes, grad_features, *sizes)
+    arguments: tuple[object, ...] = (grad, boxes, points, valid_sizes, grad_features, *sizes)
     launch(_salient_points_features_kernel, grid, tile, arguments, **constants)
 
     if grad_points.numel():

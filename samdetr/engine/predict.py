@@ -31,7 +31,10 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
     """
     photos = find_photos(Path(source))
     model, recipe, categories, _ = load_trained(checkpoint)
-    device = choose_device("cpu" if recipe.run.device == "cpu" else "auto")  # "cuda" was the training machine's
+    device = choose_device(
+        "cpu" if recipe.run.device == "cpu" else "auto",  # "cuda" was the training machine's
+        recipe.run.kernels,
+    )
     model.to(device).eval()
     transform = build_transform(recipe.augment, training=False)
     names = categories.by_index()

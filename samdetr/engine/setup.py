@@ -15,6 +15,7 @@ from samdetr.models.backbone import load_backbone_weights
 from samdetr.models.official import load_official, read_official
 from samdetr.recipe import Recipe
 from samdetr.structures import Categories
+from samdetr_kernels import force_reference
 
 if TYPE_CHECKING:
     from samdetr.models import SAMDETR
@@ -29,11 +30,13 @@ class Trained(NamedTuple):
     path: Path  # the checkpoint folder
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, kernels: str) -> torch.device:
     """The device of ``run.device``: "auto" is the first GPU if there is one, else the CPU.
 
-    Raises SamdetrError when "cuda" is asked for and there is no GPU.
+    kernels: ``run.kernels``, from now on what the ops run there. Raises SamdetrError when "cuda" is asked for and
+    there is no GPU.
     """
+    force_reference(kernels == "reference")
     if name == "cuda" and not torch.cuda.is_available():
         raise SamdetrError('run.device = "cuda", but torch finds no GPU: set it to "cpu" or "auto".')
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -270,7 +270,7 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
 
 def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> Training:
     """Everything from the recipe, in order; nothing is written before the data has passed its checks."""
-    device = choose_device(recipe.run.device)
+    device = choose_device(recipe.run.device, recipe.run.kernels)
     folder = None if resume is None else find_run(recipe, resume)
     watch = Stopwatch()
     with console.status("reading and checking the data"):

@@ -16,6 +16,7 @@ from samdetr.errors import CheckpointError, SamdetrError
 from samdetr.models import build_model
 from samdetr.models.official import to_official
 from samdetr.recipe import OptimSection
+from samdetr_kernels.launch import reference_forced
 from tests.engine.runs import Command, MakeRecipe, metrics
 
 
@@ -121,9 +122,19 @@ def test_starting_from_a_published_checkpoint(make_recipe: MakeRecipe, tmp_path:
 
 
 def test_choice_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_device("cpu").type == "cpu"
+    assert choose_device("cpu", "triton").type == "cpu"
     for present, auto in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda present=present: present)
-        assert choose_device("auto").type == auto
+        assert choose_device("auto", "triton").type == auto
     with pytest.raises(SamdetrError, match="torch finds no GPU"):
-        choose_device("cuda")
+        choose_device("cuda", "triton")
+
+
+def test_the_recipe_can_force_the_references(make_recipe: MakeRecipe) -> None:
+    assert make_recipe().run.kernels == "triton"
+    try:
+        choose_device("cpu", make_recipe('run.kernels="reference"').run.kernels)
+        assert reference_forced()
+    finally:
+        choose_device("cpu", "triton")
+    assert not reference_forced()
