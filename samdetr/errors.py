@@ -28,4 +28,4 @@ class CheckpointError(SamdetrError):
 
 
 class NonFiniteError(SamdetrError):
-    """A loss or matching cost became NaN or infinite; the message names the step and the images."""
+    """A loss or its gradient became NaN or infinite; the message names the step and the images."""

@@ -1,4 +1,4 @@
-"""Shared test set-up: a fixed number of threads, Triton's interpreter where there is no GPU, gpu tests skipped aloud."""
+"""Shared test set-up: fixed threads, Triton's interpreter where there is no GPU, gpu tests skipped aloud."""
 
 from __future__ import annotations
 

@@ -5,12 +5,15 @@ Maps are channels-last ``[B, H, W, C]``, boxes ``[B, N, 4]`` are (x0, y0, x1, y1
 """
 
 from samdetr_kernels.launch import force_reference
+from samdetr_kernels.linear_assignment import linear_assignment, linear_assignment_reference
 from samdetr_kernels.roi_align import roi_align, roi_align_reference
 from samdetr_kernels.roi_pool import roi_pool, roi_pool_reference
 from samdetr_kernels.salient_points import salient_points, salient_points_reference
 
 __all__ = [
     "force_reference",
+    "linear_assignment",
+    "linear_assignment_reference",
     "roi_align",
     "roi_align_reference",
     "roi_pool",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,13 +45,15 @@ class SetCriterion(nn.Module):
         """num_boxes: what the sums are divided by (at least 1); default: the boxes of these targets.
 
         An optimizer step over several micro-batches or devices passes the number of boxes of all of them.
+        The total is NaN when a matching cost is NaN or infinite: reading it is up to the caller, nothing waits here.
         """
-        indices = self.match(outputs, targets)
+        indices, bad = self.match(outputs, targets)
         count = targets.counts.sum() if num_boxes is None else num_boxes
         count = count.to(outputs.boxes.dtype).clamp(min=1)
         class_loss = self.class_loss(outputs.logits, targets.labels, indices) / count
         l1_loss, giou_loss = (loss / count for loss in self.box_losses(outputs.boxes, targets.boxes, indices))
         total = (self.class_weight * class_loss + self.l1_weight * l1_loss + self.giou_weight * giou_loss).sum()
+        total = total.masked_fill(bad.any(), math.nan)
         with torch.no_grad():
             class_error = self.class_error(outputs.logits[-1], targets.labels, indices[-1])
             cardinality = self.cardinality_error(outputs.logits, targets.counts)
@@ -66,8 +69,8 @@ class SetCriterion(nn.Module):
             terms.update({f"{name}_{layer}": value for layer, value in enumerate(auxiliary)})
         return Losses(total, terms)
 
-    def match(self, outputs: Outputs, targets: Targets) -> Tensor:
-        """The query of each target, [L, B, T] int64, -1 where there is none."""
+    def match(self, outputs: Outputs, targets: Targets) -> tuple[Tensor, Tensor]:
+        """The query of each target, [L, B, T] int64, -1 where there is none; where a cost is not finite, [L, B]."""
         cost = matching_cost(
             outputs,
             targets,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from samdetr.errors import NonFiniteError
 from samdetr.loss.boxes import cxcywh_to_xyxy, generalized_iou
 from samdetr.structures import Outputs, Targets
+from samdetr_kernels import linear_assignment
 
 UNMATCHED = -1
 LOG_EPSILON = 1e-8
@@ -40,22 +38,13 @@ def matching_cost(
     return class_cost * (positive - negative) + l1_cost * distance - giou_cost * overlap
 
 
-def match(cost: Tensor, counts: Tensor) -> Tensor:
-    """The cheapest one-to-one assignment of every layer and image.
+def match(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The cheapest one-to-one assignment of every layer and image, without leaving the device.
 
-    cost [L, B, Q, T], counts [B] targets of each image. Returns [L, B, T] int64 on the device of ``cost``: the
-    query of each target, -1 beyond ``counts`` and for targets that more queries than Q would be needed for.
-    One transfer to the CPU and one back; scipy solves each problem exactly.
-    Raises NonFiniteError when a cost is NaN or infinite.
+    cost [L, B, Q, T], counts [B] targets of each image. Returns the query of each target, [L, B, T] int64, -1 beyond
+    ``counts`` and for targets that more queries than Q would be needed for; and whether a cost is NaN or infinite,
+    [L, B] bool: that image has no match in that layer.
     """
     layers, batch, _, padded = cost.shape
-    on_host = cost.cpu().numpy()
-    valid = counts.tolist()
-    indices = np.full((layers, batch, padded), UNMATCHED, dtype=np.int64)
-    for image, count in enumerate(valid):
-        if not np.isfinite(on_host[:, image, :, :count]).all():
-            raise NonFiniteError("the matching cost is not finite")
-        for layer in range(layers):
-            query, target = linear_sum_assignment(on_host[layer, image, :, :count])
-            indices[layer, image, target] = query
-    return torch.from_numpy(indices).to(cost.device)
+    indices, bad = linear_assignment(cost.flatten(0, 1), counts.repeat(layers))
+    return indices.view(layers, batch, padded), bad.view(layers, batch)

@@ -169,7 +169,8 @@ def test_ops_on_a_gpu_agree_with_the_reference_and_repeat_their_bits(dtype):
             salient_points(features, boxes, place, 7, valid),
         ]
         weights = [torch.linspace(-1, 1, out.numel(), device="cuda").view(out.shape).to(dtype) for out in outs]
-        grads = [torch.autograd.grad(out, features, w, retain_graph=True)[0] for out, w in zip(outs, weights)]
+        pairs = zip(outs, weights, strict=True)
+        grads = [torch.autograd.grad(out, features, w, retain_graph=True)[0] for out, w in pairs]
         return [*outs, *grads, torch.autograd.grad(outs[3], place, weights[3])[0]]
 
     first, second = run(), run()

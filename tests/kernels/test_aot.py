@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 FIRST_OF_EACH = """
 import json, sys
 from samdetr_kernels.aot import compile_launch, example_launches
-rows = [compile_launch(op, example_launches(op)[0], int(target))._asdict() for op in sys.argv[2:] for target in [sys.argv[1]]]
+target, *ops = sys.argv[1:]
+rows = [compile_launch(op, example_launches(op)[0], int(target))._asdict() for op in ops]
 print(json.dumps(rows))
 """
 SPILLING = """

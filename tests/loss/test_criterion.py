@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from samdetr.errors import NonFiniteError
 from samdetr.loss import SetCriterion
 from samdetr.loss.matcher import match
 from samdetr.structures import Outputs, Targets
@@ -44,7 +43,8 @@ def test_match_is_the_cheapest_of_all_assignments() -> None:
     generator = torch.Generator().manual_seed(3)
     cost = torch.randn(2, 3, 5, 4, generator=generator)
     counts = torch.tensor([3, 0, 2])
-    indices = match(cost, counts)
+    indices, bad = match(cost, counts)
+    assert bad.tolist() == [[False] * 3] * 2
     for layer in range(2):
         for image, count in enumerate(counts.tolist()):
             chosen = indices[layer, image]
@@ -58,16 +58,23 @@ def test_match_is_the_cheapest_of_all_assignments() -> None:
 
 def test_more_targets_than_queries_leaves_the_dearest_unmatched() -> None:
     cost = torch.tensor([[[[1.0, 5.0, 2.0], [4.0, 1.0, 9.0]]]])
-    assert match(cost, torch.tensor([3])).tolist() == [[[0, 1, -1]]]
+    assert match(cost, torch.tensor([3]))[0].tolist() == [[[0, 1, -1]]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_cost_that_is_not_finite_is_an_error_only_where_it_counts(bad: float) -> None:
+def test_a_cost_that_is_not_finite_is_told_only_where_it_counts(bad: float) -> None:
     cost = torch.zeros(1, 1, 3, 2)
     cost[..., 1] = bad
-    assert match(cost, torch.tensor([1])).tolist() == [[[0, -1]]]
-    with pytest.raises(NonFiniteError):
-        match(cost, torch.tensor([2]))
+    assert [part.tolist() for part in match(cost, torch.tensor([1]))] == [[[[0, -1]]], [[False]]]
+    assert [part.tolist() for part in match(cost, torch.tensor([2]))] == [[[[-1, -1]]], [[True]]]
+
+
+def test_boxes_that_are_not_finite_make_the_total_nan() -> None:
+    outputs, targets = example([2, 1])
+    assert SetCriterion()(outputs, targets).total.isfinite()
+    with torch.no_grad():
+        outputs.boxes[0, 0, 1, 2] = torch.nan
+    assert SetCriterion()(outputs, targets).total.isnan()
 
 
 def test_loss_by_hand() -> None:

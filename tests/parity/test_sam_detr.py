@@ -147,7 +147,7 @@ def check_losses(losses: Losses, reference: dict[str, NDArray[np.generic]], pref
 def check_matching(
     criterion: SetCriterion, outputs: Outputs, inputs: Inputs, reference: dict[str, NDArray[np.generic]], prefix: str
 ) -> None:
-    indices = criterion.match(outputs, inputs.targets).numpy()
+    indices = criterion.match(outputs, inputs.targets)[0].numpy()
     ends = np.cumsum(reference[f"{prefix}match_counts"])
     for image, (start, end) in enumerate(zip(ends - reference[f"{prefix}match_counts"], ends, strict=True)):
         queries = reference[f"{prefix}match_src"][:, start:end]
