@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from samdetr.models.aligner import MapGeometry, SemanticAligner
+from samdetr.models.aligner import AlignedQueries, MapGeometry, SemanticAligner
 from samdetr.models.backbone import Backbone, build_backbone
 from samdetr.models.encoder import Encoder
 from samdetr.models.layers import MLP, FeedForward, MapGroupNorm, inverse_sigmoid
 from samdetr.models.position import covered_cells, sine_map, sine_points, valid_cells, valid_mask
 from samdetr.structures import Outputs
+from samdetr_kernels import salient_cross_attention
 
 if TYPE_CHECKING:
     from samdetr.recipe import ModelSection
 
 CLASS_PRIOR = 0.01  # initial probability of every class (focal loss paper, section 4.1)
 GROUPS = 32
-SMCA_WIDTH = 8.0  # the Gaussian's denominator (SMCA-DETR, equation 4)
+SEEDS = 2**62  # from which a call of attention draws that of its dropout
 
 
 class SelfAttention(nn.Module):
@@ -56,7 +57,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, *, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.dropout, self.scale = heads, dropout, width**-0.5
+        self.heads, self.dropout = heads, dropout
         self.query_content = nn.Linear(width, width)
         self.query_position = MLP(width, width, width)
         self.key_content = nn.Linear(width, width)
@@ -66,32 +67,28 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(
-        self, content: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor, bias: Tensor
+        self, aligned: AlignedQueries, memory: Tensor, memory_position: Tensor, geometry: MapGeometry
     ) -> Tensor:
-        """content, position [B, Q, P, width]; memory, memory_position [B, S, width]; bias, added to the scores
-        and -inf at padded cells, broadcasts to [B, P, Q, S]. Returns [B, Q, width]."""
-        query = self.query_content(content) + self.query_position(position)
+        """memory, memory_position [B, H, W, width] -> [B, Q, width]."""
+        query = self.query_content(aligned.content) + self.query_position(aligned.position)
         key = self.key_content(memory) + self.key_position(memory_position)
-        value = self.value(memory).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        scores = (query * self.scale).transpose(1, 2).flatten(1, 2) @ key.transpose(1, 2)
-        scores = scores.unflatten(1, (self.heads, -1)) + bias
-        weights = functional.dropout(scores.softmax(-1), self.dropout, self.training)
-        return self.out((weights @ value).transpose(1, 2).flatten(2))
-
-
-def smca_bias(locations: Tensor, scales: Tensor, valid: Tensor, height: int, width: int) -> Tensor:
-    """The Gaussian term of SMCA around each salient point.
-
-    locations [B, Q, P, 2] (x, y) in [0, 1] of the valid image; scales [B, Q, P, 2] raw; valid [B, 2] cells.
-    Returns [B, P, Q, H * W]: ``-((px - gx - 0.5)^2 sx^2 + (py - gy - 0.5)^2 sy^2) / 8`` in cells.
-    """
-    points = locations * valid.flip(-1)[:, None, None].to(locations.dtype)
-    terms = []
-    for axis, size in ((0, width), (1, height)):
-        grid = torch.arange(size, device=points.device, dtype=points.dtype) + 0.5
-        terms.append(((points[..., axis, None] - grid) * scales[..., axis, None]).square())
-    squares = terms[1][..., :, None] + terms[0][..., None, :]
-    return (squares.flatten(-2) * (-1 / SMCA_WIDTH)).transpose(1, 2)
+        value = self.value(memory).unflatten(-1, (self.heads, -1))
+        points = None
+        if aligned.scales is not None:
+            points = aligned.locations * geometry.valid.flip(-1)[:, None, None].to(aligned.locations.dtype)
+        dropout = self.dropout if self.training else 0.0
+        attended = salient_cross_attention(
+            query,
+            key.flatten(1, 2),
+            value.flatten(1, 2),
+            geometry.valid,
+            memory.shape[2],
+            points=points,
+            scales=aligned.scales,
+            dropout=dropout,
+            seed=torch.randint(SEEDS, (1,), device=query.device) if dropout else None,
+        )
+        return self.out(attended)
 
 
 class DecoderLayer(nn.Module):
@@ -116,13 +113,7 @@ class DecoderLayer(nn.Module):
         box_position = sine_points(boxes[..., :2], x.shape[-1]).to(x.dtype)
         x = self.norm1(x + self.dropout(self.self_attention(x, box_position)))
         aligned = self.aligner(x, boxes, memory, geometry)
-        bias = torch.zeros_like(geometry.mask, dtype=x.dtype).masked_fill(~geometry.mask, -math.inf)
-        bias = bias.flatten(1)[:, None, None]
-        if aligned.scales is not None:
-            bias = bias + smca_bias(aligned.locations, aligned.scales, geometry.valid, *memory.shape[1:3])
-        attended = self.cross_attention(
-            aligned.content, aligned.position, memory.flatten(1, 2), memory_position.flatten(1, 2), bias
-        )
+        attended = self.cross_attention(aligned, memory, memory_position, geometry)
         return self.feed_forward(self.norm2(x + self.dropout(attended)))
 
 
