@@ -109,17 +109,18 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
     signature: dict[str, str] = {}
     constants = dict(launch.constants)
     attributes: dict[tuple[int], list[list[Any]]] = {}
+    fixed = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
     for index, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif value is None or value == 1:
+        elif value is None or (value == 1 and name not in fixed):
             constants[name] = value
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in fixed:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     signature.update(dict.fromkeys(constants, "constexpr"))
     return {name: signature[name] for name in names}, constants, attributes

@@ -5,45 +5,25 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import interpreter
 
+from samdetr_kernels.attention_dropout import dropout_mask
 from samdetr_kernels.launch import force_reference, record_launches
-from samdetr_kernels.salient_cross_attention import (
+from samdetr_kernels.salient_cross_attention import salient_cross_attention, salient_cross_attention_reference
+from samdetr_kernels.salient_cross_attention_kernels import (
     MAX_CELLS,
     _cells,
-    dropout_mask,
-    salient_cross_attention,
     salient_cross_attention_backward_triton,
     salient_cross_attention_forward_triton,
-    salient_cross_attention_reference,
 )
 
 NAMES = ("query", "key", "value", "points", "scales")
 OP = torch.ops.samdetr.salient_cross_attention.default
 BACKWARD_OP = torch.ops.samdetr.salient_cross_attention_backward.default
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter keeps bf16 as uint16 and multiplies those in `tl.dot`: hand it fp32 instead."""
-    product = interpreter.InterpreterBuilder.create_dot
-
-    def widen(operand):
-        if operand.dtype.scalar != tl.bfloat16:
-            return operand
-        data = (operand.data.astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(data, tl.float32)
-
-    def create_dot(self, a, b, *rest):
-        return product(self, widen(a), widen(b), *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 class Case(NamedTuple):
@@ -390,7 +370,7 @@ def _cells_kernel(p_out, width, map_width, count, BLOCK: tl.constexpr):
     tl.store(p_out + 2 * count + o_j, (b_y - 0.5).to(tl.int32), mask=o_j < count)
 
 
-@pytest.mark.parametrize("width", [1, 3, 7, 38, 76, 333, 1000, 1024, 1 << 19, MAX_CELLS])
+@pytest.mark.parametrize("width", [1, 3, 38, 41, 47, 49, 61, 76, 333, 1000, 1024, 1 << 19, MAX_CELLS])
 def test_cells_are_found_without_division(width, kernel_device):
     count = MAX_CELLS // width * width
     out = torch.empty(3, count, dtype=torch.int32, device=kernel_device)
