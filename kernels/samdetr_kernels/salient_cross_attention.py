@@ -24,7 +24,7 @@ Operations: forward 2 B M N S (D + E), backward 2 B M N S (4 D + 3 E), with S th
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -329,56 +329,41 @@ def _check(
     dropout: float,
     seed: Tensor | None,
 ) -> None:
-    def expect(fits: bool, expectation: str, got: object) -> None:
-        if not fits:
-            if isinstance(got, Tensor):
-                got = f"{got.dtype} {list(got.shape)} on {got.device}"
-            raise ValueError(f"salient_cross_attention: {expectation}, got {got}")
+    def refuse(expectation: str, got: object) -> NoReturn:
+        if isinstance(got, Tensor):
+            got = f"{got.dtype} {list(got.shape)} on {got.device}"
+        raise ValueError(f"salient_cross_attention: {expectation}, got {got}")
 
-    expect(
-        query.dim() == 4 and query.is_floating_point() and query.shape[0] > 0 and 0 < query.shape[3] <= MAX_WIDTH,
-        f"query must be a floating [B, N, M, D] with B > 0 and 0 < D <= {MAX_WIDTH}",
-        query,
-    )
+    # messages are made only when needed: torch.compile cannot format a dynamic size
+    whole = query.dim() == 4 and query.is_floating_point() and query.shape[0] > 0
+    if not whole or not 0 < query.shape[3] <= MAX_WIDTH:
+        refuse(f"query must be a floating [B, N, M, D] with B > 0 and 0 < D <= {MAX_WIDTH}", query)
     batch, queries, heads, width = query.shape
-    expect(
-        key.dim() == 3 and key.shape[0] == batch and key.shape[2] == width and key.dtype == query.dtype,
-        f"key must be a {query.dtype} [{batch}, S, {width}]",
-        key,
-    )
+    if key.dim() != 3 or key.shape[0] != batch or key.shape[2] != width or key.dtype != query.dtype:
+        refuse(f"key must be a {query.dtype} [{batch}, S, {width}]", key)
     cells = key.shape[1]
-    expect(
-        value.dim() == 4 and value.shape[:3] == (batch, cells, heads) and value.dtype == query.dtype,
-        f"value must be a {query.dtype} [{batch}, {cells}, {heads}, E]",
-        value,
-    )
-    expect(0 < value.shape[3] <= MAX_HEAD_WIDTH, f"value's width must be 1 to {MAX_HEAD_WIDTH}", value.shape[3])
-    expect(
-        map_width > 0 and 0 < cells <= MAX_CELLS and cells % map_width == 0,
-        f"S must be a multiple of map_width from 1 to {MAX_CELLS}",
-        f"S = {cells}, map_width = {map_width}",
-    )
-    expect(
-        valid_sizes.shape == (batch, 2) and not valid_sizes.is_floating_point(),
-        f"valid_sizes must be an integer [{batch}, 2]",
-        valid_sizes,
-    )
-    expect((points is None) == (scales is None), "points and scales must be given together", "one of them")
+    if value.dim() != 4 or value.shape[:3] != (batch, cells, heads) or value.dtype != query.dtype:
+        refuse(f"value must be a {query.dtype} [{batch}, {cells}, {heads}, E]", value)
+    if not 0 < value.shape[3] <= MAX_HEAD_WIDTH:
+        refuse(f"value's width must be 1 to {MAX_HEAD_WIDTH}", value.shape[3])
+    if map_width < 1 or not 0 < cells <= MAX_CELLS or cells % map_width:
+        refuse(f"S must be a multiple of map_width from 1 to {MAX_CELLS}", f"S = {cells}, map_width = {map_width}")
+    if valid_sizes.shape != (batch, 2) or valid_sizes.is_floating_point():
+        refuse(f"valid_sizes must be an integer [{batch}, 2]", valid_sizes)
+    if (points is None) != (scales is None):
+        refuse("points and scales must be given together", "one of them")
     for name, tensor in (("points", points), ("scales", scales)):
-        expect(
-            tensor is None or (tensor.shape == (batch, queries, heads, 2) and tensor.is_floating_point()),
-            f"{name} must be a floating [{batch}, {queries}, {heads}, 2]",
-            tensor,
-        )
-    expect(0 <= dropout < 1, "dropout must be at least 0 and less than 1", dropout)
-    if dropout > 0:
-        expect(
-            seed is not None and seed.dtype == torch.int64 and seed.numel() == 1,
-            "dropout needs a seed, an int64 tensor of one element",
-            seed,
-        )
+        if tensor is None:
+            continue
+        if tensor.shape != (batch, queries, heads, 2) or not tensor.is_floating_point():
+            refuse(f"{name} must be a floating [{batch}, {queries}, {heads}, 2]", tensor)
+    if not 0 <= dropout < 1:
+        refuse("dropout must be at least 0 and less than 1", dropout)
+    if dropout > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+        refuse("dropout needs a seed, an int64 tensor of one element", seed)
     for name, tensor in (("key", key), ("value", value), ("valid_sizes", valid_sizes), ("points", points)):
-        expect(tensor is None or tensor.device == query.device, f"{name} must be on {query.device}", tensor)
+        if tensor is not None and tensor.device != query.device:
+            refuse(f"{name} must be on {query.device}", tensor)
 
 
 def salient_cross_attention(

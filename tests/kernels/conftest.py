@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -15,13 +16,19 @@ def _mend_interpreter() -> None:
     """Make Triton's interpreter do what a GPU does.
 
     As it comes, it multiplies the bit patterns of bf16 operands (their products are exact in fp32), truncates to bf16
-    instead of rounding, and turns a comparison of scalars that meets a vector into a float.
+    instead of rounding, and turns a comparison of scalars that meets a vector into a float; Triton 3.6's takes no
+    loaded number as the bound of a loop under NumPy 2.4.
     """
     multiply, splat, convert = (
         InterpreterBuilder.create_dot,
         InterpreterBuilder.create_splat,
         InterpreterBuilder.create_fp_to_fp,
     )
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def create_dot(self, a, b, *rest):
         a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
@@ -43,6 +50,7 @@ def _mend_interpreter() -> None:
             return create_fp_trunc(self, value, dst_type)
         return convert(self, value, dst_type, rounding_mode)
 
+    interpreter._patch_lang_tensor = patch_tensor
     InterpreterBuilder.create_dot, InterpreterBuilder.create_splat = create_dot, create_splat
     InterpreterBuilder.create_fp_trunc, InterpreterBuilder.create_fp_to_fp = create_fp_trunc, create_fp_to_fp
 
