@@ -4,6 +4,7 @@ Maps are channels-last ``[B, H, W, C]``, boxes ``[B, N, 4]`` are (x0, y0, x1, y1
 ``[B, N, P, 2]`` are (x, y) in [-1, 1] of their box.
 """
 
+from samdetr_kernels.deformable_attention import deformable_attention, deformable_attention_reference
 from samdetr_kernels.launch import force_reference
 from samdetr_kernels.linear_assignment import linear_assignment, linear_assignment_reference
 from samdetr_kernels.roi_align import roi_align, roi_align_reference
@@ -12,6 +13,8 @@ from samdetr_kernels.salient_cross_attention import salient_cross_attention, sal
 from samdetr_kernels.salient_points import salient_points, salient_points_reference
 
 __all__ = [
+    "deformable_attention",
+    "deformable_attention_reference",
     "force_reference",
     "linear_assignment",
     "linear_assignment_reference",
