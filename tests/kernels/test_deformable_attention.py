@@ -85,8 +85,8 @@ class Case(NamedTuple):
 CASES = {
     "one cell": Case(((1, 1),), 2, 5, 2, 12, 3),
     "7x5": Case(((7, 5),), 1, 9, 1, 32, 4),
-    "four levels on kinks": Case(((8, 4), (4, 2), (2, 2), (1, 1)), 2, 9, 2, 24, 2),
-    "more queries than a block": Case(((7, 5), (1, 3)), 1, 67, 2, 16, 1),
+    "four levels on kinks": Case(((8, 4), (4, 2), (2, 2), (1, 1)), 2, 5, 2, 24, 2),
+    "more queries than a block": Case(((7, 5), (1, 3)), 1, 37, 2, 16, 1),
     "wide": Case(((6, 9),), 1, 3, 3, 100, 5),
     "eight levels": Case(tuple((5 + level, 13 - level) for level in range(8)), 1, 3, 1, 64, 1),
     "no queries": Case(((7, 5), (3, 4)), 2, 0, 2, 32, 2),
@@ -155,7 +155,6 @@ def check_kernels(case: Case, dtype: torch.dtype, locations_dtype: torch.dtype, 
     out = on_device.call(deformable_attention_forward_triton)
     exact = wide.call(deformable_attention_reference)
     assert_within_budget(out, inputs.call(deformable_attention_reference), exact)
-    assert torch.equal(out, on_device.call(deformable_attention_forward_triton))
 
     exacts = deformable_attention_backward_reference(upstream.double(), *wide)
     eagers = deformable_attention_backward_reference(upstream, *inputs)
@@ -183,7 +182,7 @@ def backward(inputs: Inputs, upstream: Tensor, device: torch.device, determinist
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deterministic_gradient_of_value_does_not_depend_on_the_order_of_its_terms(dtype, kernel_device):
-    case = Case(((3, 2), (2, 2)), 1, 60, 1, 16, 2)
+    case = Case(((3, 2), (2, 2)), 1, 41, 1, 16, 2)
     inputs, upstream = case.inputs(dtype, torch.float32), case.upstream(dtype)
     order = torch.randperm(case.queries, generator=torch.Generator().manual_seed(0))
     shuffled = inputs._replace(locations=inputs.locations[:, order], weights=inputs.weights[:, order])
@@ -209,18 +208,30 @@ def test_fixed_point_takes_any_magnitude_and_full_sums(kernel_device):
     assert backward(inputs, upstream * 0, kernel_device, True)[0].abs().max() == 0
 
     # every term falls on one cell with its full weight: the sum is as large as its bound
-    one_cell = Inputs(
-        torch.ones(1, 1, 1, 16), ((1, 1),), torch.full((1, 64, 1, 1, 2, 2), 0.5), torch.ones(1, 64, 1, 1, 2)
-    )
+    place, weights = torch.full((1, 16, 1, 1, 8, 2), 0.5), torch.ones(1, 16, 1, 1, 8)
+    one_cell = Inputs(torch.ones(1, 1, 1, 16), ((1, 1),), place, weights)
     for sign in (1.0, -1.0):
-        grad = backward(one_cell, torch.full((1, 64, 16), sign * 1.9375), kernel_device, True)[0]
+        grad = backward(one_cell, torch.full((1, 16, 16), sign * 1.9375), kernel_device, True)[0]
         assert torch.equal(grad.cpu(), torch.full((1, 1, 1, 16), sign * 1.9375 * 128))
 
 
-def test_images_take_turns_when_the_fixed_point_sums_do_not_fit(kernel_device, monkeypatch):
-    inputs, upstream = SMALL.inputs(torch.bfloat16, torch.float32), SMALL.upstream(torch.bfloat16)
+def test_fixed_point_keeps_the_precision_of_small_gradients(kernel_device):
+    # one query on each of two cells, the second with a gradient 2^-35 times the first
+    place = torch.tensor([[0.25, 0.5], [0.75, 0.5]]).view(1, 2, 1, 1, 1, 2)
+    two_cells = Inputs(torch.ones(1, 2, 1, 16), ((1, 2),), place, torch.ones(1, 2, 1, 1, 1))
+    upstream = torch.rand(1, 2, 16, generator=torch.Generator().manual_seed(0)) + 1
+    upstream[:, 1] *= 2.0**-35
+    grad = backward(two_cells, upstream, kernel_device, True)[0].cpu().squeeze(2)
+    assert ((grad - upstream) / upstream).abs().max() <= torch.finfo(torch.float32).eps
+
+
+@pytest.mark.filterwarnings("error:An output with one or more elements was resized")
+@pytest.mark.parametrize("images", [1, 2])
+def test_images_take_turns_when_the_fixed_point_sums_do_not_fit(images, kernel_device, monkeypatch):
+    case = SMALL._replace(batch=3)
+    inputs, upstream = case.inputs(torch.bfloat16, torch.float32), case.upstream(torch.bfloat16)
     together = backward(inputs, upstream, kernel_device, True)
-    monkeypatch.setattr(MODULE, "FIXED_POINT_BYTES", 1)
+    monkeypatch.setattr(MODULE, "FIXED_POINT_BYTES", images * 8 * inputs.value[0].numel())
     apart = backward(inputs, upstream, kernel_device, True)
     assert all(torch.equal(one, other) for one, other in zip(together, apart, strict=True))
 
