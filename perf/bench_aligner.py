@@ -1,0 +1,110 @@
+"""The whole resampling of one decoder layer: features of 7x7 bins for the point branch, and of 8 salient points.
+
+Published: RoIAlign of 256 channels twice, a 1x1 convolution of the bins and ReLU, grid_sample at the points. Ours: the
+map is projected to 64 channels and aligned, the points are sampled on the map. Same weights, same results. The point
+branch's MLP between the two is the same in both and left out: ``source`` is what its last layer would give.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, linear, relu
+
+from perf.bench_roi_align import SIZE
+from perf.bench_roi_align import forward_work as align_work
+from perf.bench_roi_align import published as published_roi_align
+from perf.bench_salient_points import forward_work as points_work
+from perf.bench_salient_points import sample
+from perf.gate import Args, Case, Variant, Work
+from perf.harness import BOTH, FORWARD, Options, main
+from perf.inputs import HEADS, SHAPES, WIDTH, Shape, boxes_in_cells, generator, normal, points_in_boxes, to_fp32
+from samdetr_kernels.roi_align import roi_align, roi_align_reference
+from samdetr_kernels.salient_points import salient_points, salient_points_reference
+
+Pair = tuple[Tensor, Tensor]  # regions [B, N, 7, 7, 64] after ReLU, content [B, N, 8, 256]
+BIAS = 4.0  # of alternating sign: no region near the kink of ReLU, where rounding decides the gradient
+TF32_LOSS = 0.01  # cuDNN's default for the published convolution on a GPU
+
+
+def _published(memory: Tensor, boxes: Tensor, source: Tensor, weight: Tensor, bias: Tensor, times: int) -> Pair:
+    first = published_roi_align(memory, boxes)
+    second = published_roi_align(memory, boxes) if times == 2 else first
+    regions = conv2d(first.flatten(0, 1).permute(0, 3, 1, 2), weight[:, :, None, None], bias)
+    regions = relu(regions).view(*boxes.shape[:2], -1, SIZE, SIZE).permute(0, 1, 3, 4, 2)
+    return regions, sample(second, source.tanh())
+
+
+def published(memory: Tensor, boxes: Tensor, source: Tensor, weight: Tensor, bias: Tensor) -> Pair:
+    """As published: the same RoIAlign is computed for each of its two uses."""
+    return _published(memory, boxes, source, weight, bias, 2)
+
+
+def published_once(memory: Tensor, boxes: Tensor, source: Tensor, weight: Tensor, bias: Tensor) -> Pair:
+    """The published composition with the repeated RoIAlign removed."""
+    return _published(memory, boxes, source, weight, bias, 1)
+
+
+def _composed(align: Callable[..., Tensor], points: Callable[..., Tensor]) -> Callable[..., Pair]:
+    def aligner(memory: Tensor, boxes: Tensor, source: Tensor, weight: Tensor, bias: Tensor) -> Pair:
+        regions = relu(align(linear(memory, weight), boxes, SIZE) + bias)
+        return regions, points(memory, boxes, source.tanh(), SIZE)
+
+    return aligner
+
+
+ours = _composed(roi_align, salient_points)
+reference = _composed(roi_align_reference, salient_points_reference)
+
+
+def forward_work(shape: Shape, boxes: Tensor, channels: int, dtype: torch.dtype) -> Work:
+    """The two ops, with the map read once for both, and the projection of the map to a quarter of its channels."""
+    align = align_work(shape, boxes, channels // 4, dtype)
+    points = points_work(shape, boxes, HEADS, channels, dtype)
+    cells = shape.batch * shape.height * shape.width
+    return Work(align.bytes + points.bytes, align.operations + points.operations + cells * channels * channels / 2)
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """The decoder of SAM-DETR: 256 channels, 64 for the point branch, 8 points."""
+    channels = 16 if options.shapes == "small" else WIDTH
+    for dtype in options.dtypes:
+        for shape in SHAPES[options.shapes]:
+
+            def make(seed: int, shape: Shape = shape, dtype: torch.dtype = dtype) -> Args:
+                random = generator(seed, options.device)
+                return (
+                    normal(random, shape.batch, shape.height, shape.width, channels, dtype=dtype),
+                    boxes_in_cells(random, shape),
+                    points_in_boxes(random, shape, HEADS, SIZE).atanh(),
+                    (normal(random, channels // 4, channels) * channels**-0.5).to(dtype),
+                    torch.tensor([BIAS, -BIAS], dtype=dtype, device=options.device).repeat(channels // 8),
+                )
+
+            work = forward_work(shape, make(0)[1], channels, dtype)
+            yield Case(
+                name=f"{shape} channels {channels}",
+                dtype=dtype,
+                make=make,
+                variants=(
+                    Variant("published (fp32)", published, prepare=to_fp32, tolerance=TF32_LOSS),
+                    Variant("published, RoIAlign once", published_once, prepare=to_fp32, tolerance=TF32_LOSS),
+                    Variant("reference eager", reference),
+                    Variant("reference torch.compile", reference, compile=True),
+                    Variant("ours", ours, ours=True),
+                ),
+                reference=reference,
+                eager=reference,
+                work={FORWARD: work, BOTH: Work(3 * work.bytes, 3 * work.operations)},
+                wanted=(0, 2, 3, 4),
+                shared=(3, 4),
+                images=(0, shape.batch - 1),
+                compiled=shape == SHAPES[options.shapes][0],
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main("aligner", cases))

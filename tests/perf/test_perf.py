@@ -1,0 +1,261 @@
+"""The measuring itself: counting, gate, failures, limits of time; and every bench once on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from perf import gpu_check
+from perf.gate import Args, Case, Variant, Work
+from perf.gpu_check import Part
+from perf.gpu_check import main as check
+from perf.harness import BOTH, FORWARD, floor_ms, main, measure
+from perf.inputs import Shape, between_kinks, boxes_in_cells, cast, generator
+
+CPU = torch.device("cpu")
+QUICK = ["--device", "cpu", "--repeats", "3", "--dtypes", "bfloat16"]
+BENCHES = (
+    "aligner",
+    "deformable_attention",
+    "linear_assignment",
+    "roi_align",
+    "salient_cross_attention",
+    "salient_points",
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny operations on threads that wait for each other take a hundred times as long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def scaled(x: Tensor, weight: Tensor) -> Tensor:
+    return (x.to(weight.dtype if weight.dtype == torch.float64 else torch.float32) * weight).to(x.dtype)
+
+
+def one_percent_more(x: Tensor, weight: Tensor) -> Tensor:
+    return scaled(x, weight) * 1.01 if x.dtype == torch.float32 else scaled(x, weight) * 1.05
+
+
+def wrong_gradient(x: Tensor, weight: Tensor) -> Tensor:
+    return scaled(x, weight) + (scaled(x, weight) - scaled(x, weight).detach()) * 0.05
+
+
+def wrong_in_the_last_image(x: Tensor, weight: Tensor) -> Tensor:
+    out = scaled(x, weight)
+    return torch.cat((out[:-1], out[-1:] * 1.1))
+
+
+def unwritten(x: Tensor, weight: Tensor) -> Tensor:
+    return scaled(x, weight) + torch.empty_like(x) * 0
+
+
+def raises(x: Tensor, weight: Tensor) -> Tensor:
+    raise RuntimeError("no such kernel\nfor this card")
+
+
+def bench(*variants: Variant, dtype: torch.dtype = torch.bfloat16) -> Callable:
+    def make(seed: int) -> Args:
+        random = generator(seed, CPU)
+        x = torch.randn(3, 40, generator=random).to(dtype)
+        return x, torch.randn(40, generator=random).to(dtype)
+
+    case = Case(
+        name="toy",
+        dtype=dtype,
+        make=make,
+        variants=(Variant("published", scaled), *variants),
+        reference=scaled,
+        eager=scaled,
+        work={FORWARD: Work(1e6, 0.0), BOTH: Work(2e6, 0.0)},
+        wanted=(0, 1),
+        shared=(1,),
+        images=(0, 2),
+    )
+    return lambda options: [case]
+
+
+def written(folder: Path) -> dict:
+    return json.loads((folder / "toy.json").read_text())
+
+
+def test_work_becomes_a_floor_and_shares_of_it(tmp_path, capsys):
+    ceilings = {"copy_gb_per_s": 2000.0, "bfloat16_tflops": 500.0, "float32_tflops": 50.0, "tf32_tflops": 250.0}
+    assert floor_ms(Work(4e9, 1.0), torch.bfloat16, ceilings) == pytest.approx(2.0)
+    assert floor_ms(Work(1.0, 5e12), torch.bfloat16, ceilings) == pytest.approx(10.0)
+    assert floor_ms(Work(1.0, 5e12), torch.float32, ceilings) == pytest.approx(100.0)
+    assert floor_ms(Work(1.0, 5e12, vector=True), torch.bfloat16, ceilings) == pytest.approx(100.0)
+    assert main("toy", bench(), [*QUICK, "--out", str(tmp_path)]) == 0
+    report = written(tmp_path)
+    forward, both = report["rows"]
+    for row, size in ((forward, 1e6), (both, 2e6)):
+        assert row["floor_ms"] == pytest.approx(size / report["ceilings"]["copy_gb_per_s"] / 1e6)
+        assert row["share"] == pytest.approx(row["floor_ms"] / row["ms"])
+        assert row["gb_per_s"] == pytest.approx(size / row["ms"] / 1e6)
+        assert row["p20"] <= row["ms"] <= row["p80"] and row["repeats"] == 3 and row["times_faster"] == 1
+    assert report["complete"] and report["environment"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert "share" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [one_percent_more, wrong_gradient, wrong_in_the_last_image, unwritten])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_wrong_variant_is_caught_and_no_speed_is_printed(wrong, dtype, tmp_path, capsys):
+    variants = (Variant("right", scaled, ours=True), Variant("wrong", wrong, ours=True))
+    assert main("toy", bench(*variants, dtype=dtype), [*QUICK, "--out", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "RED toy  toy" in out and "wrong errs by" in out and "share" not in out
+    report = written(tmp_path)
+    ratios = report["gates"][0]["error_over_budget"]
+    assert ratios["wrong"] > 1 and max(ratios["right"], ratios["published"]) <= 1
+    assert all(row["ms"] is None and row["problem"] for row in report["rows"])
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_failing_variant_is_named_and_the_others_are_timed(ours, tmp_path, capsys):
+    variants = (Variant("breaks", raises, ours=ours), Variant("right", scaled, ours=True))
+    assert main("toy", bench(*variants), [*QUICK, "--out", str(tmp_path)]) == int(ours)
+    rows = {(row["variant"], row["direction"]): row for row in written(tmp_path)["rows"]}
+    assert rows["breaks", FORWARD]["problem"] == "failed: RuntimeError: no such kernel for this card"
+    assert rows["right", BOTH]["ms"] > 0 and rows["published", FORWARD]["ms"] > 0
+    assert "breaks     failed: RuntimeError" in capsys.readouterr().out
+
+
+def test_a_baseline_may_have_a_tolerance_of_its_own():
+    loose = Variant("loose", one_percent_more, tolerance=0.1)
+    assert main("toy", bench(loose), QUICK) == 0
+    assert main("toy", bench(loose._replace(tolerance=0.01)), QUICK) == 1
+
+
+def test_measure_interleaves_and_times():
+    order = []
+
+    def slow(turn: int) -> None:
+        order.append(("slow", turn))
+        time.sleep(0.01)
+
+    def late(turn: int) -> None:
+        order.append(("late", turn))
+        if turn == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    timings = measure({"slow": slow, "late": late, "fast": lambda turn: order.append(("fast", turn))}, CPU, 4)
+    assert timings["late"] == "out of memory"
+    assert timings["slow"].ms >= 10 and timings["fast"].ms < timings["slow"].ms and timings["slow"].repeats == 4
+    assert order[:6] == [(name, turn) for turn in (0, 1) for name in ("slow", "late", "fast")]
+    assert [turn for name, turn in order if name == "fast"] == [0, 1, 2, 3, 4]
+
+
+def test_compiled_variants_come_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    (case,) = bench(Variant("compiled", scaled, compile=True))(None)
+    cases = [case._replace(compiled=True), case._replace(name="second")]
+    assert main("toy", lambda options: cases, [*QUICK, "--compile", "--out", str(tmp_path)]) == 0
+    rows = [(row["case"], row["variant"]) for row in written(tmp_path)["rows"] if row["direction"] == FORWARD]
+    last = "toy, compiled too"
+    assert rows == [("toy", "published"), ("second", "published"), (last, "published"), (last, "compiled")]
+
+
+def test_time_is_up(tmp_path):
+    assert main("toy", bench(), [*QUICK, "--seconds", "1e-9", "--out", str(tmp_path)]) == 0
+    report = written(tmp_path)
+    assert report["rows"] == [] and report["notes"][0].startswith("not run")
+
+
+def test_inputs():
+    boxes = boxes_in_cells(generator(0, CPU), Shape(25, 38, 2, 500))
+    assert ((boxes[..., 2:] - boxes[..., :2]) > 0).all()
+    position = between_kinks(torch.linspace(-2, 3, 1001))
+    assert ((position - position.round()).abs() >= 0.049).all()
+    number, tensor = cast((3, torch.ones(2, dtype=torch.bfloat16)), torch.float64)
+    assert number == 3 and tensor.dtype == torch.float64
+
+
+@pytest.mark.parametrize("op", BENCHES)
+def test_bench_runs_and_writes_its_json(op, tmp_path):
+    cases = importlib.import_module(f"perf.bench_{op}").cases
+    assert main(op, cases, [*QUICK[:4], "--shapes", "small", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / f"{op}.json").read_text())
+    assert report["complete"] and not report["failed"] and report["rows"] and not report["notes"]
+    assert all(row["problem"] is None and row["ms"] > 0 for row in report["rows"])
+    assert {"published", "ours"} <= {row["variant"].split()[0] for row in report["rows"]}
+    for gate in report["gates"]:
+        assert all(ratio <= 1 for ratio in gate["error_over_budget"].values())
+
+
+HANG = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print("child", child.pid, flush=True)
+time.sleep(60)
+"""
+WRITE = """
+import pathlib, sys
+from perf.report import Report
+Report("written", {}).write(pathlib.Path(sys.argv[1]))
+print("so far so good")
+"""
+FAIL = "import sys; print('before the end'); sys.exit(3)"
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_part_that_hangs_or_fails_costs_only_itself(flat, tmp_path, capsys, monkeypatch):
+    if flat:  # the real one once is enough
+        monkeypatch.setattr(gpu_check, "describe_machine", lambda device: {"name": "test", "torch": torch.__version__})
+    parts = (
+        Part("hangs", ("-c", HANG), 1.5),
+        Part("fails", ("-c", FAIL), 20),
+        Part("on a gpu", ("-c", ""), 20, gpu_only=True),
+        Part("ends well", ("-c", WRITE, "{out}"), 30),
+    )
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--change", "try", "--prediction", "it is fast"]
+    assert check([*arguments, *(["--flat"] if flat else [])], parts) == 1
+    content = json.loads((tmp_path / "results.json").read_text())
+    states = {part["name"]: part["state"] for part in content["parts"]}
+    assert states == {"hangs": "timed out", "fails": "failed", "ends well": "ok"}
+    assert content["parts"][1]["exit_code"] == 3 and content["benches"]["written"]["op"] == "written"
+    hanging = next(line for line in content["parts"][0]["tail"].splitlines() if line.startswith("child"))
+    assert not alive(int(hanging.split()[1]))
+    readme = (tmp_path / "README.md").read_text()
+    assert "it is fast" in readme and "timed out" in readme and torch.__version__.split("+")[0] in readme
+    logs = [tmp_path / "log.txt"] if flat else sorted((tmp_path / "logs").iterdir())
+    assert len(logs) == (1 if flat else 3) and "before the end" in "".join(log.read_text() for log in logs)
+    assert "before the end" in capsys.readouterr().out
+    if flat:
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "log.txt", "results.json"]
+
+
+def test_the_deadline_of_the_whole(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_check, "describe_machine", lambda device: {"name": "test"})
+    parts = (Part("long", ("-c", "import time; time.sleep(60)"), 50), Part("after it", ("-c", ""), 50))
+    begin = time.monotonic()
+    assert check(["--device", "cpu", "--out", str(tmp_path), "--minutes", "0.1"], parts) == 1
+    assert time.monotonic() - begin < 6
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert [part["state"] for part in content["parts"]] == ["timed out", "not run"]
+    assert "not run" in (tmp_path / "README.md").read_text() and "not run" in capsys.readouterr().out
+
+
+def test_a_bench_runs_from_a_checkout_as_a_part(tmp_path):
+    assert check(["--device", "cpu", "--out", str(tmp_path), "--only", "linear_assignment"]) == 0
+    bench = json.loads((tmp_path / "results.json").read_text())["benches"]["linear_assignment"]
+    assert bench["complete"] and bench["environment"]["device"] == "cpu"
