@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -65,6 +66,8 @@ _NUMBERED = (
     (r"decoder\.(\d+)\.(.+)", "transformer.decoder.layers", _DECODER_LAYER),
     (r"box_heads\.(\d+)\.(.+)", "bbox_embed", _BOX_HEAD),
 )
+# Keys that every published SAM-DETR has, whatever its backbone, depth and prior.
+_LANDMARKS = ("backbone.0.body.conv1.weight", "input_proj.0.0.weight", "class_embed.0.weight")
 _DUPLICATE_PREFIX = "transformer.decoder."  # box heads stand in the published file with and without it
 
 
@@ -100,6 +103,9 @@ def load_official(model: SAMDETR, state_dict: Mapping[str, Tensor], *, remake_cl
     own = model.state_dict()
     names = {name: official_name(name) for name in own}
     remaining = dict(state_dict)
+    strange = [key for key in _LANDMARKS if key not in remaining]
+    if strange:
+        raise CheckpointError(f"this is no state dict of a published SAM-DETR: it has no {' and no '.join(strange)}.")
     _check_input_norm(model, remaining)
     for key in [key for key in remaining if key.startswith(f"{_DUPLICATE_PREFIX}bbox_embed.")]:
         copy, original = remaining.pop(key), state_dict.get(key.removeprefix(_DUPLICATE_PREFIX))
@@ -149,12 +155,20 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if not zipfile.is_zipfile(path) and not _is_legacy_pickle(path):
+            raise CheckpointError(f"{path} is not a torch checkpoint file.") from error
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"cannot read {path} as a published checkpoint: {reason}") from error
     state = content.get("model", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f'{path} holds no state dict (expected one under "model", as published).')
     return dict(state)
+
+
+def _is_legacy_pickle(path: Path) -> bool:
+    """Whether the file begins as torch's format before 1.6 does (a pickle of protocol 2 or later)."""
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80"
 
 
 def _check_input_norm(model: SAMDETR, state: Mapping[str, Tensor]) -> None:

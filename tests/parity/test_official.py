@@ -85,6 +85,11 @@ class _Evil:
         return os.mkdir, ("executed",)
 
 
+def test_a_state_dict_of_something_else_is_called_so() -> None:
+    with pytest.raises(CheckpointError, match=r"no state dict of a published SAM-DETR: it has no backbone\.0\.body"):
+        load_official(model(), {"a": torch.zeros(1)})
+
+
 def test_read_official_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {"a": torch.zeros(1)}, "args": _Evil()}, "evil.pth")
@@ -94,7 +99,7 @@ def test_read_official_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(CheckpointError, match="there is no published checkpoint"):
         read_official("absent.pth")
     Path("broken.pth").write_bytes(b"not a checkpoint")
-    with pytest.raises(CheckpointError, match=r"cannot read broken\.pth"):
+    with pytest.raises(CheckpointError, match=r"broken\.pth is not a torch checkpoint file"):
         read_official("broken.pth")
     torch.save([1, 2], "list.pth")
     with pytest.raises(CheckpointError, match="holds no state dict"):
