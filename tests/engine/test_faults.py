@@ -270,7 +270,7 @@ def test_not_a_number(train_command: Command, trained: Path, make_recipe: MakeRe
         tmp_path / "broken", model=model, optimizer=torch.optim.AdamW(model.parameters()), progress=Progress(), meta={}
     )
     message = sentence(train_command("--set", f"init.checkpoint={broken}"))
-    assert "the matching cost is not finite at step 1 (epoch 1, image ids " in message
+    assert "the loss or its gradient is not finite at step 1 (epoch 1, image ids " in message
     ids = message.split("image ids ")[1].split(")")[0]
     assert len({int(number) for number in ids.split(", ")}) == 4
     assert "no parameter was changed by this step" in message
