@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ def load_splits(section: DataSection, *, num_queries: int, num_classes: int) -> 
     Findings are in ``reports``; `samdetr.data.checks.raise_for_errors` turns errors among them into a DataError.
     Raises DataError for what cannot be read, or categories that do not fit ``num_classes``.
     """
+    _require_paths(section, "train", "val")
     train = read_split(section, "train")
     val = read_split(section, "val")
     categories = make_categories(train, section.class_index, num_classes)
@@ -68,11 +70,29 @@ def read_split(section: DataSection, split: Split) -> CocoData:
         )
         images, annotations = getattr(paths, f"{split}_images"), getattr(paths, f"{split}_annotations")
     else:
+        _require_paths(section, split)
         images, annotations = getattr(section, f"{split}_images"), getattr(section, f"{split}_annotations")
-        for key, value in ((f"{split}_images", images), (f"{split}_annotations", annotations)):
-            if not value:
-                raise DataError(f"data.{key} is empty: set it to the path of your {split} split.")
     return read_coco(Path(images).expanduser(), Path(annotations).expanduser(), split)
+
+
+def _require_paths(section: DataSection, *splits: Split) -> None:
+    """Raises DataError naming all paths of the splits that are not set or not there."""
+    if section.format == "shapes":
+        return
+    missing = []
+    for key, what, exists in (("images", "folder", os.path.isdir), ("annotations", "file", os.path.exists)):
+        for split in splits:
+            value: str = getattr(section, f"{split}_{key}")
+            path = Path(value).expanduser().absolute()
+            if not value:
+                missing.append(f"  data.{split}_{key} is empty")
+            elif not exists(path):
+                missing.append(f"  data.{split}_{key}: there is no {what} {path}")
+    if missing:
+        raise DataError(
+            "the data is not there:\n" + "\n".join(missing) + "\n"
+            "Set these keys (a relative path begins at the current folder), or for a COCO recipe link it at data/coco."
+        )
 
 
 def build_dataset(

@@ -182,10 +182,11 @@ def evaluate_checkpoint(path: str, *, overrides: list[str]) -> None:
 
 def evaluate_official(path: str, recipe: Recipe) -> None:
     """Evaluate a published checkpoint with a recipe's model and val split, and print tables."""
+    state = read_official(path)
     data = read_split(recipe.data, "val")
     categories = make_categories(data, recipe.data.class_index, recipe.model.num_classes)
     model = build_model(recipe.model)
-    load_official(model, read_official(path))
+    load_official(model, state)
     _evaluate_and_print(model, recipe, data, categories, title=path)
 
 

@@ -88,20 +88,35 @@ def test_the_folder_itself_is_sound(coco: Path, train_command: Command) -> None:
     assert (result.code, result.err) == (0, "")
 
 
-def test_missing_data(coco: Path, train_command: Command, tmp_path: Path) -> None:
-    options = coco_options(coco)
+def test_missing_data(coco: Path, train_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All paths at once, from the root, and what relative ones are relative to."""
+    monkeypatch.chdir(tmp_path)
     shutil.rmtree(coco / "val")
-    assert sentence(train_command(*options)) == (
-        f"error: {coco / 'val'}: the val split's image folder does not exist: set data.val_images"
-    )
-    (coco / "train.json").unlink()
-    assert f"{coco / 'train.json'}: the annotation file of the train split does not exist" in sentence(
-        train_command(*options)
-    )
-    assert "data.train_images is empty: set it to the path of your train split." in sentence(
-        train_command("--set", "data.format=coco")
-    )
+    options = [*coco_options(coco), "--set", "data.train_annotations=nowhere/a.json", "--set", "data.train_images="]
+    result = train_command(*options)
+    assert result.code == 1
+    assert result.err.splitlines() == [
+        "error: the data is not there:",
+        "  data.train_images is empty",
+        f"  data.val_images: there is no folder {coco / 'val'}",
+        f"  data.train_annotations: there is no file {tmp_path / 'nowhere/a.json'}",
+        "Set these keys (a relative path begins at the current folder), or for a COCO recipe link it at data/coco.",
+    ]
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_published_checkpoint_is_named_before_missing_data(
+    samdetr_command: Command, tmp_path: Path, make_recipe: MakeRecipe
+) -> None:
+    (tmp_path / "r.toml").write_text(dump_recipe(make_recipe('data.format="coco"')))
+    published = tmp_path / "published.pth"
+    command = ("eval", "--official", str(published), str(tmp_path / "r.toml"))
+    assert sentence(samdetr_command(*command)) == f"error: there is no published checkpoint {published}."
+    torch.save({"model": {"a": torch.zeros(1)}}, published)
+    assert samdetr_command(*command).err.splitlines()[1:3] == [
+        "  data.val_images is empty",
+        "  data.val_annotations is empty",
+    ]
 
 
 def test_a_missing_photo(coco: Path, train_command: Command) -> None:
