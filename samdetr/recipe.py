@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -353,3 +354,23 @@ def _tables(section: Section, name: str) -> list[str]:
         else:
             rows.append(f"{key} = {value_text(value)}")
     return rows + below
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with what it reads named from the root, so that a run can be used from any folder."""
+
+    def absolute(path: str) -> str:
+        return os.path.abspath(os.path.expanduser(path)) if path else path
+
+    data, init, backbone = recipe.data, recipe.init, recipe.model.backbone
+    files = ("train_images", "train_annotations", "val_images", "val_annotations")
+    shapes = data.shapes.model_copy(update={"folder": absolute(data.shapes.folder)})
+    weights = backbone.weights if backbone.weights in ("none", "imagenet") else absolute(backbone.weights)
+    model = recipe.model.model_copy(update={"backbone": backbone.model_copy(update={"weights": weights})})
+    return recipe.model_copy(
+        update={
+            "data": data.model_copy(update={"shapes": shapes} | {key: absolute(getattr(data, key)) for key in files}),
+            "init": init.model_copy(update={key: absolute(getattr(init, key)) for key in ("official", "checkpoint")}),
+            "model": model,
+        }
+    )

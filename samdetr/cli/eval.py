@@ -14,7 +14,8 @@ def evaluate(
         str,
         typer.Argument(
             metavar="RUN_OR_CHECKPOINT",
-            help="Run folder or checkpoint; with --official the RECIPE to evaluate with.",
+            help="Run folder, of which the best checkpoint is taken, or a checkpoint such as RUN/checkpoints/last; "
+            "with --official the RECIPE to evaluate with.",
         ),
     ],
     official: Annotated[

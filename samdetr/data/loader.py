@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -25,17 +26,20 @@ class _Loader:
 
     def __init__(self, dataset: DetectionDataset, steps: EpochSampler, micro: int, workers: int, pin: bool) -> None:
         # An own generator: DataLoader draws a seed for its workers and must not advance the caller's RNG.
-        self._loader: DataLoader[Batch | DataError] = DataLoader(
-            _BatchDataset(dataset),
-            batch_size=None,
-            sampler=_MicroSampler(steps, micro),
-            num_workers=workers,
-            collate_fn=_as_is,
-            pin_memory=pin and torch.cuda.is_available(),
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),
-            persistent_workers=workers > 0,
-        )
+        with warnings.catch_warnings():
+            # the recipe says how many; a machine with fewer cores is slower, not wrong
+            warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+            self._loader: DataLoader[Batch | DataError] = DataLoader(
+                _BatchDataset(dataset),
+                batch_size=None,
+                sampler=_MicroSampler(steps, micro),
+                num_workers=workers,
+                collate_fn=_as_is,
+                pin_memory=pin and torch.cuda.is_available(),
+                worker_init_fn=_start_worker,
+                generator=torch.Generator(),
+                persistent_workers=workers > 0,
+            )
         self._ends_at_exit = workers == 0
 
     def close(self) -> None:

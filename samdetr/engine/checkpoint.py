@@ -87,6 +87,8 @@ def save_checkpoint(
         files = {file: _checksum(temporary / file) for file in (MODEL_FILE, OPTIMIZER_FILE)}
         _write_meta(temporary / META_FILE, {**meta, "progress": asdict(progress), "sha256": files})
         for file in temporary.iterdir():
+            # safetensors writes for the owner alone; colleagues may read what the umask lets them
+            file.chmod((temporary / META_FILE).stat().st_mode)
             _sync(file)
         _sync(temporary)
         target = _free_place(folder / name)

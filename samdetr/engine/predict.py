@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -27,9 +28,12 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
     source: a photo or a folder of photos. threshold: lowest score kept. The JSON has the images with the ids that
     its annotations name, the categories, and for every detection bbox (x, y, w, h in pixels) and score.
     A photo that cannot be read is left out and named at the end. Raises SamdetrError then, and when nothing can be
-    read or written, or the folder holds an earlier prediction.
+    read or written, or the folder holds an earlier prediction. Where no photo can be read, nothing is written.
     """
     photos = find_photos(Path(source))
+    folder = Path(output)
+    if (folder / RESULTS_FILE).exists():
+        raise SamdetrError(f"{folder} holds an earlier prediction: choose another --output, or delete it.")
     model, recipe, categories, _ = load_trained(checkpoint)
     device = choose_device(
         "cpu" if recipe.run.device == "cpu" else "auto",  # "cuda" was the training machine's
@@ -39,7 +43,6 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
     transform = build_transform(recipe.augment, training=False)
     names = categories.by_index()
     by_id = dict(zip(categories.ids, categories.names, strict=True))
-    folder = _writable_folder(output)
     console = Console()
     images: list[dict[str, object]] = []
     annotations: list[dict[str, object]] = []
@@ -50,6 +53,7 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
         except DataError as error:
             unreadable.append(str(error))
             continue
+        _make_folder(folder)
         image, _, _ = transform(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
         outputs = model(image[None].to(device), torch.tensor([image.shape[-2:]], device=device))
         original = torch.tensor([pixels.shape[-2:]], device=device)
@@ -62,13 +66,10 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
         save_png(folder / f"{photo.name}.png", draw_kept(pixels, kept, by_id))
         objects = "1 object" if len(kept) == 1 else f"{len(kept)} objects"
         console.print(f"{photo}: {objects}", markup=False, highlight=False, soft_wrap=True)
-    category_rows = [{"id": number, "name": name} for number, name in by_id.items()]
-    content = {"images": images, "categories": category_rows, "annotations": annotations}
-    try:
-        (folder / RESULTS_FILE).write_text(json.dumps(content, indent=1))
-    except OSError as error:
-        raise SamdetrError(f"cannot write {folder / RESULTS_FILE} ({error.strerror}).") from error
-    console.print(f"pictures and {RESULTS_FILE} are in {folder}", markup=False, highlight=False, soft_wrap=True)
+    if images:
+        category_rows = [{"id": number, "name": name} for number, name in by_id.items()]
+        _write_json(folder / RESULTS_FILE, {"images": images, "categories": category_rows, "annotations": annotations})
+        console.print(f"pictures and {RESULTS_FILE} are in {folder}", markup=False, highlight=False, soft_wrap=True)
     if unreadable:
         raise DataError(f"{len(unreadable)} of {len(photos)} photos could not be read: " + "; ".join(unreadable[:10]))
 
@@ -92,12 +93,19 @@ def find_photos(source: Path) -> list[Path]:
     return [source]
 
 
-def _writable_folder(path: str) -> Path:
-    folder = Path(path)
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SamdetrError(f"cannot write to {folder} ({error.strerror}): choose another --output.") from error
-    if (folder / RESULTS_FILE).exists():
-        raise SamdetrError(f"{folder} holds an earlier prediction: choose another --output, or delete it.")
-    return folder
+
+
+def _write_json(file: Path, content: dict[str, list[dict[str, object]]]) -> None:
+    """The whole file or none: half of one would be taken for an earlier prediction."""
+    unfinished = file.with_name(f".{file.name}.tmp")
+    try:
+        unfinished.write_text(json.dumps(content, indent=1))
+        os.replace(unfinished, file)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise SamdetrError(f"cannot write {file} ({error.strerror}).") from error

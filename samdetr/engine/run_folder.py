@@ -15,7 +15,7 @@ import torch
 
 from samdetr.engine.checkpoint import LAST, META_FILE, read_meta
 from samdetr.errors import CheckpointError, RecipeError, SamdetrError
-from samdetr.recipe import dump_recipe, load_recipe
+from samdetr.recipe import dump_recipe, load_recipe, with_absolute_paths
 
 if TYPE_CHECKING:
     from samdetr.recipe import Recipe
@@ -75,15 +75,13 @@ def find_run(recipe: Recipe, resume: str) -> Path:
         raise CheckpointError(f"--resume: {folder} is not a run folder (it has no {RECIPE_FILE}).")
     if not (folder / CHECKPOINTS / LAST / META_FILE).is_file():
         raise CheckpointError(f"--resume: the run {folder} has no checkpoint yet; start it again without --resume.")
-    before, now = (_flat(one) for one in (load_recipe(folder / RECIPE_FILE), recipe))
+    before, now = (_flat(with_absolute_paths(one)) for one in (load_recipe(folder / RECIPE_FILE), recipe))
     free = tuple(key for key in FREE_KEYS if key != "train.epochs" or recipe.optim.schedule == "step")
     changed = [key for key in before if before[key] != now[key] and not key.startswith(free)]
     if changed:
-        raise RecipeError(
-            "\n".join(
-                f"--resume: {key} is {now[key]!r}, but {folder} was trained with {before[key]!r}" for key in changed
-            )
-        )
+        lines = [f"--resume: {key} is {now[key]!r}, but {folder} was trained with {before[key]!r}" for key in changed]
+        lines[-1] += f"; to go on as it was: samdetr-train {folder / RECIPE_FILE} --resume {folder}"
+        raise RecipeError("\n".join(lines))
     return folder
 
 

@@ -43,6 +43,7 @@ from samdetr.engine.setup import choose_device, load_initial_weights
 from samdetr.errors import CheckpointError, DataError, NonFiniteError, SamdetrError
 from samdetr.loss import SetCriterion, build_criterion
 from samdetr.models import SAMDETR, build_model
+from samdetr.recipe import with_absolute_paths
 from samdetr.structures import Batch
 from samdetr.visualize.curves import plot_curves
 
@@ -153,6 +154,7 @@ def train(recipe: Recipe, *, resume: str | None = None) -> Path:
     Raises SamdetrError for a problem of the recipe, the data, the disk or the numbers; KeyboardInterrupt or
     SystemExit(143) after a signal, once the checkpoint is written.
     """
+    recipe = with_absolute_paths(recipe)
     training = build_training(recipe, resume=resume, console=Console())
     progress, epochs = training.progress, recipe.train.epochs
     log = RunLog(

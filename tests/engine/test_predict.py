@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pycocotools.coco import COCO
 
 from samdetr.engine.setup import load_trained
 from samdetr.recipe import load_recipe
-from tests.engine.runs import Command, sentence
+from tests.engine.runs import Command, Result, sentence
 
 
 @pytest.fixture
@@ -120,3 +121,34 @@ def test_mistakes(trained: Path, photos: Path, tmp_path: Path, samdetr_command: 
     shutil.copy(photos / "a.png", photos / "d.png")
     (photos / "d.png").write_bytes((photos / "a.png").read_bytes()[:2000])
     assert f"{photos / 'd.png'}: the image is damaged or cut off" in predict(photos)
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]  # of the others
+    assert (
+        predict(photos)
+        == f"error: {tmp_path / 'out'} holds an earlier prediction: choose another --output, or delete it."
+    )
+
+
+def test_a_failed_prediction_is_not_in_the_way(
+    trained: Path, photos: Path, tmp_path: Path, samdetr_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def predict(source: Path) -> Result:
+        return samdetr_command("predict", str(trained), str(source), "--output", str(out))
+
+    assert "1 of 1 photos could not be read: " in sentence(predict(photos / "notes.txt"))
+    assert not out.exists()
+    with monkeypatch.context() as patch:
+        replace = os.replace
+
+        def full(source: Path, target: Path) -> None:
+            if target.name == "predictions.json":
+                raise OSError(28, "No space left on device")
+            replace(source, target)
+
+        patch.setattr(os, "replace", full)
+        assert f"cannot write {out / 'predictions.json'} (No space left on device)" in sentence(predict(photos))
+    assert {file.name for file in out.iterdir()} == {"a.png.png", "b.JPG.png", "c.webp.png"}
+    assert predict(photos).code == 0
+    # what is wrong with the photos is said before what is wrong with the folder
+    assert "there is no photo or folder" in sentence(predict(tmp_path / "nowhere"))

@@ -220,7 +220,8 @@ def test_a_changed_recipe_is_refused(make_recipe: MakeRecipe, trained: Path) -> 
         find_run(make_recipe("optim.lr=0.5", "model.dropout=0.2", "train.epochs=9", "eval.top_k=3"), str(trained))
     assert str(caught.value).splitlines() == [
         f"--resume: model.dropout is 0.2, but {trained} was trained with 0.1",
-        f"--resume: optim.lr is 0.5, but {trained} was trained with 0.001",
+        f"--resume: optim.lr is 0.5, but {trained} was trained with 0.001; to go on as it was: "
+        f"samdetr-train {trained}/recipe.toml --resume {trained}",
     ]
     free = make_recipe("train.epochs=9", "train.log_every=7", "eval.batch=1", "data.workers=3", 'run.device="auto"')
     assert find_run(free, str(trained)) == trained
@@ -249,7 +250,8 @@ def test_a_cosine_schedule_fixes_the_epochs(make_recipe: MakeRecipe, trained: Pa
 
 def test_the_command_names_a_changed_key(train_command: Command, trained: Path) -> None:
     result = train_command("--resume", str(trained), "--set", "optim.lr=0.5")
-    assert sentence(result, 2) == f"--resume: optim.lr is 0.5, but {trained} was trained with 0.001"
+    found = f"--resume: optim.lr is 0.5, but {trained} was trained with 0.001; to go on as it was: samdetr-train "
+    assert sentence(result, 2) == f"{found}{trained}/recipe.toml --resume {trained}"
 
 
 def test_the_newest_unfinished_run_is_found(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:

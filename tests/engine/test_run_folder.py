@@ -14,7 +14,7 @@ from PIL import Image
 import samdetr
 from samdetr.engine.run_folder import environment_of, new_run
 from samdetr.errors import SamdetrError
-from samdetr.recipe import load_recipe
+from samdetr.recipe import load_recipe, with_absolute_paths
 from tests.engine.runs import MakeRecipe, metrics
 
 
@@ -57,7 +57,7 @@ def test_runs_started_at_once_get_their_own_folders(make_recipe: MakeRecipe, mon
 def test_the_recipe_can_be_run_again(trained: Path, recipe_file: Path) -> None:
     again = load_recipe(trained / "recipe.toml")
     folder = str(trained.parents[1])
-    assert again == load_recipe(recipe_file, [f"run.folder={json.dumps(folder)}"])
+    assert again == with_absolute_paths(load_recipe(recipe_file, [f"run.folder={json.dumps(folder)}"]))
     assert again.run.name == "tiny"
 
 
@@ -106,3 +106,20 @@ def test_a_folder_that_cannot_be_written(make_recipe: MakeRecipe, tmp_path: Path
     recipe = make_recipe(f'run.folder="{tmp_path / "file"}"')
     with pytest.raises(SamdetrError, match=r"cannot write the run folder .*file/tiny \(Not a directory\): choose"):
         new_run(recipe, {})
+
+
+def test_colleagues_may_read_every_file_of_a_checkpoint(trained: Path) -> None:
+    folder = trained / "checkpoints" / "last"
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
+def test_what_a_run_reads_is_named_from_the_root(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    options = ('data.val_images="etc/photos"', 'init.official="a.pth"', 'model.backbone.weights="b.pth"')
+    recipe = with_absolute_paths(make_recipe(*options))
+    assert recipe.data.val_images == "/etc/photos"
+    assert recipe.init.official == "/a.pth" and recipe.init.checkpoint == ""
+    assert recipe.model.backbone.weights == "/b.pth"
+    assert with_absolute_paths(recipe) == recipe
+    published = load_recipe(Path(__file__).parents[2] / "recipes" / "r50_12ep.toml")
+    assert with_absolute_paths(published).model.backbone.weights == "imagenet"
