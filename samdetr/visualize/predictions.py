@@ -26,6 +26,7 @@ READABLE_SIDE = 320  # pixels of the short side from which labels can be read
 LARGEST_SIDE = 1600  # pixels; nothing is enlarged beyond it
 TILE = 360  # pixels of a tile of the grid
 GAP = 6  # pixels between tiles
+CAPTION = 24  # pixels of the line below them
 GRID_ITEMS, GRID_COLUMNS = 12, 4
 
 
@@ -190,6 +191,8 @@ def _tile(item: GridItem, min_score: float, colours: Mapping[str, Colour]) -> Te
 def prediction_grid(path: Path, items: Sequence[GridItem], *, min_score: float = 0.3) -> None:
     """Save up to 12 photos as one PNG: detections coloured by class, the ground truth as black-white dashes.
 
+    A line below them names the score threshold and how many detections reach it.
+
     Args:
         path: the PNG to write, atomically.
         items: the photos; those after the twelfth are not drawn.
@@ -205,12 +208,21 @@ def prediction_grid(path: Path, items: Sequence[GridItem], *, min_score: float =
     columns = min(GRID_COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
     step = TILE + GAP
-    grid = torch.full((3, rows * step + GAP, columns * step + GAP), 255, dtype=torch.uint8)
+    grid = torch.full((3, rows * step + GAP + CAPTION, columns * step + GAP), 255, dtype=torch.uint8)
     for k, item in enumerate(shown):
         _check(item.image, item.boxes_xyxy, item.labels, item.scores)
         y, x = GAP + k // columns * step, GAP + k % columns * step
         grid[:, y : y + TILE, x : x + TILE] = _tile(item, min_score, colours)
-    save_png(path, grid)
+    count = sum(score >= min_score for item in shown for score in item.scores)
+    save_png(path, _captioned(grid, f"detections with score ≥ {min_score:g}: {count}; dashed: ground truth"))
+
+
+def _captioned(grid: Tensor, text: str) -> Tensor:
+    """The grid with the text in its last CAPTION rows."""
+    picture = Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy())
+    place = (GAP, picture.height - CAPTION // 2 - GAP // 2)
+    ImageDraw.Draw(picture).text(place, text, fill="black", font=_font(13), anchor="lm")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def save_png(path: Path, image: Tensor) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from samdetr.errors import SamdetrError
 from samdetr.visualize.predictions import (
+    CAPTION,
     GAP,
     TILE,
     GridItem,
@@ -149,7 +151,7 @@ def test_the_grid_has_a_tile_for_each_of_the_first_twelve_photos(tmp_path: Path)
     for count, (rows, columns) in {1: (1, 1), 3: (1, 3), 5: (2, 4), 14: (3, 4)}.items():
         prediction_grid(tmp_path / "grid.png", [item(grey(48, 64))] * count)
         grid = read(tmp_path / "grid.png")
-        assert tuple(grid.shape) == (3, rows * step + GAP, columns * step + GAP)
+        assert tuple(grid.shape) == (3, rows * step + GAP + CAPTION, columns * step + GAP)
     last = grid[:, 2 * step + GAP :, 3 * step + GAP :]
     assert last[:, 200, 340].tolist() == [128, 128, 128]
     assert last[:, 300, 340].tolist() == [255, 255, 255]
@@ -168,6 +170,24 @@ def test_the_grid_shows_ground_truth_as_dashes_and_hides_low_scores(tmp_path: Pa
     prediction_grid(tmp_path / "shown.png", [item(grey(60, 60), score=0.9, target=target)])
     shown = read(tmp_path / "shown.png")[:, GAP : GAP + TILE, GAP : GAP + TILE]
     assert (shown[:, 100, 12] != 128).any()
+
+
+def test_the_caption_tells_the_threshold_and_how_many_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, write = [], ImageDraw.ImageDraw.text
+
+    def noting(self: ImageDraw.ImageDraw, place: tuple[int, int], text: str, **options: Any) -> None:
+        texts.append(text)
+        write(self, place, text, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noting)
+    prediction_grid(tmp_path / "none.png", [item(grey(60, 60), score=0.2)] * 2)
+    assert texts == ["detections with score ≥ 0.3: 0; dashed: ground truth"]
+    caption = read(tmp_path / "none.png")[:, GAP + TILE :] < 128
+    rows, columns = (caption.any(dim=(0, axis)).nonzero().flatten() for axis in (2, 1))
+    assert 0 < int(rows[0]) < int(rows[-1]) < CAPTION + GAP - 1  # whole, and below the tiles
+    assert int(columns[0]) >= GAP and int(columns[-1]) < TILE + GAP
+    prediction_grid(tmp_path / "some.png", [item(grey(60, 60), score=s) for s in (0.6, 0.4)], min_score=0.5)
+    assert texts[-1] == "detections with score ≥ 0.5: 1; dashed: ground truth"
 
 
 def test_an_empty_grid_is_refused(tmp_path: Path) -> None:
