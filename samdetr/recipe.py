@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from samdetr.errors import RecipeError
-from samdetr.recipe_messages import explain
+from samdetr.recipe_messages import explain, keys_named
 from samdetr.toml_text import apply_override, key_lines, syntax_mistake, value_text, with_tuples
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -307,7 +307,9 @@ def _validated(values: dict[str, Any], overrides: Sequence[str], path: Path | st
         try:
             overridden[apply_override(values, override)] = override
         except ValueError as error:
-            mistakes.append(f"--set {override}: {error}")
+            meant = keys_named(override.partition("=")[0].strip(), Recipe)
+            hint = f". Did you mean {' or '.join(meant)}?" if meant else ""
+            mistakes.append(f"--set {override}: {error}{hint}")
     try:
         recipe = Recipe.model_validate(with_tuples(values))
     except ValidationError as error:

@@ -22,6 +22,7 @@ _EXPECTED = {
     "model_type": "a section",
     "model_attributes_type": "a section",
 }
+_OTHER_WORDS = {"gpu": "cuda"}
 _LIMITS = {
     "greater_than": (">", "gt"),
     "greater_than_equal": (">=", "ge"),
@@ -76,7 +77,15 @@ def _unknown(path: Path, value: object, model: type[BaseModel]) -> str:
     what = "section" if isinstance(value, dict) else "key"
     known = [key for key, _ in keys_of(model)]
     best = _closest(_names(path), known)
-    return f"unknown {what}." + (f" Did you mean {dotted(best)}?" if best else " There is none of a similar name.")
+    if best:
+        return f"unknown {what}. Did you mean {dotted(best)}?"
+    beside = ", ".join(key[-1] for key in known if key[:-1] == path[:-1])
+    return f"unknown {what}. " + (f"{dotted(path[:-1])} has {beside}." if path[:-1] else f"The sections are {beside}.")
+
+
+def keys_named(name: str, model: type[BaseModel]) -> list[str]:
+    """The whole names of the keys whose last part is ``name``: ``["train.epochs"]`` for "epochs"."""
+    return [dotted(key) for key, _ in keys_of(model) if key[-1] == name and len(key) > 1]
 
 
 def _closest(path: tuple[str, ...], known: list[tuple[str, ...]]) -> tuple[str, ...] | None:
@@ -99,7 +108,8 @@ def _closest(path: tuple[str, ...], known: list[tuple[str, ...]]) -> tuple[str, 
 def _choice(value: object, choices: tuple[str, ...]) -> str:
     quoted = [f'"{choice}"' for choice in choices]
     listed = " or ".join(part for part in (", ".join(quoted[:-1]), quoted[-1]) if part)
-    near = difflib.get_close_matches(str(value), choices, n=1)
+    word = str(value).lower()
+    near = difflib.get_close_matches(_OTHER_WORDS.get(word, word), choices, n=1)
     hint = f'. Did you mean "{near[0]}"?' if near else ""
     return f"expected {listed}, got {_shown(value)}{hint}"
 

@@ -125,7 +125,13 @@ model.backbone = {stages = 3, dilation = true} \
     | model.backbone.stages: must be 4 with model.backbone.dilation, which changes the fourth stage (got 3)
 init = {official = "a.pth", checkpoint = "b"} \
     | init.checkpoint: init.official is set too; a run starts from one of them
-zzzzzz = 1                        | zzzzzz: unknown key. There is none of a similar name.
+zzzzzz = 1 \
+    | zzzzzz: unknown key. The sections are run, init, data, augment, model, loss, optim, train, eval.
+eval.zzzzzz = 1                   | eval.zzzzzz: unknown key. eval has every, batch, top_k.
+data.shapes.zzzzzz = 1 \
+    | data.shapes.zzzzzz: unknown key. data.shapes has folder, train_images, val_images, image_size, max_objects, seed.
+run.device = "gpu" \
+    | run.device: expected "auto", "cpu" or "cuda", got the string "gpu". Did you mean "cuda"?
 """
 
 
@@ -181,6 +187,8 @@ def test_override_mistakes_follow_those_of_the_file(tmp_path: Path) -> None:
         "train.total_batch=6",
         "optim",
         "optim.lr.x=1",
+        "epochs=1",
+        "seed = 1",
     ]
     assert mistakes(path, *overrides) == [
         "3: optim.clip: unknown key. Did you mean optim.clip_norm?",
@@ -191,6 +199,8 @@ def test_override_mistakes_follow_those_of_the_file(tmp_path: Path) -> None:
         '--set model.smca=yes: model.smca: expected true or false, got the string "yes"',
         "--set optim: expected section.key=value",
         "--set optim.lr.x=1: optim.lr is a value, not a section",
+        "--set epochs=1: expected section.key=value. Did you mean train.epochs?",
+        "--set seed = 1: expected section.key=value. Did you mean run.seed or data.shapes.seed?",
     ]
 
 
