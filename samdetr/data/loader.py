@@ -10,6 +10,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,9 +27,7 @@ class _Loader:
 
     def __init__(self, dataset: DetectionDataset, steps: EpochSampler, micro: int, workers: int, pin: bool) -> None:
         # An own generator: DataLoader draws a seed for its workers and must not advance the caller's RNG.
-        with warnings.catch_warnings():
-            # the recipe says how many; a machine with fewer cores is slower, not wrong
-            warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        with _silent_about_workers():
             self._loader: DataLoader[Batch | DataError] = DataLoader(
                 _BatchDataset(dataset),
                 batch_size=None,
@@ -49,7 +48,8 @@ class _Loader:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def _batches(self) -> Iterator[Batch]:
-        items = iter(self._loader)
+        with _silent_about_workers():
+            items = iter(self._loader)
         if not self._ends_at_exit:
             # Workers ignore SIGTERM: at exit they are told to end before torch and multiprocessing wait for
             # them. Hooks run last in, first out, so this one is registered after the workers have started.
@@ -170,6 +170,14 @@ class _BatchDataset(Dataset[Batch | DataError]):
             return collate([self.dataset[key] for key in keys], self.max_objects)
         except DataError as error:
             return DataError(*error.args)
+
+
+@contextmanager
+def _silent_about_workers() -> Iterator[None]:
+    """Without torch's warning about more workers than cores: the recipe says how many, it is slower, not wrong."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        yield
 
 
 def _as_is(item: Any) -> Any:

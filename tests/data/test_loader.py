@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,16 @@ def train_loader(data: CocoData, workers: int, total: int = 4, micro: int = 2) -
         yield loader
     finally:
         loader.close()
+
+
+def test_more_workers_than_cores_are_no_warning(data: CocoData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would warn when the loader is built, and again when its workers start."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with train_loader(data, workers=2) as loader:
+            assert next(loader.epoch(0))
+    assert [str(one.message) for one in caught] == []
 
 
 def tensors(batch: Batch) -> list[Tensor]:
