@@ -6,7 +6,14 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from samdetr_kernels import roi_align, roi_align_reference, salient_points, salient_points_reference
+from samdetr_kernels import (
+    roi_align,
+    roi_align_reference,
+    roi_pool,
+    roi_pool_reference,
+    salient_points,
+    salient_points_reference,
+)
 
 MAPS = [(1, 1), (7, 5), (25, 38)]
 
@@ -86,6 +93,57 @@ def test_salient_points_equal_roi_align_then_grid_sample_with_gradients(size):
         assert (grad - reference_grad).abs().max() < 1e-11
 
 
+@pytest.mark.parametrize("mode", ["mean", "max"])
+@pytest.mark.parametrize("size", MAPS)
+def test_roi_pool_equals_torchvision_then_reduction_with_gradient(size, mode):
+    features, boxes, _ = inputs(*size)
+    features.requires_grad_()
+    bins = published_roi_align(features, boxes).flatten(2, 3)
+    expected = bins.mean(2) if mode == "mean" else bins.max(2).values
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (expected_grad,) = torch.autograd.grad(expected, features, upstream)
+    out = roi_pool(features, boxes, mode=mode)
+    (grad,) = torch.autograd.grad(out, features, upstream)
+    assert (out - expected).abs().max() < 1e-12
+    assert (roi_pool_reference(features, boxes, mode=mode) - expected).abs().max() < 1e-12
+    if mode == "mean" or size != (1, 1):  # bins of one cell are equal up to rounding: any may be the maximum
+        assert (grad - expected_grad).abs().max() < 1e-11
+    else:
+        assert (grad.sum() - expected_grad.sum()).abs() < 1e-9
+
+
+def test_points_of_the_whole_image():
+    """The ablation's search range "within the image": the box is the image, whatever the reference box."""
+    features, _, points = inputs(25, 38)
+    sizes = torch.tensor([[25, 38], [20, 31]])
+    boxes = torch.cat((torch.zeros(2, 2), sizes.flip(-1)), dim=1).double()[:, None].expand(-1, 60, -1)
+    out = salient_points(features, boxes, points, 7, sizes)
+    for image, (height, width) in enumerate(sizes.tolist()):
+        alone = features[image : image + 1, :height, :width]
+        expected = published_points(alone, boxes[image : image + 1], points[image : image + 1])
+        assert (out[image] - expected[0]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole_with_other_batches_and_maps(dynamic):
+    def both(features: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
+        pooled = roi_pool(features, boxes, mode="mean").sum() + roi_pool(features, boxes, mode="max").sum()
+        return roi_align(features, boxes).sum() + salient_points(features, boxes, points).square().sum() + pooled
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for batch, height, width in ((2, 7, 5), (3, 9, 6), (1, 25, 38)):
+        generator = torch.Generator().manual_seed(batch)
+        features = torch.randn(batch, height, width, 4, generator=generator)
+        boxes = random_boxes(batch, 6, height, width).float()
+        points = torch.rand(batch, 6, 3, 2, generator=generator) * 2 - 1
+        found, expected = [], []
+        for function, into in ((compiled, found), (both, expected)):
+            leaves = features.clone().requires_grad_(), points.clone().requires_grad_()
+            out = function(leaves[0], boxes, leaves[1])
+            into += [out.detach(), *torch.autograd.grad(out, leaves)]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_gradcheck():
     features, boxes, points = inputs(7, 5, channels=2)
     features, boxes, points = features[:1].requires_grad_(), boxes[:1, :9], points[:1, :9, :3]
@@ -144,6 +202,8 @@ def test_opcheck_compact_and_permuted(valid):
     for candidate in (features, permuted):
         candidate = candidate.detach().requires_grad_()
         torch.library.opcheck(torch.ops.samdetr.roi_align.default, (candidate, boxes, 7, valid))
+        for mode in ("mean", "max"):
+            torch.library.opcheck(torch.ops.samdetr.roi_pool.default, (candidate, boxes, 7, valid, mode))
         torch.library.opcheck(
             torch.ops.samdetr.salient_points.default,
             (candidate, boxes, points.detach().requires_grad_(), 7, valid),
@@ -156,6 +216,10 @@ def test_bad_shapes_are_named():
         roi_align(features, boxes[0])
     with pytest.raises(ValueError, match=r"features must be a floating \[B, H, W, C\]"):
         roi_align(features[0], boxes)
+    with pytest.raises(ValueError, match=r'mode must be "mean" or "max", got \'sum\''):
+        roi_pool(features, boxes, mode="sum")
+    with pytest.raises(ValueError, match=r"output_size must be between 1 and 64, got 0"):
+        roi_align(features, boxes, 0)
     with pytest.raises(ValueError, match=r"points must be \[2, 60, P, 2\]"):
         salient_points(features, boxes, points[:, :5])
     with pytest.raises(ValueError, match=r"valid_sizes must be an integer \[2, 2\]"):
