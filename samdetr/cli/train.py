@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from samdetr.errors import CheckpointError
 from samdetr.recipe import dump_recipe, load_recipe
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, such as recipes/quickstart.toml.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help="Recipe file, such as recipes/quickstart.toml; with --resume RUN that of the run."
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value of the recipe; repeatable."),
@@ -29,13 +36,22 @@ def train(
     ] = False,
 ) -> None:
     """Train a detector as RECIPE says."""
-    resolved = load_recipe(recipe, overrides or [])
+    resolved = load_recipe(recipe or _recipe_of_run(resume), overrides or [])
     if print_recipe:
         sys.stdout.write(dump_recipe(resolved))
         return
     from samdetr.engine.train import train as run_training
 
     run_training(resolved, resume=resume)
+
+
+def _recipe_of_run(resume: str | None) -> Path:
+    if not resume:
+        raise typer.BadParameter("give a RECIPE, or --resume RUN to continue that run.", param_hint="RECIPE")
+    file = Path(resume) / "recipe.toml"
+    if not file.is_file():
+        raise CheckpointError(f"--resume: {resume} is not a run folder (it has no {file.name}).")
+    return file
 
 
 def mark_resume(arguments: list[str]) -> list[str]:

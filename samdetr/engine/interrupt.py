@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAVING = "\nsaving; Ctrl-C again stops at once, without saving\n"
 
 
 class StopSignal:
-    """While active, the first signal only sets ``number``; a second Ctrl-C ends the process at once."""
+    """While active, the first signal only sets ``number`` and says so; a second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.at_once = False  # a second Ctrl-C came: nothing more is saved
         self._previous: dict[int, object] = {}
 
     def __bool__(self) -> bool:
@@ -33,8 +37,12 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None and number == signal.SIGINT:
+            self.at_once = True
             raise KeyboardInterrupt
         self.number = number
+        if number == signal.SIGINT:
+            with contextlib.suppress(OSError):
+                os.write(2, SAVING.encode())  # print must not be entered twice, as a handler could
 
     def leave(self) -> None:
         """End the program as the signal asks (call after saving): KeyboardInterrupt, or exit code 143."""

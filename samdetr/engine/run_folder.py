@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -80,9 +81,15 @@ def find_run(recipe: Recipe, resume: str) -> Path:
     changed = [key for key in before if before[key] != now[key] and not key.startswith(free)]
     if changed:
         lines = [f"--resume: {key} is {now[key]!r}, but {folder} was trained with {before[key]!r}" for key in changed]
-        lines[-1] += f"; to go on as it was: samdetr-train {folder / RECIPE_FILE} --resume {folder}"
+        lines[-1] += f"; start a new run from its weights with --set init.checkpoint={shlex.quote(str(folder))}"
+        lines[-1] += f", or go on as it was with {resume_command(folder)}"
         raise RecipeError("\n".join(lines))
     return folder
+
+
+def resume_command(folder: Path) -> str:
+    """What continues the run in a folder with its own recipe, to be typed as it stands."""
+    return f"samdetr-train --resume {shlex.quote(str(folder))}"
 
 
 def environment_of(recipe: Recipe, device: torch.device) -> dict[str, object]:

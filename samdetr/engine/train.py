@@ -33,10 +33,10 @@ from samdetr.engine.pictures import draw_validation
 from samdetr.engine.run_folder import (
     CHECKPOINTS,
     METRICS_FILE,
-    RECIPE_FILE,
     environment_of,
     find_run,
     new_run,
+    resume_command,
     write_environment,
 )
 from samdetr.engine.setup import choose_device, load_initial_weights
@@ -136,14 +136,15 @@ class Training:
 
     def leave(self) -> None:
         """Answer a signal, once everything is saved: say how to continue, and end."""
-        command = f"samdetr-train {self.folder / RECIPE_FILE} --resume {self.folder}"
-        self.console.print(
-            f"stopped after step {self.progress.step}; continue with: {command}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        self.say_how_to_continue(f"stopped after step {self.progress.step}")
         self.stop.leave()
+
+    def say_how_to_continue(self, what: str) -> None:
+        """Print ``what`` happened, and the command that goes on from the last checkpoint, if there is one."""
+        way = f"continue with: {resume_command(self.folder)}"
+        if not (self.folder / CHECKPOINTS / LAST).exists():
+            way = "there is no checkpoint yet, start it again"
+        self.console.print(f"{what}; {way}", markup=False, highlight=False, soft_wrap=True)
 
 
 def train(recipe: Recipe, *, resume: str | None = None) -> Path:
@@ -178,6 +179,10 @@ def train(recipe: Recipe, *, resume: str | None = None) -> Path:
                 progress.finished = progress.epoch == epochs
                 update_progress(training.folder / CHECKPOINTS, progress, best=best)
                 plot_curves(training.folder / METRICS_FILE, training.folder / "curves.png")
+    except KeyboardInterrupt:
+        if training.stop.at_once:
+            training.say_how_to_continue("stopped at once; what came after the last checkpoint is lost")
+        raise
     except DataError:
         training.save()  # an image that cannot be used is found between two steps: nothing done is lost
         raise

@@ -91,6 +91,21 @@ def test_resume(engine: list[object], arguments: list[str], resume: str | None) 
     assert [call[1] for call in engine] == [resume, resume]  # type: ignore[index]
 
 
+def test_resume_of_a_run_takes_its_recipe(
+    engine: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    assert exit_code(main_train, "--resume", "run") == 1
+    assert capsys.readouterr().err == "error: --resume: run is not a run folder (it has no recipe.toml).\n"
+    Path("run/recipe.toml").write_text("[optim]\nlr = 0.5\n")
+    assert exit_code(main_train, "--resume", "run", "--set", "train.epochs=3") == 0
+    assert engine == [(load_recipe("run/recipe.toml", ["train.epochs=3"]), "run")]
+    for arguments in (["--resume"], []):
+        assert exit_code(main_train, *arguments) == 2
+        assert "give a RECIPE" in capsys.readouterr().err
+
+
 def test_mark_resume_leaves_other_values_alone() -> None:
     assert mark_resume(["--set", "--resume", "a.toml"]) == ["--set", "--resume", "a.toml"]
     assert mark_resume(["--", "--resume", "a"]) == ["--", "--resume", "a"]

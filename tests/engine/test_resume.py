@@ -15,8 +15,10 @@ import torch
 
 import samdetr.engine.checkpoint
 import samdetr.engine.train
-from samdetr.data.splits import Splits
+from samdetr.cli.main import main_train
+from samdetr.data.splits import Splits, load_splits
 from samdetr.engine.checkpoint import load_checkpoint, read_meta
+from samdetr.engine.interrupt import SAVING
 from samdetr.engine.run_folder import find_run
 from samdetr.engine.train import train
 from samdetr.errors import CheckpointError, RecipeError
@@ -25,6 +27,7 @@ from tests.engine.runs import (
     Command,
     MakeRecipe,
     assert_same_weights,
+    captured,
     end,
     losses,
     metrics,
@@ -167,7 +170,7 @@ def test_signals_of_a_process(recipe_file: Path, make_recipe: MakeRecipe, traine
             time.sleep(0.02)
         result = end(process)
         assert result.code == code, result
-        assert result.err == ""
+        assert result.err == (SAVING if number == signal.SIGINT else "")
         step = load_checkpoint((run / "checkpoints" / "last").resolve(), with_optimizer=True).progress.step
         assert after <= step < 12
         assert re.fullmatch(f"stopped after step {step}; continue with.* --resume {run}", result.out.splitlines()[-1])
@@ -220,8 +223,8 @@ def test_a_changed_recipe_is_refused(make_recipe: MakeRecipe, trained: Path) -> 
         find_run(make_recipe("optim.lr=0.5", "model.dropout=0.2", "train.epochs=9", "eval.top_k=3"), str(trained))
     assert str(caught.value).splitlines() == [
         f"--resume: model.dropout is 0.2, but {trained} was trained with 0.1",
-        f"--resume: optim.lr is 0.5, but {trained} was trained with 0.001; to go on as it was: "
-        f"samdetr-train {trained}/recipe.toml --resume {trained}",
+        f"--resume: optim.lr is 0.5, but {trained} was trained with 0.001; start a new run from its weights with "
+        f"--set init.checkpoint={trained}, or go on as it was with samdetr-train --resume {trained}",
     ]
     free = make_recipe("train.epochs=9", "train.log_every=7", "eval.batch=1", "data.workers=3", 'run.device="auto"')
     assert find_run(free, str(trained)) == trained
@@ -250,8 +253,9 @@ def test_a_cosine_schedule_fixes_the_epochs(make_recipe: MakeRecipe, trained: Pa
 
 def test_the_command_names_a_changed_key(train_command: Command, trained: Path) -> None:
     result = train_command("--resume", str(trained), "--set", "optim.lr=0.5")
-    found = f"--resume: optim.lr is 0.5, but {trained} was trained with 0.001; to go on as it was: samdetr-train "
-    assert sentence(result, 2) == f"{found}{trained}/recipe.toml --resume {trained}"
+    message = sentence(result, 2)
+    assert message.startswith(f"--resume: optim.lr is 0.5, but {trained} was trained with 0.001; ")
+    assert message.endswith(f" or go on as it was with samdetr-train --resume {trained}")
 
 
 def test_the_newest_unfinished_run_is_found(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,6 +319,28 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("saves", [0, 1])
+def test_a_second_ctrl_c_while_saving_tells_what_is_left(
+    make_recipe: MakeRecipe,
+    trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    saves: int,
+) -> None:
+    """The first in the second step of an epoch, the second when its checkpoint is about to be written."""
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        signal_at(patch, samdetr.engine.train, "save_checkpoint", saves + 1, signal.SIGINT)
+        run = interrupted(monkeypatch, make_recipe(), "train_step", 2 + 6 * saves)
+    out, err = capfd.readouterr()
+    way = f"continue with: samdetr-train --resume {run}" if saves else "there is no checkpoint yet, start it again"
+    assert out.splitlines()[-1] == f"stopped at once; what came after the last checkpoint is lost; {way}"
+    assert err == SAVING
+    if saves:
+        train(make_recipe(), resume=str(run))
+        assert_as_uninterrupted(run, trained)
+
+
 def test_sigterm_is_exit_code_143() -> None:
     from samdetr.engine.interrupt import StopSignal
 
@@ -342,3 +368,35 @@ def test_a_run_copied_without_links_goes_on(make_recipe: MakeRecipe, trained: Pa
     assert (progress.epoch, progress.step, progress.finished) == (3, 18, True)
     assert_tidy(copy)
     assert (copy / "environment-after-step-12.json").is_file()
+
+
+def test_a_run_can_be_used_from_any_folder(
+    make_recipe: MakeRecipe,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    samdetr_command: Command,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Relative paths of data and weights are those of the folder where the run began."""
+    splits = load_splits(make_recipe().data, num_queries=12, num_classes=8)
+    files = {
+        **{f"data.{data.split}_images": data.image_root for data in (splits.train, splits.val)},
+        **{f"data.{data.split}_annotations": data.annotation_file for data in (splits.train, splits.val)},
+        "init.checkpoint": trained,
+    }
+
+    def here(*overrides: str) -> Recipe:
+        paths = [f"{key}={os.path.relpath(path)}" for key, path in files.items()]
+        return make_recipe("data.format=coco", *paths, *overrides)
+
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "one")
+    run = train(here("train.epochs=1"))
+    monkeypatch.chdir(tmp_path / "other" / "deep")
+    assert samdetr_command("eval", str(run)).code == 0
+    assert find_run(here(), str(run)) == run  # the same checkpoint by another relative path
+    result = captured(main_train, ["--resume", os.path.relpath(run), "--set", "train.epochs=2"], capfd)
+    assert (result.code, result.err) == (0, "")
+    assert [line["epoch"] for line in metrics(run, "eval")] == [0, 1]
