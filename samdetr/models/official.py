@@ -8,6 +8,7 @@ layout also stores every box head twice.
 from __future__ import annotations
 
 import argparse
+import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -103,9 +104,6 @@ def load_official(model: SAMDETR, state_dict: Mapping[str, Tensor], *, remake_cl
     own = model.state_dict()
     names = {name: official_name(name) for name in own}
     remaining = dict(state_dict)
-    strange = [key for key in _LANDMARKS if key not in remaining]
-    if strange:
-        raise CheckpointError(f"this is no state dict of a published SAM-DETR: it has no {' and no '.join(strange)}.")
     _check_input_norm(model, remaining)
     for key in [key for key in remaining if key.startswith(f"{_DUPLICATE_PREFIX}bbox_embed.")]:
         copy, original = remaining.pop(key), state_dict.get(key.removeprefix(_DUPLICATE_PREFIX))
@@ -146,7 +144,7 @@ def to_official(model: SAMDETR) -> dict[str, Tensor]:
 def read_official(path: str | Path) -> dict[str, Tensor]:
     """The state dict of a published .pth file. Only tensors, plain values and argparse.Namespace are unpickled.
 
-    Raises CheckpointError when the file is absent, holds anything else, or has no state dict.
+    Raises CheckpointError when the file is absent, holds anything else, or has no state dict of a SAM-DETR.
     """
     path = Path(path)
     if not path.is_file():
@@ -158,10 +156,18 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
         if not zipfile.is_zipfile(path) and not _is_legacy_pickle(path):
             raise CheckpointError(f"{path} is not a torch checkpoint file.") from error
         reason = str(error).strip().splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to run what the file holds
+            reason = "it is damaged, or holds more than tensors and plain values, which could run code."
         raise CheckpointError(f"cannot read {path} as a published checkpoint: {reason}") from error
     state = content.get("model", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f'{path} holds no state dict (expected one under "model", as published).')
+    strange = [key for key in _LANDMARKS if key not in state]
+    if strange:
+        raise CheckpointError(
+            f"{path} is not a published SAM-DETR: it has no {' and no '.join(strange)}. Use one that is, "
+            "or for a backbone alone model.backbone.weights."
+        )
     return dict(state)
 
 
