@@ -8,11 +8,11 @@ layout also stores every box head twice.
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -156,7 +156,7 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
         if not zipfile.is_zipfile(path) and not _is_legacy_pickle(path):
             raise CheckpointError(f"{path} is not a torch checkpoint file.") from error
         reason = str(error).strip().splitlines()[0]
-        if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to run what the file holds
+        if isinstance(error, UnpicklingError):  # torch's own message advises to run what the file holds
             reason = "it is damaged, or holds more than tensors and plain values, which could run code."
         raise CheckpointError(f"cannot read {path} as a published checkpoint: {reason}") from error
     state = content.get("model", content) if isinstance(content, dict) else None

@@ -211,6 +211,7 @@ def test_nothing_is_pickled(trained: Path) -> None:
     assert suffixes == {".toml", ".json", ".jsonl", ".png", ".safetensors"}
     forbidden = re.compile(
         r"weights_only\s*=\s*False|\b(pickle|cPickle|dill|joblib)\b\s*\.|\bimport pickle|torch\.save\("
+        r"|\bfrom pickle import (?!UnpicklingError\n)"
     )
     sources = [file for base in (Path(samdetr.__file__).parent, ROOT / "kernels") for file in base.rglob("*.py")]
     assert len(sources) > 30
