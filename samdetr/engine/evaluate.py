@@ -193,7 +193,7 @@ def evaluate_official(path: str, recipe: Recipe) -> None:
 def _evaluate_and_print(model: SAMDETR, recipe: Recipe, raw: CocoData, categories: Categories, *, title: str) -> None:
     """raw: the val split, unchecked."""
     console = Console()
-    device = choose_device(recipe.run.device, recipe.run.kernels)
+    device = choose_device(recipe.run.device, recipe.compute.kernels)
     data, report = check_data(
         raw,
         num_queries=recipe.model.num_queries,

@@ -37,7 +37,7 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
     model, recipe, categories, _ = load_trained(checkpoint)
     device = choose_device(
         "cpu" if recipe.run.device == "cpu" else "auto",  # "cuda" was the training machine's
-        recipe.run.kernels,
+        recipe.compute.kernels,
     )
     model.to(device).eval()
     transform = build_transform(recipe.augment, training=False)

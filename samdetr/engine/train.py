@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,6 +27,8 @@ from samdetr.engine.checkpoint import (
     save_checkpoint,
     update_progress,
 )
+from samdetr.engine.compile import computing_in
+from samdetr.engine.cuda_graph import StepGraphs
 from samdetr.engine.evaluate import coco_evaluate, detect
 from samdetr.engine.interrupt import StopSignal
 from samdetr.engine.log import STEP_VALUES, Meter, RunLog, Stopwatch, print_findings
@@ -68,28 +71,32 @@ def train_step(
     device: torch.device,
     clip_norm: float,
     precision: torch.dtype = torch.float32,
+    graphs: StepGraphs | None = None,
 ) -> StepResult:
     """Forward, loss, backward over the micro-batches, then clip and update: one step of the whole batch.
 
     The loss is divided by the number of boxes of the whole step, so that its gradient does not depend on how the
     batch is split. clip_norm 0: no clipping. precision: what matrix products and convolutions compute in, float32
-    or bfloat16; parameters, boxes, costs and losses are float32 either way. Nothing waits for the device: where the
-    matching cost, the loss or the gradient is not finite, the optimizer changes nothing in this step or a later one.
+    or bfloat16; parameters, boxes, costs and losses are float32 either way. graphs: replayed instead, if given.
+    Nothing waits for the device: where the matching cost, the loss or the gradient is not finite, the optimizer
+    changes nothing in this step or a later one.
     """
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=graphs is None)
     moved = [micro.to(device) for micro in batch]
     num_boxes = torch.stack([micro.targets.counts.sum() for micro in moved]).sum()
-    values = torch.stack([forward_backward(model, criterion, micro, num_boxes, precision) for micro in moved])
-    grad_norm = update(optimizer, values[:, 0].sum(), clip_norm)
+    run = graphs.forward_backward if graphs else partial(forward_backward, model, criterion, precision=precision)
+    values = torch.stack([run(micro, num_boxes) for micro in moved])
+    loss = values[:, 0].sum()
+    grad_norm = graphs.update(loss) if graphs else update(optimizer, clip_norm, loss)
     *sums, class_error = values.sum(0).unbind()
     return StepResult(torch.stack([*sums, class_error / len(moved), grad_norm]))
 
 
 def forward_backward(
-    model: nn.Module, criterion: SetCriterion, batch: Batch, num_boxes: Tensor, precision: torch.dtype
+    model: nn.Module, criterion: SetCriterion, batch: Batch, num_boxes: Tensor, *, precision: torch.dtype
 ) -> Tensor:
     """Add the gradients of one micro-batch to those of the parameters; its values [5], as in log.STEP_VALUES."""
-    with torch.autocast(batch.images.device.type, precision, enabled=precision != torch.float32):
+    with computing_in(precision, batch.images.device):
         outputs = model(batch.images, batch.image_sizes)
     losses = criterion(outputs, batch.targets, num_boxes)
     losses.total.backward()
@@ -99,10 +106,10 @@ def forward_backward(
     )
 
 
-def update(optimizer: GuardedAdamW, loss: Tensor, clip_norm: float) -> Tensor:
+def update(optimizer: GuardedAdamW, clip_norm: float, loss: Tensor) -> Tensor:
     """Clip the gradients and take the optimizer's step; returns their norm before. All on the device."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf"), foreach=True)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf"))
     optimizer.guard(loss + grad_norm)
     optimizer.step()
     return grad_norm
@@ -300,7 +307,7 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
 
 def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> Training:
     """Everything from the recipe, in order; nothing is written before the data has passed its checks."""
-    device = choose_device(recipe.run.device, recipe.run.kernels)
+    device = choose_device(recipe.run.device, recipe.compute.kernels)
     folder = None if resume is None else find_run(recipe, resume)
     watch = Stopwatch()
     with console.status("reading and checking the data"):
