@@ -17,7 +17,6 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from samdetr.engine.checkpoint import Progress
 from samdetr.engine.run_folder import METRICS_FILE
@@ -28,35 +27,34 @@ STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100",
 
 
 class Meter:
-    """Sums of the step values on their device; reading them (and waiting for them) is left to `means`."""
+    """Means of the step values over some steps."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.sum: Tensor | None = None
+        self.sums = [0.0] * len(STEP_VALUES)
 
-    def add(self, values: Tensor) -> None:
-        """values: [len(STEP_VALUES)] float."""
-        self.sum = values.double() if self.sum is None else self.sum.to(values.device) + values
+    def add(self, values: Sequence[float]) -> None:
+        """Count one step; values in the order of STEP_VALUES."""
+        self.sums = [total + value for total, value in zip(self.sums, values, strict=True)]
         self.count += 1
 
     def means(self) -> dict[str, float]:
-        """Mean of every step value, by name."""
-        if self.sum is None:
+        """Mean of every step value, by name; empty if there was no step."""
+        if not self.count:
             return {}
-        return {name: value / self.count for name, value in zip(STEP_VALUES, self.sum.tolist(), strict=True)}
+        return {name: total / self.count for name, total in zip(STEP_VALUES, self.sums, strict=True)}
 
     def to_json(self) -> dict[str, float]:
         """The sums and their count, for `from_json`."""
-        sums = [0.0] * len(STEP_VALUES) if self.sum is None else self.sum.tolist()
-        return {"count": self.count, **dict(zip(STEP_VALUES, sums, strict=True))}
+        return {"count": self.count, **dict(zip(STEP_VALUES, self.sums, strict=True))}
 
     @classmethod
     def from_json(cls, value: Mapping[str, float] | None) -> Meter:
         """The inverse of `to_json`; an empty meter from None."""
         meter = cls()
-        if value and value["count"]:
+        if value:
             meter.count = int(value["count"])
-            meter.sum = torch.tensor([value[name] for name in STEP_VALUES], dtype=torch.float64)
+            meter.sums = [value[name] for name in STEP_VALUES]
         return meter
 
 
@@ -120,12 +118,12 @@ class RunLog:
         self._speeds = _speeds(images, self._mean_step, self._mean_wait)
         self._bar.update(self._task, completed=self.done, description=self._name(epoch), eta=self.eta())
 
-    def interval(self, epoch: int, means: Mapping[str, float], lr: float) -> None:
-        """Report the steps since the last call: one line in metrics.jsonl, and on the terminal."""
+    def interval(self, epoch: int, step: int, means: Mapping[str, float], lr: float) -> None:
+        """Report the steps since the last call, up to ``step``: one line in metrics.jsonl, and on the terminal."""
         self.write(
             "train",
             epoch=epoch,
-            step=self.done,
+            step=step,
             **means,
             lr=lr,
             images_per_s=self.images / max(self.step_seconds, 1e-9),
@@ -135,7 +133,7 @@ class RunLog:
         self._losses = f"loss {means['loss']:.3f}  lr {lr:.1e}"
         if not self.console.is_terminal:
             speeds = _speeds(self.images, self.step_seconds, self.data_seconds)
-            self.note(f"{self._name(epoch)}  step {self.done}/{self.steps}  {self._losses}  {speeds}  ETA {self.eta()}")
+            self.note(f"{self._name(epoch)}  step {step}/{self.steps}  {self._losses}  {speeds}  ETA {self.eta()}")
         self.step_seconds = self.data_seconds = 0.0
         self.images = 0
 

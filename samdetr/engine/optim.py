@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from samdetr.recipe import OptimSection
 
 
-def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.AdamW:
-    """Fused AdamW over the parameters that have a gradient, in two groups: the backbone and the rest."""
+class GuardedAdamW(torch.optim.AdamW):
+    """Fused AdamW that changes nothing any more once a number was not finite; nobody waits to find out.
+
+    The switch is ``found_inf`` ([] float32, 0 or 1), which torch's fused optimizers read on the device, made for
+    loss scaling. Parameters must be on their device already.
+    """
+
+    found_inf: Tensor
+
+    def __init__(self, groups: Iterable[Any], *, lr: float, weight_decay: float = 0.0) -> None:
+        groups = list(groups)
+        first = groups[0]["params"][0] if isinstance(groups[0], dict) else groups[0]
+        on_gpu = first.device.type == "cuda"
+        super().__init__(groups, lr=lr, weight_decay=weight_decay, fused=True, capturable=on_gpu)
+        if on_gpu:  # a rate that a CUDA graph reads must be a tensor on the device, of each group its own
+            for group in self.param_groups:
+                group["lr"] = torch.tensor(lr, device=first.device)
+        self.found_inf = torch.zeros((), device=first.device)
+
+    def guard(self, value: Tensor) -> None:
+        """Leave everything as it is from now on if ``value`` (a scalar) is NaN or infinite."""
+        torch.maximum(self.found_inf, (~torch.isfinite(value)).to(torch.float32), out=self.found_inf)
+
+
+def build_optimizer(model: nn.Module, section: OptimSection) -> GuardedAdamW:
+    """AdamW over the parameters that have a gradient, in two groups: the backbone and the rest."""
     backbone: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (backbone if name.startswith("backbone.") else rest).append(parameter)
-    groups = [{"params": rest, "base_lr": section.lr}]
+    groups: list[dict[str, Any]] = [{"params": rest, "base_lr": section.lr}]
     if backbone:
         groups.append({"params": backbone, "base_lr": section.backbone_lr})
-    return torch.optim.AdamW(groups, lr=section.lr, weight_decay=section.weight_decay, fused=True)
+    return GuardedAdamW(groups, lr=section.lr, weight_decay=section.weight_decay)
 
 
 def lr_factor(section: OptimSection, *, step: int, epoch: int, total_steps: int) -> float:
@@ -34,6 +59,10 @@ def lr_factor(section: OptimSection, *, step: int, epoch: int, total_steps: int)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group to ``factor`` times its base rate."""
+    """Set every group to ``factor`` times its base rate; what is a tensor stays that tensor."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        rate = group["base_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

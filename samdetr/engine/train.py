@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,9 +28,10 @@ from samdetr.engine.checkpoint import (
 )
 from samdetr.engine.evaluate import coco_evaluate, detect
 from samdetr.engine.interrupt import StopSignal
-from samdetr.engine.log import Meter, RunLog, Stopwatch, print_findings
-from samdetr.engine.optim import build_optimizer, lr_factor, set_learning_rate
+from samdetr.engine.log import STEP_VALUES, Meter, RunLog, Stopwatch, print_findings
+from samdetr.engine.optim import GuardedAdamW, build_optimizer, lr_factor, set_learning_rate
 from samdetr.engine.pictures import draw_validation
+from samdetr.engine.readings import Readings, Step
 from samdetr.engine.run_folder import (
     CHECKPOINTS,
     METRICS_FILE,
@@ -60,41 +62,50 @@ class StepResult(NamedTuple):
 def train_step(
     model: nn.Module,
     criterion: SetCriterion,
-    optimizer: torch.optim.Optimizer,
+    optimizer: GuardedAdamW,
     batch: Sequence[Batch],
     *,
     device: torch.device,
     clip_norm: float,
+    precision: torch.dtype = torch.float32,
 ) -> StepResult:
     """Forward, loss, backward over the micro-batches, then clip and update: one step of the whole batch.
 
     The loss is divided by the number of boxes of the whole step, so that its gradient does not depend on how the
-    batch is split. clip_norm 0: no clipping. Raises NonFiniteError before the update when the matching cost, the
-    loss or the gradient is not finite; parameters and optimizer are then as before.
+    batch is split. clip_norm 0: no clipping. precision: what matrix products and convolutions compute in, float32
+    or bfloat16; parameters, boxes, costs and losses are float32 either way. Nothing waits for the device: where the
+    matching cost, the loss or the gradient is not finite, the optimizer changes nothing in this step or a later one.
     """
     optimizer.zero_grad(set_to_none=True)
-    num_boxes = torch.stack([micro.targets.counts.sum() for micro in batch]).sum().to(device)
-    values = torch.zeros(5, device=device)
-    for micro in batch:
-        moved = micro.to(device)
-        losses = criterion(model(moved.images, moved.image_sizes), moved.targets, num_boxes)
-        losses.total.backward()
-        terms = losses.terms
-        values += torch.stack(
-            (
-                losses.total.detach(),
-                terms["loss_ce"],
-                terms["loss_bbox"],
-                terms["loss_giou"],
-                terms["class_error"] / len(batch),
-            )
-        )
+    moved = [micro.to(device) for micro in batch]
+    num_boxes = torch.stack([micro.targets.counts.sum() for micro in moved]).sum()
+    values = torch.stack([forward_backward(model, criterion, micro, num_boxes, precision) for micro in moved])
+    grad_norm = update(optimizer, values[:, 0].sum(), clip_norm)
+    *sums, class_error = values.sum(0).unbind()
+    return StepResult(torch.stack([*sums, class_error / len(moved), grad_norm]))
+
+
+def forward_backward(
+    model: nn.Module, criterion: SetCriterion, batch: Batch, num_boxes: Tensor, precision: torch.dtype
+) -> Tensor:
+    """Add the gradients of one micro-batch to those of the parameters; its values [5], as in log.STEP_VALUES."""
+    with torch.autocast(batch.images.device.type, precision, enabled=precision != torch.float32):
+        outputs = model(batch.images, batch.image_sizes)
+    losses = criterion(outputs, batch.targets, num_boxes)
+    losses.total.backward()
+    terms = losses.terms
+    return torch.stack(
+        [losses.total.detach(), terms["loss_ce"], terms["loss_bbox"], terms["loss_giou"], terms["class_error"]]
+    )
+
+
+def update(optimizer: GuardedAdamW, loss: Tensor, clip_norm: float) -> Tensor:
+    """Clip the gradients and take the optimizer's step; returns their norm before. All on the device."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf"))
-    if not torch.isfinite(values[0] + grad_norm):
-        raise NonFiniteError("the loss or its gradient is not finite")
+    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf"), foreach=True)
+    optimizer.guard(loss + grad_norm)
     optimizer.step()
-    return StepResult(torch.cat((values, grad_norm[None])))
+    return grad_norm
 
 
 @dataclass
@@ -107,7 +118,7 @@ class Training:
     splits: Splits
     model: SAMDETR
     criterion: SetCriterion
-    optimizer: torch.optim.AdamW
+    optimizer: GuardedAdamW
     train_loader: TrainLoader
     val_loader: EvalLoader
     environment: Mapping[str, object]
@@ -116,6 +127,7 @@ class Training:
     interval_meter: Meter  # of the steps since the last line of metrics.jsonl
     console: Console
     stop: StopSignal
+    readings: Readings = field(default_factory=Readings)
 
     def save(self) -> None:
         """Write the checkpoint ``last``."""
@@ -210,35 +222,46 @@ def train_epoch(training: Training, log: RunLog) -> None:
         factor = lr_factor(recipe.optim, step=progress.step, epoch=epoch, total_steps=log.steps)
         set_learning_rate(training.optimizer, factor)
         torch.manual_seed(step_seed(recipe.run.seed, progress.step))
-        try:
-            result = train_step(
-                training.model,
-                training.criterion,
-                training.optimizer,
-                batch,
-                device=training.device,
-                clip_norm=recipe.optim.clip_norm,
-            )
-        except NonFiniteError as error:
-            images = ", ".join(str(number) for micro in batch for number in micro.image_ids.tolist())
-            raise NonFiniteError(
-                f"{error} at step {progress.step + 1} (epoch {epoch + 1}, image ids {images}); no parameter was "
-                f"changed by this step. Lower optim.lr or look at these images; what was saved is in {log.folder}."
-            ) from error
+        result = train_step(
+            training.model,
+            training.criterion,
+            training.optimizer,
+            batch,
+            device=training.device,
+            clip_norm=recipe.optim.clip_norm,
+        )
         progress.step += 1
         progress.step_in_epoch += 1
-        for meter in (training.epoch_meter, training.interval_meter):
-            meter.add(result.values)
+        image_ids = [number for micro in batch for number in micro.image_ids.tolist()]
+        training.readings.add(Step(progress.step, epoch, recipe.optim.lr * factor, image_ids), result.values)
         log.step(epoch, seconds=total.lap(), waited=waited, images=recipe.train.total_batch)
-        if progress.step % recipe.train.log_every == 0:
-            log.interval(epoch, training.interval_meter.means(), recipe.optim.lr * factor)
-            training.interval_meter = Meter()
+        if training.device.type == "cpu" or progress.step % recipe.train.log_every == 0:
+            training.readings.send()
+        report_steps(training, log, training.readings.arrived())
         if training.stop:
+            report_steps(training, log, training.readings.all())
             training.save()
             training.leave()
         data.lap()
+    report_steps(training, log, training.readings.all())
     log.epoch(epoch, training.epoch_meter.means())
     progress.evaluation_due, training.epoch_meter = True, Meter()
+
+
+def report_steps(training: Training, log: RunLog, steps: Iterator[tuple[Step, list[float]]]) -> None:
+    """Count steps whose values have arrived. Raises NonFiniteError at the first that was not finite."""
+    for step, values in steps:
+        if not math.isfinite(values[STEP_VALUES.index("loss")] + values[STEP_VALUES.index("grad_norm")]):
+            raise NonFiniteError(
+                f"the loss or its gradient is not finite at step {step.number} (epoch {step.epoch + 1}, image ids "
+                f"{', '.join(map(str, step.image_ids))}); no parameter was changed by this step or after it. Lower "
+                f"optim.lr or look at these images; what was saved is in {log.folder}."
+            )
+        training.epoch_meter.add(values)
+        training.interval_meter.add(values)
+        if step.number % training.recipe.train.log_every == 0:
+            log.interval(step.epoch, step.number, training.interval_meter.means(), step.lr)
+            training.interval_meter = Meter()
 
 
 def evaluate_epoch(training: Training, log: RunLog) -> bool:

@@ -49,7 +49,8 @@ class SemanticAligner(nn.Module):
         reduced = width // CHANNEL_REDUCTION
         self.reduce = nn.Linear(width, reduced)
         hidden = POINT_HIDDEN * width
-        self.point_mlp = MLP(ROI_SIZE * ROI_SIZE * reduced, width, hidden, hidden, heads * (4 if smca else 2))
+        outputs = heads * (4 if smca else 2)
+        self.point_mlp = MLP(ROI_SIZE * ROI_SIZE * reduced, width, hidden, hidden, outputs, exact=True)
         nn.init.zeros_(self.point_mlp.last.bias[: 2 * heads])
         nn.init.constant_(self.point_mlp.last.bias[2 * heads :], initial_scale)
         self.content_gate = nn.Linear(width, heads * width)

@@ -10,6 +10,7 @@ from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models import get_model_weights
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import FrozenBatchNorm2d
@@ -59,7 +60,6 @@ class Backbone(nn.Module):
         self.name, self.width, self.mask_padding = name, width, mask_padding
         self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = norm_layer(width)
-        self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         channels = width
         for stage in range(stages):
@@ -97,18 +97,43 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> Tensor:
         """[B, 3, H, W] and sizes [B, 2] int (h, w) -> [B, out_channels, ceil(H/stride), ceil(W/stride)]."""
-        x = self.relu(self.bn1(self.conv1(images)))
+        x = functional.relu(_conv_norm(self.conv1, self.bn1, images))
         stride = 4
         if self.mask_padding:
             x = _zero_padding(x, image_sizes, 2)
         x = self.maxpool(x)
+        sizes = image_sizes if self.mask_padding else None
         for name in self.layers:
             for block in self.get_submodule(name).children():
-                if self.mask_padding:
-                    x, stride = _masked_block(block, x, image_sizes, stride)
-                else:
-                    x = block(x)
+                x, stride = _block(block, x, stride, sizes)
         return x
+
+
+def _conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """Convolution and normalisation; a frozen one is folded into the weights, so that the map is written once."""
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    weight = conv.weight * scale[:, None, None, None]
+    return functional.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _block(block: Any, x: Tensor, stride: int, image_sizes: Tensor | None) -> tuple[Tensor, int]:
+    """torchvision's residual block on a map of ``stride``; also the stride of its output.
+
+    With image_sizes [B, 2] the padded cells are zeroed before each 3x3 convolution.
+    """
+    identity = x if block.downsample is None else _conv_norm(block.downsample[0], block.downsample[1], x)
+    last = 3 if isinstance(block, Bottleneck) else 2
+    for number in range(1, last + 1):
+        conv = getattr(block, f"conv{number}")
+        if image_sizes is not None and conv.kernel_size != (1, 1):
+            x = _zero_padding(x, image_sizes, stride)
+        x = _conv_norm(conv, getattr(block, f"bn{number}"), x)
+        stride *= conv.stride[0]
+        x = x if number == last else functional.relu(x)
+    return functional.relu(x + identity), stride
 
 
 def _stage(
@@ -136,20 +161,6 @@ def _stage(
 def _zero_padding(x: Tensor, image_sizes: Tensor, stride: int) -> Tensor:
     valid = covered_cells(image_sizes, stride)
     return x * valid_mask(valid, x.shape[2], x.shape[3])[:, None].to(x.dtype)
-
-
-def _masked_block(block: Any, x: Tensor, image_sizes: Tensor, stride: int) -> tuple[Tensor, int]:
-    """torchvision's residual block with padded cells zeroed before each 3x3 convolution; also its output stride."""
-    identity = x if block.downsample is None else block.downsample(x)
-    last = 3 if isinstance(block, Bottleneck) else 2
-    for number in range(1, last + 1):
-        conv = getattr(block, f"conv{number}")
-        if conv.kernel_size != (1, 1):
-            x = _zero_padding(x, image_sizes, stride)
-        x = getattr(block, f"bn{number}")(conv(x))
-        stride *= conv.stride[0]
-        x = x if number == last else block.relu(x)
-    return block.relu(x + identity), stride
 
 
 def load_backbone_weights(backbone: Backbone, weights: str) -> None:

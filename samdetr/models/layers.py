@@ -11,14 +11,24 @@ from torch.nn import functional
 INVERSE_SIGMOID_EPSILON = 1e-5
 
 
-class MLP(nn.Sequential):
-    """Linear layers of the given sizes with ReLU between them: MLP(256, 256, 4) has two."""
+class ExactLinear(nn.Linear):
+    """A linear layer that autocast leaves in the dtype of its weights: for what becomes logits, boxes or points."""
 
-    def __init__(self, *sizes: int) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+class MLP(nn.Sequential):
+    """Linear layers of the given sizes with ReLU between them: MLP(256, 256, 4) has two. exact: the last one is."""
+
+    def __init__(self, *sizes: int, exact: bool = False) -> None:
         layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(sizes):
+        for fan_in, fan_out in pairwise(sizes[:-1]):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-        super().__init__(*layers[:-1])
+        fan_in, fan_out = sizes[-2:]
+        layers.append(ExactLinear(fan_in, fan_out) if exact else nn.Linear(fan_in, fan_out))
+        super().__init__(*layers)
 
     @property
     def last(self) -> nn.Linear:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from samdetr.models.aligner import AlignedQueries, MapGeometry, SemanticAligner
 from samdetr.models.backbone import Backbone, build_backbone
 from samdetr.models.encoder import Encoder
-from samdetr.models.layers import MLP, FeedForward, MapGroupNorm, inverse_sigmoid
+from samdetr.models.layers import MLP, ExactLinear, FeedForward, MapGroupNorm, inverse_sigmoid
 from samdetr.models.position import covered_cells, sine_map, sine_points, valid_cells, valid_mask
 from samdetr.structures import Outputs
 from samdetr_kernels import salient_cross_attention
@@ -119,14 +119,14 @@ class DecoderLayer(nn.Module):
 
 def class_head(width: int, num_classes: int) -> nn.Linear:
     """Logits that begin at a probability of `CLASS_PRIOR`."""
-    head = nn.Linear(width, num_classes)
+    head = ExactLinear(width, num_classes)
     nn.init.constant_(head.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
     return head
 
 
 def box_head(width: int) -> MLP:
     """Box offsets (before the sigmoid) that begin at zero."""
-    head = MLP(width, width, width, 4)
+    head = MLP(width, width, width, 4, exact=True)
     nn.init.zeros_(head.last.weight)
     nn.init.zeros_(head.last.bias)
     return head
@@ -212,6 +212,7 @@ class SAMDETR(nn.Module):
             x = self.input_norm(x, mask if self.mask_padding else None)
         position = sine_map(valid, height, width, x.shape[-1]).to(x.dtype)
         memory = self.encoder(x.flatten(1, 2), position.flatten(1, 2), mask.flatten(1)).view(x.shape)
+        memory = memory.to(features.dtype)  # under autocast norms return float32: twice the bytes to sample
         if self.mask_padding:
             memory = memory * mask[..., None].to(memory.dtype)
         return memory, position, MapGeometry(valid, mask, valid if self.mask_padding else None)
