@@ -27,7 +27,6 @@ _SILENT = {
 _READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2"}
 _OP = re.compile(r"\w+::\w+")
 _FUSED = "cpp_fused"  # how Inductor names its kernels for the CPU
-_NO_KERNEL = ("Memcpy", "Memset")
 # an optimizer that goes tensor by tensor reads its step numbers, which live on the host: nothing waits
 _OPTIMIZER = "Optimizer.step#"
 
@@ -86,10 +85,13 @@ def count_compiled_kernels(call: Callable[[], object]) -> Launches:
     for event in profiler.events():
         if event.device_type == DeviceType.CPU and event.cpu_parent is None:
             _walk(event, found, in_optimizer=False)
-        elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            if not event.name.startswith(_NO_KERNEL):
-                found.kernels[event.name] += 1
+        elif event.device_type == DeviceType.CUDA and not _is_no_kernel(event):
+            found.kernels[event.name] += 1
     return found
+
+
+def _is_no_kernel(event: FunctionEvent) -> bool:
+    return event.is_user_annotation or event.name.startswith(("Memcpy", "Memset"))
 
 
 def _walk(event: FunctionEvent, found: Launches, in_optimizer: bool) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
 import torch
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, schedule
 
 TRACE_FILE, TABLE_FILE = "trace.json.gz", "profile.txt"
@@ -40,11 +41,13 @@ class StepProfiler:
     """Profiles the steps ``first`` to ``last`` (from 1) of those that `step` counts; the one before is its warm-up.
 
     Writes ``trace.json.gz`` (chrome://tracing, ui.perfetto.dev) and ``profile.txt`` into ``folder``; with None it does
-    nothing. Fewer steps than ``last`` are a shorter profile; with fewer than ``first`` there is none.
+    nothing. Fewer steps than ``last`` are a shorter profile; with fewer than ``first`` there is none. ``note`` is told.
     """
 
-    def __init__(self, folder: Path | None, *, first: int = FIRST_STEP, last: int = LAST_STEP) -> None:
-        self.folder, self.first, self.last = folder, first, last
+    def __init__(
+        self, folder: Path | None, note: Callable[[str], None], *, first: int = FIRST_STEP, last: int = LAST_STEP
+    ) -> None:
+        self.folder, self.note, self.first, self.last = folder, note, first, last
         self.taken = 0
         self.report = ""  # the text of ``profile.txt``, once it is written
         self._profiler: profile | None = None
@@ -65,35 +68,36 @@ class StepProfiler:
             self._profiler.start()
         return self
 
-    def step(self) -> str:
-        """Call it after every step. Returns where the profile is, once, after the last of its steps; "" otherwise."""
+    def step(self) -> None:
+        """Call it after every step."""
         self.taken += 1
-        if self._profiler is None or self.taken > self.last:
-            return ""
-        self._profiler.step()
-        return f"profile: steps {self.first} to {self.last} are in {self.folder}" if self.taken == self.last else ""
+        if self._profiler is not None and self.taken <= self.last:
+            self._profiler.step()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._profiler is not None:
             self._profiler.stop()
-            self._profiler = None
+            if not self.report:
+                self.note(f"profile: none, the run ended before step {self.first}")
 
     def _write(self, profiler: profile) -> None:
         assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self.folder / TRACE_FILE))
-        steps = min(self.taken, self.last) - self.first + 1
+        steps = self.taken - self.first + 1
         self.report = report(profiler, steps=steps)
         (self.folder / TABLE_FILE).write_text(self.report)
+        self.note(f"profile: steps {self.first} to {self.taken} are in {self.folder}")
 
 
 def report(profiler: profile, *, steps: int) -> str:
-    """The tables of a finished profile of ``steps`` steps: top kernels and gaps, or without a GPU the top operations."""
+    """The tables of a finished profile of ``steps`` steps: top kernels and gaps; without a GPU the top operations."""
+    events: Sequence[FunctionEvent] = profiler.events()  # type: ignore[no-untyped-call]
     kernels = [
         Interval(event.time_range.start, event.time_range.end, event.name)
-        for event in profiler.events()
+        for event in events
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
     if kernels:
@@ -101,7 +105,7 @@ def report(profiler: profile, *, steps: int) -> str:
         return f"{top_table('kernel', rows, steps=steps)}\n\n{gap_table(kernels, steps=steps)}\n"
     rows = [
         (event.name, event.self_cpu_time_total)
-        for event in profiler.events()
+        for event in events
         if event.device_type == DeviceType.CPU and not event.name.startswith("ProfilerStep")
     ]
     table = top_table("operation (time without what it calls)", rows, steps=steps)
