@@ -32,7 +32,7 @@ from samdetr.structures import Batch
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = ("model.encoder_layers=1", "model.decoder_layers=3", "model.num_queries=20", "model.ffn=64")
-SMALL += ("model.dropout=0.0", 'model.backbone.weights="none"', 'model.backbone.name="resnet18"')
+SMALL += ("model.dropout=0.0", 'model.backbone.weights="none"', 'model.backbone.name="resnet10"')
 # float64; the baseline's valid ratios and both position codes are float32
 NOISE = 2e-6
 

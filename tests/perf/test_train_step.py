@@ -25,7 +25,7 @@ from samdetr_kernels import linear_assignment
 CPU = torch.device("cpu")
 RECIPE = Path(__file__).parents[2] / "recipes" / "r50_smca_12ep.toml"
 SMALL = ("model.encoder_layers=1", "model.decoder_layers=2", "model.num_queries=20", "model.ffn=64")
-SMALL += ('model.backbone.name="resnet18"',)
+SMALL += ('model.backbone.name="resnet10"', 'model.backbone.weights="none"')
 SIZE = ["--batch", "2", "--height", "64", "--width", "96", "--device", "cpu"]
 
 
@@ -80,22 +80,22 @@ def test_an_optimizers_own_numbers_are_no_reads() -> None:
     assert not count_compiled_kernels(optimizer.step).reads
 
 
+@torch.no_grad()
+def chain(x: Tensor, weight: Tensor) -> Tensor:
+    """Four operations in a row, a product, three in a row."""
+    return ((x.sin() * 2 + 1).exp() @ weight).tanh().mul(3).sum()
+
+
 def test_kernels_of_a_compiled_call() -> None:
-    x, weight = torch.randn(8, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
-    compiled: Callable[..., Tensor] = torch.compile(attention, fullgraph=True)
-
-    def step() -> None:
-        compiled(x, weight).backward()
-
-    step()
-    found, again = count_compiled_kernels(step), count_compiled_kernels(step)
-    assert found == again and not found.reads
-    # every product stays a call (three forward, six backward); the rest is fused
-    products = sum(count for name, count in found.ops.items() if name in ("aten::mm", "aten::bmm"))
-    assert products == 9
-    eager = count_compiled_kernels(lambda: attention(x, weight).backward())
-    assert sum(eager.ops[name] for name in ("aten::mm", "aten::bmm")) == 9 and not eager.fused
-    assert 3 <= found.fused.total() <= 8 and found.total() < eager.total()
+    x, weight = torch.randn(8, 4), torch.randn(4, 4)
+    compiled: Callable[..., Tensor] = torch.compile(chain, fullgraph=True)
+    compiled(x, weight)
+    eager = count_compiled_kernels(lambda: chain(x, weight))
+    assert eager.total() == 8 and not eager.fused
+    for _ in range(2):  # the second count finds everything as it was
+        found = count_compiled_kernels(lambda: (compiled(x, weight), compiled(x, weight), x.neg()))
+        assert found.ops == {"aten::mm": 2, "aten::neg": 1}
+        assert list(found.fused.values()) == [2, 2] and found.total() == 7
 
 
 def test_peak_memory_is_what_lives_at_once() -> None:
@@ -130,18 +130,18 @@ def test_the_phases_are_the_step(build: Callable[..., sides.Side]) -> None:
 
 def test_both_sides_are_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "step.json"
-    assert main([str(RECIPE), *SIZE, "--steps", "3", *small(), "--json", str(path)]) == 0
+    assert main([str(RECIPE), *SIZE, "--steps", "2", *small(), "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     differences = report["gates"][0]["relative_difference"]
     assert differences.keys() == NOISE.keys() and all(differences[name] <= NOISE[name] for name in NOISE)
     baseline, ours = report["rows"]
     assert (baseline["variant"], ours["variant"]) == ("baseline", "ours")
     for row in (baseline, ours):
-        assert row["p20"] <= row["ms"] <= row["p80"] and row["repeats"] == 3
+        assert row["p20"] <= row["ms"] <= row["p80"] and row["repeats"] == 2
         assert row["images_per_s"] == pytest.approx(2e3 / row["ms"])
         assert row["times_faster"] == pytest.approx(baseline["ms"] / row["ms"])
         assert row["share"] is None and row["problem"] is None
-        assert row["state_mb"] > 100 and row["peak_mb"] > 40  # gradients alone have 47 MB
+        assert row["state_mb"] > 60 and row["peak_mb"] > 20  # gradients alone have 24 MB
     # two layers: 8 asserts, the number of boxes, the loss, and 1 + 6 + 9 values of the log
     assert baseline["syncs"] == 8 + 1 + 1 + 1 + 6 + 9
     assert ours["launches"] < 0.5 * baseline["launches"]
