@@ -76,7 +76,7 @@ def count_compiled_kernels(call: Callable[[], object]) -> Launches:
     with (
         _counted_fused() as fused,
         _recorded_custom_ops(),
-        profile(activities=activities, experimental_config=with_overloads) as profiler,
+        profile(activities=activities, experimental_config=with_overloads, acc_events=True) as profiler,
     ):
         call()
         if torch.cuda.is_available():
@@ -184,7 +184,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         call()
     assert profiler.profiler is not None
     changes = sorted(_allocations(profiler.profiler.kineto_results.experimental_event_tree()))

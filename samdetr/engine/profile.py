@@ -64,6 +64,7 @@ class StepProfiler:
                     wait=self.first - 1 - warm_up, warmup=warm_up, active=self.last - self.first + 1, repeat=1
                 ),
                 on_trace_ready=self._write,
+                acc_events=True,
             )
             self._profiler.start()
         return self
