@@ -15,13 +15,12 @@ from torch import Tensor
 
 from perf.gate import Args, Case, Variant, Work
 from perf.harness import FORWARD, Options, main
-from perf.inputs import LAYERS, QUERIES, generator, normal, uniform
+from perf.inputs import LAYERS, MAX_TARGETS, QUERIES, generator, normal, uniform
 from samdetr.loss.matcher import matching_cost
 from samdetr.structures import Outputs, Targets
 from samdetr_kernels.linear_assignment import UNMATCHED, linear_assignment, linear_assignment_reference
 
 CLASSES = 91
-MAX_TARGETS = 93  # of an image of COCO train2017
 # images, queries, the most targets; the first also with every image crowded
 PROBLEMS = {
     "gpu": ((16, QUERIES, MAX_TARGETS), (4, QUERIES, MAX_TARGETS)),

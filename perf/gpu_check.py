@@ -46,16 +46,38 @@ def _bench(op: str, seconds: float) -> Part:
     return Part(f"bench {op}", command, seconds)
 
 
+MEAN_SIZE = ("--height", "640", "--width", "864", "--device", "{device}")  # of the images of training, about
+
+
+def _train_step(recipe: str, batch: int, seconds: float, *options: str) -> Part:
+    command = ("perf/train_step.py", f"recipes/{recipe}.toml", *MEAN_SIZE, "--batch", str(batch), *options)
+    return Part(
+        f"train step {recipe} batch {batch}",
+        (*command, "--json", f"{{out}}/train_step_{recipe}_b{batch}.json"),
+        seconds,
+        gpu_only=True,
+    )
+
+
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5")
 PARTS = (
-    Part("gpu tests", (*PYTEST, "-m", "gpu", "tests/kernels"), 90, gpu_only=True),
-    _bench("aligner", 65),
-    _bench("salient_cross_attention", 85),
-    _bench("linear_assignment", 35),
-    _bench("roi_align", 55),
-    _bench("salient_points", 55),
-    _bench("deformable_attention", 60),
-    # the train step (published baseline against ours, R50 and R50-DC5) takes its place here
+    Part("gpu tests", (*PYTEST, "-m", "gpu", "tests/kernels"), 60, gpu_only=True),
+    _train_step("r50_12ep", 4, 60),
+    _train_step("r50_dc5_12ep", 4, 70),
+    _train_step("r50_12ep", 16, 35, "--no-baseline"),
+    _train_step("r50_dc5_12ep", 16, 40, "--no-baseline"),
+    Part(
+        "profile r50_12ep",
+        ("perf/profile_step.py", "recipes/r50_12ep.toml", *MEAN_SIZE, "--batch", "4", "--out", "{out}/profile"),
+        30,
+        gpu_only=True,
+    ),
+    _bench("aligner", 40),
+    _bench("salient_cross_attention", 50),
+    _bench("linear_assignment", 25),
+    _bench("roi_align", 35),
+    _bench("salient_points", 35),
+    _bench("deformable_attention", 40),
     Part("kernel tests on the GPU", (*PYTEST, "--maxfail=20", "tests/kernels"), 120, gpu_only=True),
 )
 
@@ -125,8 +147,19 @@ def _summary(bench: Mapping[str, Any]) -> list[str]:
         elif row["variant"].startswith("ours"):
             before = "-" if first["ms"] is None else f"{first['ms']:.4g} ms"
             faster = "" if row["times_faster"] is None else f", {row['times_faster']:.2f}x"
-            lines.append(f"  {case}: {before} -> {row['variant']} {row['ms']:.4g} ms{faster}, {row['share']:.0%}")
+            share = "" if row["share"] is None else f", {row['share']:.0%}"
+            lines.append(f"  {case}: {before} -> {row['variant']} {row['ms']:.4g} ms{faster}{share}{_counts(row)}")
     return lines + [f"  {note}" for note in bench["notes"]]
+
+
+def _counts(row: Mapping[str, Any]) -> str:
+    """Of a training step: what else was found out."""
+    if "images_per_s" not in row:
+        return ""
+    return (
+        f", {row['images_per_s']:.0f} images/s, {row['launches']} launches, {row['syncs']} syncs, "
+        f"{(row['state_mb'] + row['peak_mb']) / 1e3:.1f} GB"
+    )
 
 
 def slug(text: str) -> str:

@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from samdetr.structures import Batch, Targets
+
 QUERIES, WIDTH, HEADS = 300, 256, 8
 LAYERS = 6
+MAX_TARGETS = 93  # of an image of COCO train2017
 
 
 class Shape(NamedTuple):
@@ -97,3 +100,28 @@ def to_fp32(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     """The same arguments with every floating tensor in ``dtype``."""
     return tuple(arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+
+
+def training_batch(images: int, height: int, width: int, *, classes: int, seed: int = 0, least: float = 0.8) -> Batch:
+    """A batch on the host, padded to height x width, with about 7 objects an image as in COCO, padded to `MAX_TARGETS`.
+
+    Sides are ``least`` to all of the padded ones; the first image fills it. At least one object in every image.
+    """
+    random = generator(seed, torch.device("cpu"))
+    full = torch.tensor([height, width])
+    sizes = ((least + (1 - least) * uniform(random, images, 2)) * full).ceil().long()
+    sizes[0] = full
+    pixels = normal(random, images, 3, height, width)
+    for row, (valid_height, valid_width) in enumerate(sizes.tolist()):
+        pixels[row, :, valid_height:] = 0
+        pixels[row, :, :, valid_width:] = 0
+    counts = (7 * normal(random, images).mul(0.8).exp()).long().clamp(1, MAX_TARGETS)
+    valid = torch.arange(MAX_TARGETS) < counts[:, None]
+    sides = 0.02 + 0.6 * uniform(random, images, MAX_TARGETS, 2).square()
+    centres = sides / 2 + (1 - sides) * uniform(random, images, MAX_TARGETS, 2)
+    targets = Targets(
+        labels=torch.randint(0, classes, (images, MAX_TARGETS), generator=random) * valid,
+        boxes=torch.cat((centres, sides), -1) * valid[..., None],
+        counts=counts,
+    )
+    return Batch(pixels, sizes, targets, image_ids=torch.arange(images), original_sizes=sizes.clone())

@@ -31,6 +31,9 @@ def train(
             help="Continue the run in folder RUN; without RUN the newest unfinished run of this name.",
         ),
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Profile steps 10 to 15: a trace and a table in the run's folder profile.")
+    ] = False,
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Print the whole resolved recipe as TOML and stop.")
     ] = False,
@@ -42,7 +45,7 @@ def train(
         return
     from samdetr.engine.train import train as run_training
 
-    run_training(resolved, resume=resume)
+    run_training(resolved, resume=resume, profile=profile)
 
 
 def _recipe_of_run(resume: str | None) -> Path:

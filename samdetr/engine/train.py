@@ -34,6 +34,7 @@ from samdetr.engine.interrupt import StopSignal
 from samdetr.engine.log import STEP_VALUES, Meter, RunLog, Stopwatch, print_findings
 from samdetr.engine.optim import GuardedAdamW, build_optimizer, lr_factor, set_learning_rate
 from samdetr.engine.pictures import draw_validation
+from samdetr.engine.profile import StepProfiler
 from samdetr.engine.readings import Readings, Step
 from samdetr.engine.run_folder import (
     CHECKPOINTS,
@@ -166,11 +167,12 @@ class Training:
         self.console.print(f"{what}; {way}", markup=False, highlight=False, soft_wrap=True)
 
 
-def train(recipe: Recipe, *, resume: str | None = None) -> Path:
+def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -> Path:
     """Train as the recipe says and return the run folder.
 
     resume: None starts a new run; a run folder continues it from its last checkpoint; "" continues the newest
     unfinished run of the recipe's name. A run that is stopped at any step and continued gives the same numbers.
+    profile: write a profile of a few steps into the run folder's ``profile``; those steps are slower.
     Raises SamdetrError for a problem of the recipe, the data, the disk or the numbers; KeyboardInterrupt or
     SystemExit(143) after a signal, once the checkpoint is written.
     """
@@ -186,12 +188,12 @@ def train(recipe: Recipe, *, resume: str | None = None) -> Path:
         console=training.console,
     )
     try:
-        with training.stop, log:
+        with training.stop, log, StepProfiler(training.folder / "profile" if profile else None, log.note) as profiler:
             while progress.epoch < epochs:
                 if training.stop:
                     training.leave()
                 if not progress.evaluation_due:
-                    train_epoch(training, log)
+                    train_epoch(training, log, profiler)
                     training.save()
                 best = is_evaluated(recipe, progress.epoch) and evaluate_epoch(training, log)
                 progress.epoch, progress.step_in_epoch, progress.evaluation_due = progress.epoch + 1, 0, False
@@ -218,7 +220,7 @@ def train(recipe: Recipe, *, resume: str | None = None) -> Path:
     return training.folder
 
 
-def train_epoch(training: Training, log: RunLog) -> None:
+def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None:
     """Take the epoch's remaining steps."""
     recipe, progress, epoch = training.recipe, training.progress, training.progress.epoch
     training.model.train()
@@ -242,6 +244,7 @@ def train_epoch(training: Training, log: RunLog) -> None:
         image_ids = [number for micro in batch for number in micro.image_ids.tolist()]
         training.readings.add(Step(progress.step, epoch, recipe.optim.lr * factor, image_ids), result.values)
         log.step(epoch, seconds=total.lap(), waited=waited, images=recipe.train.total_batch)
+        profiler.step()
         if training.device.type == "cpu" or progress.step % recipe.train.log_every == 0:
             training.readings.send()
         report_steps(training, log, training.readings.arrived())

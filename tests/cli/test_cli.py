@@ -35,8 +35,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Stands in for the engine; the list holds what the commands passed to it."""
     calls: list[object] = []
 
-    def train(recipe: Recipe, *, resume: str | None) -> Path:
-        calls.append((recipe, resume))
+    def train(recipe: Recipe, *, resume: str | None, profile: bool) -> Path:
+        calls.append((recipe, resume, "profile") if profile else (recipe, resume))
         return Path()
 
     def evaluate_checkpoint(path: str, *, overrides: list[str]) -> None:
@@ -68,6 +68,11 @@ def test_train_passes_the_resolved_recipe(engine: list[object]) -> None:
     assert exit_code(main_train, recipe, "--set", "optim.lr=1", "--set", "run.name=b") == 0
     assert exit_code(main, "train", "--set", "optim.lr=1", recipe, "--set=run.name=b") == 0
     assert engine == [(load_recipe(recipe, ["optim.lr=1", "run.name=b"]), None)] * 2
+
+
+def test_profile(engine: list[object]) -> None:
+    assert exit_code(main_train, str(QUICKSTART), "--profile") == 0
+    assert engine == [(load_recipe(QUICKSTART), None, "profile")]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +172,7 @@ def test_other_problems_are_one_sentence(
 
 
 def test_ctrl_c(engine: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(recipe: Recipe, *, resume: str | None) -> Path:
+    def interrupted(recipe: Recipe, *, resume: str | None, profile: bool) -> Path:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["samdetr.engine.train"], "train", interrupted)

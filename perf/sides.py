@@ -1,0 +1,136 @@
+"""The two sides of a comparison of training steps: ours, which is the engine's own step, and the published one.
+
+What a recipe key changes about our step is built in `build_ours`, and nowhere else in perf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from perf.baseline import (
+    BaselineCriterion,
+    BaselineSAMDETR,
+    baseline_log,
+    baseline_loss,
+    baseline_step,
+    baseline_update,
+    build_baseline_optimizer,
+    published_batch,
+)
+from samdetr.engine.log import STEP_VALUES
+from samdetr.engine.optim import build_optimizer, set_learning_rate
+from samdetr.engine.train import train_step, update
+from samdetr.loss import build_criterion
+from samdetr.models import SAMDETR, build_model
+from samdetr.recipe import Recipe
+from samdetr.structures import Batch, Targets
+
+Mark = Callable[[str], None]  # called at the end of every phase with its name
+PHASES = ("data", "forward", "criterion", "backward", "update", "log")
+
+
+class Side(NamedTuple):
+    """One way to take a step. ``turn`` (0, 1, 2, ...) says which of the batches it takes."""
+
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable[[int], object]
+    values: Callable[[int], dict[str, float]]  # a step, and what `STEP_VALUES` names, read back
+    phases: Callable[[int, Mark], None]  # a step in parts
+
+    def state_bytes(self) -> int:
+        """Parameters, buffers and the optimizer's state (after its first step); no gradients."""
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *(x for x in moments if isinstance(x, Tensor))]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def build_ours(recipe: Recipe, model: SAMDETR, batches: Sequence[Batch], device: torch.device) -> Side:
+    """The engine's `train_step` on a model that is on the device, with batches as the loader gives them."""
+    criterion, optimizer = build_criterion(recipe), build_optimizer(model, recipe.optim)
+    set_learning_rate(optimizer, 1.0)
+    batches = [pinned(batch) if device.type == "cuda" else batch for batch in batches]
+    clip_norm = recipe.optim.clip_norm
+
+    def step(turn: int) -> Tensor:
+        batch = batches[turn % len(batches)]
+        return train_step(model, criterion, optimizer, [batch], device=device, clip_norm=clip_norm).values
+
+    def values(turn: int) -> dict[str, float]:
+        return dict(zip(STEP_VALUES, step(turn).tolist(), strict=True))
+
+    def phases(turn: int, mark: Mark) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        moved = batches[turn % len(batches)].to(device)
+        mark("data")
+        outputs = model(moved.images, moved.image_sizes)
+        mark("forward")
+        losses = criterion(outputs, moved.targets, moved.targets.counts.sum())
+        mark("criterion")
+        losses.total.backward()
+        mark("backward")
+        update(optimizer, losses.total.detach(), clip_norm)
+        mark("update")
+
+    return Side("ours", model, optimizer, step, values, phases)
+
+
+def build_baseline(recipe: Recipe, model: SAMDETR, batches: Sequence[Batch], device: torch.device) -> Side:
+    """The published step with the weights of our model. Raises RecipeError where nothing like it was published."""
+    baseline = BaselineSAMDETR(recipe.model)
+    baseline.load_from(model)
+    baseline.to(device).train()
+    criterion, optimizer = BaselineCriterion(recipe.loss), build_baseline_optimizer(baseline, recipe.optim)
+    published = [published_batch(batch) for batch in batches]
+    clip_norm = recipe.optim.clip_norm
+
+    def step(turn: int) -> dict[str, float]:
+        batch = published[turn % len(published)]
+        return baseline_step(baseline, criterion, optimizer, batch, device=device, clip_norm=clip_norm)
+
+    def values(turn: int) -> dict[str, float]:
+        logged = step(turn)
+        whole = ("loss", "grad_norm")
+        return {name: logged[name if name in whole else f"{name}_unscaled"] for name in STEP_VALUES}
+
+    def phases(turn: int, mark: Mark) -> None:
+        moved = published[turn % len(published)].to(device)
+        mark("data")
+        outputs = baseline(moved.images, moved.mask)
+        mark("forward")
+        loss = baseline_loss(criterion, outputs, moved.targets)
+        mark("criterion")
+        optimizer.zero_grad()
+        loss.total.backward()
+        mark("backward")
+        grad_norm = baseline_update(optimizer, clip_norm)
+        mark("update")
+        baseline_log(loss, grad_norm)
+        mark("log")
+
+    return Side("baseline", baseline, optimizer, step, values, phases)
+
+
+def build_model_on(recipe: Recipe, device: torch.device) -> SAMDETR:
+    """The recipe's model with random weights of a fixed seed, in training mode."""
+    torch.manual_seed(recipe.run.seed)
+    return build_model(recipe.model).to(device).train()
+
+
+def pinned(batch: Batch) -> Batch:
+    """The batch in page-locked memory, as the loader gives it."""
+    targets = Targets(*(part.pin_memory() for part in batch.targets))
+    return batch._replace(images=batch.images.pin_memory(), image_sizes=batch.image_sizes.pin_memory(), targets=targets)
+
+
+def first_images(batch: Batch, count: int) -> Batch:
+    """The first images of a batch."""
+    targets = Targets(*(part[:count] for part in batch.targets))
+    return Batch(
+        batch.images[:count], batch.image_sizes[:count], targets, batch.image_ids[:count], batch.original_sizes[:count]
+    )

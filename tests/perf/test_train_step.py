@@ -1,0 +1,193 @@
+"""What perf/train_step.py measures: counts of known calls, phases that are the step, and the gate before any speed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from perf import sides
+from perf.counting import OpCounter, count_compiled_kernels, peak_bytes
+from perf.gpu_check import PARTS, _summary
+from perf.inputs import training_batch
+from perf.profile_step import main as profile_step
+from perf.sides import build_baseline, build_model_on, build_ours
+from perf.train_step import NOISE, main
+from samdetr.engine.train import StepResult
+from samdetr.errors import RecipeError
+from samdetr.recipe import load_recipe
+from samdetr_kernels import linear_assignment
+
+CPU = torch.device("cpu")
+RECIPE = Path(__file__).parents[2] / "recipes" / "r50_smca_12ep.toml"
+SMALL = ("model.encoder_layers=1", "model.decoder_layers=2", "model.num_queries=20", "model.ffn=64")
+SMALL += ('model.backbone.name="resnet10"', 'model.backbone.weights="none"')
+SIZE = ["--batch", "2", "--height", "64", "--width", "96", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small(*overrides: str) -> list[str]:
+    return [word for change in (*SMALL, *overrides) for word in ("--set", change)]
+
+
+def attention(x: Tensor, weight: Tensor) -> Tensor:
+    """Launches addmm or mm, relu, softmax, bmm twice, sum; views and an empty tensor besides."""
+    hidden = torch.nn.functional.linear(x, weight).relu()
+    torch.empty(3)
+    scores = torch.bmm(hidden[None], hidden[None].transpose(1, 2)).softmax(-1)
+    return torch.bmm(scores, hidden[None]).sum()
+
+
+def test_eager_ops_are_counted_without_views() -> None:
+    x, weight = torch.randn(8, 4), torch.randn(4, 4)
+    found = count_compiled_kernels(lambda: attention(x, weight))
+    with OpCounter() as counter:
+        attention(x, weight)
+    assert dict(found.ops) == dict(counter.launches)
+    assert found.ops == {"aten::mm": 1, "aten::relu": 1, "aten::_softmax": 1, "aten::bmm": 2, "aten::sum": 1}
+    assert found.total() == 6 and not found.fused and not found.reads
+
+
+def test_reads_and_custom_ops() -> None:
+    cost, counts = torch.rand(3, 6, 4), torch.tensor([4, 2, 0])
+
+    def call() -> None:
+        indices, _ = linear_assignment(cost, counts)
+        if indices.max() > 0:
+            (indices > 1).nonzero()
+
+    found = count_compiled_kernels(call)
+    assert found.ops["samdetr::linear_assignment"] == 1
+    assert found.total() == 5  # the op, max, two comparisons, nonzero
+    assert found.reads == {"aten::_local_scalar_dense": 1, "aten::nonzero": 1}
+
+
+def test_an_optimizers_own_numbers_are_no_reads() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    optimizer = torch.optim.AdamW([parameter], foreach=False, fused=False)
+    assert not count_compiled_kernels(optimizer.step).reads
+
+
+@torch.no_grad()
+def chain(x: Tensor, weight: Tensor) -> Tensor:
+    """Four operations in a row, a product, three in a row."""
+    return ((x.sin() * 2 + 1).exp() @ weight).tanh().mul(3).sum()
+
+
+def test_kernels_of_a_compiled_call() -> None:
+    x, weight = torch.randn(8, 4), torch.randn(4, 4)
+    compiled: Callable[..., Tensor] = torch.compile(chain, fullgraph=True)
+    compiled(x, weight)
+    eager = count_compiled_kernels(lambda: chain(x, weight))
+    assert eager.total() == 8 and not eager.fused
+    for _ in range(2):  # the second count finds everything as it was
+        found = count_compiled_kernels(lambda: (compiled(x, weight), compiled(x, weight), x.neg()))
+        assert found.ops == {"aten::mm": 2, "aten::neg": 1}
+        assert list(found.fused.values()) == [2, 2] and found.total() == 7
+
+
+def test_peak_memory_is_what_lives_at_once() -> None:
+    x = torch.ones(250_000)  # 1 MB
+
+    def call() -> Tensor:
+        first = x * 2
+        second = first + 1
+        del first
+        return (second * 3).sum()
+
+    assert peak_bytes(call, CPU) == pytest.approx(2e6, abs=1e4)
+
+
+@pytest.mark.parametrize("build", [build_ours, build_baseline])
+def test_the_phases_are_the_step(build: Callable[..., sides.Side]) -> None:
+    recipe = load_recipe(RECIPE, [*SMALL, "model.dropout=0.0", "optim.lr=1e-3"])
+    batches = [training_batch(2, 64, 96, classes=91, seed=seed) for seed in range(2)]
+    one, other = (build(recipe, build_model_on(recipe, CPU), batches, CPU) for _ in range(2))
+    marked: list[str] = []
+    for turn in range(3):
+        one.step(turn)
+        other.phases(turn, marked.append)
+    names = ["data", "forward", "criterion", "backward", "update", "log"][: 6 if one.name == "baseline" else 5]
+    assert marked == 3 * names
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name]), name
+    moments = 2 * sum(p.numel() for p in one.model.parameters() if p.requires_grad)
+    held = sum(t.numel() for t in one.model.state_dict(keep_vars=True).values()) + moments
+    assert one.state_bytes() == pytest.approx(4 * held, rel=0.01)
+
+
+def test_both_sides_are_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "step.json"
+    assert main([str(RECIPE), *SIZE, "--steps", "2", *small(), "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    differences = report["gates"][0]["relative_difference"]
+    assert differences.keys() == NOISE.keys() and all(differences[name] <= NOISE[name] for name in NOISE)
+    baseline, ours = report["rows"]
+    assert (baseline["variant"], ours["variant"]) == ("baseline", "ours")
+    for row in (baseline, ours):
+        assert row["p20"] <= row["ms"] <= row["p80"] and row["repeats"] == 2
+        assert row["images_per_s"] == pytest.approx(2e3 / row["ms"])
+        assert row["times_faster"] == pytest.approx(baseline["ms"] / row["ms"])
+        assert row["share"] is None and row["problem"] is None
+        assert row["state_mb"] > 60 and row["peak_mb"] > 20  # gradients alone have 24 MB
+    # two layers: 8 asserts, the number of boxes, the loss, and 1 + 6 + 9 values of the log
+    assert baseline["syncs"] == 8 + 1 + 1 + 1 + 6 + 9
+    assert ours["launches"] < 0.5 * baseline["launches"]
+    assert report["complete"] and not report["failed"] and "useful pixels" in report["notes"][0]
+    out = capsys.readouterr().out
+    assert "faster" in out and "criterion" in out and "limit" not in out.split("images/s")[1]
+    assert f"{ours['images_per_s']:.0f} images/s" in _summary(report)[1]
+
+
+def test_a_red_gate_prints_no_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = sides.train_step
+
+    def wrong(*arguments: object, **options: object) -> StepResult:
+        return StepResult(right(*arguments, **options).values * 1.001)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sides, "train_step", wrong)
+    path = tmp_path / "step.json"
+    assert main([str(RECIPE), *SIZE, *small(), "--json", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "RED loss differs by 0.001" in out and "images/s" not in out
+    report = json.loads(path.read_text())
+    assert report["failed"] and report["rows"] == []
+
+
+def test_without_a_published_counterpart(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(RECIPE), *SIZE, "--steps", "1", *small('model.padding="masked"')]
+    with pytest.raises(RecipeError, match="padding"):
+        main(arguments)
+    assert main([*arguments, "--no-baseline"]) == 0
+    out = capsys.readouterr().out
+    assert "no gate: model.padding" in out and "images/s" in out and "baseline  " not in out
+
+
+def test_profile_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile_step([str(RECIPE), *SIZE, "--steps", "1", *small(), "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "1 steps; " in out and "aten::convolution_backward" in out
+    assert (tmp_path / "trace.json.gz").stat().st_size > 10_000
+
+
+def test_the_parts_of_the_check_fit_into_nine_minutes() -> None:
+    *parts, last = PARTS
+    assert sum(part.seconds for part in parts) <= 9 * 60 - 10
+    assert "kernel tests" in last.name  # what may be cut short
+    for recipe in ("r50_12ep", "r50_dc5_12ep"):
+        for batch in (4, 16):
+            assert any(part.name == f"train step {recipe} batch {batch}" for part in parts)
