@@ -25,7 +25,8 @@ from samdetr.engine.checkpoint import (
     save_checkpoint,
     update_progress,
 )
-from samdetr.engine.evaluate import coco_evaluate, detect
+from samdetr.engine.coco import Evaluator, choose_evaluator, coco_evaluate
+from samdetr.engine.evaluate import detect
 from samdetr.engine.interrupt import StopSignal
 from samdetr.engine.log import Meter, RunLog, Stopwatch, print_findings
 from samdetr.engine.optim import build_optimizer, lr_factor, set_learning_rate
@@ -110,6 +111,7 @@ class Training:
     optimizer: torch.optim.AdamW
     train_loader: TrainLoader
     val_loader: EvalLoader
+    evaluator: Evaluator
     environment: Mapping[str, object]
     progress: Progress
     epoch_meter: Meter  # of the epoch's steps so far
@@ -259,12 +261,19 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
         top_k=recipe.eval.top_k,
         after_batch=after_batch,
     )
-    evaluation = coco_evaluate(training.splits.val, results)
+    evaluation = coco_evaluate(training.splits.val, results, evaluator=training.evaluator)
     ap = evaluation.stats["AP"]
     best = ap > progress.best_ap
     if best:
         progress.best_ap, progress.best_epoch = ap, progress.epoch
-    log.evaluation(progress.epoch, evaluation.stats, evaluation.per_class, seconds=watch.lap(), best=best)
+    log.evaluation(
+        progress.epoch,
+        evaluation.stats,
+        evaluation.per_class,
+        evaluator=training.evaluator,
+        seconds=watch.lap(),
+        best=best,
+    )
     draw_validation(
         training.folder / "val_predictions.png",
         training.splits.val,
@@ -278,6 +287,7 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
 def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> Training:
     """Everything from the recipe, in order; nothing is written before the data has passed its checks."""
     device = choose_device(recipe.run.device, recipe.run.kernels)
+    evaluator = choose_evaluator(recipe.eval.evaluator)
     folder = None if resume is None else find_run(recipe, resume)
     watch = Stopwatch()
     with console.status("reading and checking the data"):
@@ -327,6 +337,7 @@ def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> T
         optimizer=optimizer,
         train_loader=train_loader,
         val_loader=val_loader,
+        evaluator=evaluator,
         environment=environment,
         progress=progress,
         epoch_meter=Meter.from_json(progress.epoch_sums),
