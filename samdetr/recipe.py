@@ -268,6 +268,9 @@ class EvalSection(Section):
     every: PositiveInt = Field(1, description="epochs between two evaluations; the last epoch always has one")
     batch: PositiveInt = Field(1, description="images of one forward pass")
     top_k: PositiveInt = Field(100, description="detections kept of each image, over all query-class scores")
+    evaluator: Literal["auto", "fast", "pycocotools"] = Field(
+        "auto", description="COCO numbers; fast: hotcoco, with pycocotools' own numbers; auto: fast where installed"
+    )
 
 
 class Recipe(Section):

@@ -27,9 +27,10 @@ from samdetr.engine.checkpoint import (
     save_checkpoint,
     update_progress,
 )
+from samdetr.engine.coco import Evaluator, choose_evaluator, coco_evaluate
 from samdetr.engine.compile import computing_in
 from samdetr.engine.cuda_graph import StepGraphs
-from samdetr.engine.evaluate import coco_evaluate, detect
+from samdetr.engine.evaluate import detect
 from samdetr.engine.interrupt import StopSignal
 from samdetr.engine.log import STEP_VALUES, Meter, RunLog, Stopwatch, print_findings
 from samdetr.engine.optim import GuardedAdamW, build_optimizer, lr_factor, set_learning_rate
@@ -129,6 +130,7 @@ class Training:
     optimizer: GuardedAdamW
     train_loader: TrainLoader
     val_loader: EvalLoader
+    evaluator: Evaluator
     environment: Mapping[str, object]
     progress: Progress
     epoch_meter: Meter  # of the epoch's steps so far
@@ -292,12 +294,19 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
         top_k=recipe.eval.top_k,
         after_batch=after_batch,
     )
-    evaluation = coco_evaluate(training.splits.val, results)
+    evaluation = coco_evaluate(training.splits.val, results, evaluator=training.evaluator)
     ap = evaluation.stats["AP"]
     best = ap > progress.best_ap
     if best:
         progress.best_ap, progress.best_epoch = ap, progress.epoch
-    log.evaluation(progress.epoch, evaluation.stats, evaluation.per_class, seconds=watch.lap(), best=best)
+    log.evaluation(
+        progress.epoch,
+        evaluation.stats,
+        evaluation.per_class,
+        evaluator=training.evaluator,
+        seconds=watch.lap(),
+        best=best,
+    )
     draw_validation(
         training.folder / "val_predictions.png",
         training.splits.val,
@@ -311,6 +320,7 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
 def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> Training:
     """Everything from the recipe, in order; nothing is written before the data has passed its checks."""
     device = choose_device(recipe.run.device, recipe.compute.kernels)
+    evaluator = choose_evaluator(recipe.eval.evaluator)
     folder = None if resume is None else find_run(recipe, resume)
     watch = Stopwatch()
     with console.status("reading and checking the data"):
@@ -360,6 +370,7 @@ def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> T
         optimizer=optimizer,
         train_loader=train_loader,
         val_loader=val_loader,
+        evaluator=evaluator,
         environment=environment,
         progress=progress,
         epoch_meter=Meter.from_json(progress.epoch_sums),
