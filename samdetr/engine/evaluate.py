@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from samdetr.data.checks import check_data, raise_for_errors
 from samdetr.data.datasets import CocoData, make_categories
 from samdetr.data.loader import EvalLoader, build_eval_loader
+from samdetr.data.prefetch import prefetch
 from samdetr.data.splits import build_dataset, read_split
 from samdetr.engine.log import STAT_NAMES, print_evaluation, print_findings, print_per_class
 from samdetr.engine.setup import choose_device, load_trained
@@ -80,9 +81,8 @@ def detect(
     was_training = model.training
     model.eval()
     try:
-        for done, batch in enumerate(loader, start=1):
-            moved = batch.to(device)
-            outputs = model(moved.images, moved.image_sizes)
+        for done, (batch,) in enumerate(prefetch(([batch] for batch in loader), device), start=1):
+            outputs = model(batch.images, batch.image_sizes)
             found = best_detections(outputs, batch.original_sizes.to(device), top_k)
             for row, image_id in enumerate(batch.image_ids.tolist()):
                 results += coco_detections(Detections(*(part[row : row + 1].cpu() for part in found)), image_id, names)
