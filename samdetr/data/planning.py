@@ -59,8 +59,8 @@ def _draws(seeds: _Words) -> _Words:
         elif place >= 397:
             far.append(state)
     words = np.stack(near)
-    joined = (words[:-1] & np.uint32(0x80000000)) | (words[1:] & np.uint32(0x7FFFFFFF))
-    twist = np.where(joined & np.uint32(1), np.uint32(0x9908B0DF), np.uint32(0))
+    joined: _Words = (words[:-1] & np.uint32(0x80000000)) | (words[1:] & np.uint32(0x7FFFFFFF))
+    twist: _Words = (joined & np.uint32(1)) * np.uint32(0x9908B0DF)
     out: _Words = np.stack(far) ^ (joined >> np.uint32(1)) ^ twist
     out = out ^ (out >> np.uint32(11))
     out = out ^ ((out << np.uint32(7)) & np.uint32(0x9D2C5680))
