@@ -97,6 +97,18 @@ class DataSection(Section):
     on_bad: Literal["error", "drop"] = Field("error", description="bad boxes: stop, or drop them (counted aloud)")
     max_pixels: PositiveInt = Field(64_000_000, description="largest photo to decode, pixels")
     workers: int = Field(4, ge=0, le=256, description="loader processes; 0: load in the main process")
+    batching: Literal["random", "buckets"] = Field(
+        "random",
+        description="random: micro-batches padded to their largest image (published); buckets: alike images together, "
+        "in a few fixed shapes",
+    )
+    buckets: int = Field(16, ge=2, description="batching buckets: how many padded shapes")
+    bucket_grid: PositiveInt = Field(32, description="batching buckets: sides are multiples of it, pixels")
+    pixels: Literal["published", "fast"] = Field(
+        "published",
+        description="published: PIL decodes, the loader normalises; fast: libjpeg-turbo decodes, 8-bit pixels travel "
+        "and are normalised on the device",
+    )
     shapes: ShapesSection = ShapesSection()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from samdetr.data.checks import check_data, raise_for_errors
 from samdetr.data.datasets import CocoData, make_categories
 from samdetr.data.loader import EvalLoader, build_eval_loader
+from samdetr.data.prefetch import prefetch
 from samdetr.data.splits import build_dataset, read_split
 from samdetr.engine.coco import CocoDetections, choose_evaluator, coco_detections, coco_evaluate
 from samdetr.engine.log import print_evaluation, print_findings, print_per_class
@@ -62,9 +63,8 @@ def detect(
     was_training = model.training
     model.eval()
     try:
-        for done, batch in enumerate(loader, start=1):
-            moved = batch.to(device)
-            outputs = model(moved.images, moved.image_sizes)
+        for done, (batch,) in enumerate(prefetch(([batch] for batch in loader), device), start=1):
+            outputs = model(batch.images, batch.image_sizes)
             parts.append(best_detections(outputs, batch.original_sizes.to(device, non_blocking=True), top_k))
             image_ids += batch.image_ids.tolist()
             if after_batch:

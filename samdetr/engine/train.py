@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from samdetr.data.checks import raise_for_errors
 from samdetr.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
-from samdetr.data.splits import Splits, build_dataset, load_splits
+from samdetr.data.prefetch import prefetch
+from samdetr.data.splits import Splits, batch_shapes, build_dataset, load_splits
 from samdetr.engine.checkpoint import (
     LAST,
     Progress,
@@ -226,7 +227,7 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
     """Take the epoch's remaining steps."""
     recipe, progress, epoch = training.recipe, training.progress, training.progress.epoch
     training.model.train()
-    batches = training.train_loader.epoch(epoch, progress.step_in_epoch)
+    batches = prefetch(training.train_loader.epoch(epoch, progress.step_in_epoch), training.device)
     total, data = Stopwatch(), Stopwatch()
     for batch in batches:
         waited = data.lap()
@@ -334,6 +335,7 @@ def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> T
     torch.manual_seed(recipe.run.seed)
     model = build_model(recipe.model)
     train_loader, val_loader = build_loaders(recipe, splits, device)
+    console.print(train_loader.describe(), markup=False, highlight=False, soft_wrap=True)
     progress, environment = Progress(), environment_of(recipe, device)
     if folder is None:
         note = load_initial_weights(model, recipe)
@@ -395,6 +397,7 @@ def build_loaders(recipe: Recipe, splits: Splits, device: torch.device) -> tuple
         workers=recipe.data.workers,
         seed=seed,
         pin_memory=pin_memory,
+        shapes=batch_shapes(train_set, recipe.data),
     )
     val_loader = build_eval_loader(val_set, batch=recipe.eval.batch, workers=recipe.data.workers, pin_memory=pin_memory)
     return train_loader, val_loader
