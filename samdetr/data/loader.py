@@ -109,6 +109,11 @@ class TrainLoader(_Loader):
         """The padded (height, width) that micro-batches can have; None: any."""
         return self._steps.shapes if isinstance(self._steps, BucketSampler) else None
 
+    @property
+    def max_objects(self) -> int:
+        """T of all batches: the most objects of an image."""
+        return self._dataset.max_objects
+
     def describe(self) -> str:
         """How the first epoch is batched, and how much of its batches is not padding. Nothing is decoded."""
         batches = max(1, _DESCRIBED // self._micro)

@@ -20,13 +20,14 @@ def finish(batch: Batch, device: torch.device) -> Batch:
     """The batch on ``device`` with float32 images, normalised and zero-padded.
 
     uint8 images cross to the device as they are, a quarter of the bytes, and are normalised there by the operations of
-    `transforms.normalise`. On a GPU they stay channels-last; a CPU is faster, and computes the published bits, without.
+    `transforms.normalise`. On a GPU images are channels-last; a CPU is faster, and computes the published bits,
+    without.
     """
     moved = batch.to(device)
+    layout = torch.contiguous_format if device.type == "cpu" else torch.channels_last
     if moved.images.dtype != torch.uint8:
-        return moved
+        return moved._replace(images=moved.images.contiguous(memory_format=layout))
     mean, std = _mean_std(device)
-    layout = torch.contiguous_format if device.type == "cpu" else torch.preserve_format
     rows, columns = (torch.arange(side, device=device) for side in moved.images.shape[-2:])
     heights, widths = moved.image_sizes[:, :, None].unbind(dim=1)
     padded = (rows >= heights)[:, None, :, None] | (columns >= widths)[:, None, None]

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from samdetr.data.batching import Shape
+from samdetr.data.prefetch import finish
 from samdetr.engine.cuda_graph import StepGraphs
 from samdetr.errors import SamdetrError
 from samdetr.structures import Batch, Targets
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from samdetr.models import SAMDETR
     from samdetr.recipe import ComputeSection
 
-Shape = tuple[int, int]  # padded (height, width) of a batch, pixels
 SPARE_GRAPHS = 16  # of one region beyond the shapes known: evaluation mode, another precision
 # bf16 keeps 8 bits; the two losses also differ by their dropout masks, a few per cent at a small batch
 MAX_LOSS_DIFFERENCE = 0.1
@@ -60,20 +61,23 @@ def choose_compute(section: ComputeSection, device: torch.device, *, buckets: bo
             )
     if section.cuda_graph == "on" and device.type != "cuda":
         raise SamdetrError('compute.cuda_graph = "on" needs a GPU: set it to "off".')
-    bf16 = section.precision == "bf16" or (section.precision == "auto" and has_bf16(device))
     return Compute(
-        precision=torch.bfloat16 if bf16 else torch.float32,
+        precision=choose_precision(section.precision, device),
         compile=section.compile == "on" or (section.compile == "auto" and buckets and device.type == "cuda"),
         cuda_graph=section.cuda_graph == "on",
     )
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 numbers itself."""
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of ``compute.precision``; "auto" is bfloat16 where the device multiplies it itself."""
+    if name != "auto":
+        return torch.bfloat16 if name == "bf16" else torch.float32
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        has_bf16 = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def computing_in(precision: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
@@ -140,7 +144,7 @@ def prepare_step(
                 compile_regions(model, criterion, shapes=len(shapes))
                 for number, shape in enumerate(shapes, start=1):
                     started(f"compiling {number}/{len(shapes)} ({shape[0]} x {shape[1]})")
-                    batch = random_batch(shape, micro_batch, max_objects).to(device)
+                    batch = finish(random_batch(shape, micro_batch, max_objects), device)
                     _compile(partial(forward_backward, precision=compute.precision), batch, shape)
                     model.zero_grad(set_to_none=True)
                 seconds = time.monotonic() - begun
@@ -149,7 +153,7 @@ def prepare_step(
                 started("recording CUDA graphs")
                 graphs = StepGraphs(model, optimizer, partial(forward_backward, precision=compute.precision), update)
                 for shape in shapes:
-                    graphs.record(random_batch(shape, micro_batch, max_objects).to(device))
+                    graphs.record(finish(random_batch(shape, micro_batch, max_objects), device))
                 graphs.record_update()
         except SamdetrError as error:
             if on_failure == "error":
@@ -160,7 +164,7 @@ def prepare_step(
     if compute.compile or compute.precision != torch.float32:
         started("checking the loss")
         shape = min(shapes, key=math.prod, default=(256, 256))
-        batch = random_batch(shape, micro_batch, max_objects).to(device)
+        batch = finish(random_batch(shape, micro_batch, max_objects), device)
         fast, exact = check_loss(model, forward_backward, batch, compute.precision)
         model.zero_grad(set_to_none=graphs is None)
         note(f"start-up check: loss {fast:.4f} as it will be computed, {exact:.4f} eagerly in fp32")
@@ -213,7 +217,7 @@ def _compile(forward_backward: Callable[[Batch, Tensor], Tensor], batch: Batch, 
 
 
 def random_batch(shape: Shape, images: int, max_objects: int) -> Batch:
-    """Noise with random boxes, the same for the same arguments; every image fills its shape."""
+    """Noise with random boxes, as a loader gives it, the same for the same arguments; every image fills ``shape``."""
     generator = torch.Generator().manual_seed(0)
     boxes = torch.rand(images, max_objects, 4, generator=generator) * 0.4 + 0.3
     counts = torch.randint(max_objects + 1, (images,), generator=generator)

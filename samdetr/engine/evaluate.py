@@ -16,6 +16,7 @@ from samdetr.data.loader import EvalLoader, build_eval_loader
 from samdetr.data.prefetch import prefetch
 from samdetr.data.splits import build_dataset, read_split
 from samdetr.engine.coco import CocoDetections, choose_evaluator, coco_detections, coco_evaluate
+from samdetr.engine.compile import choose_precision, computing_in, eagerly
 from samdetr.engine.log import print_evaluation, print_findings, print_per_class
 from samdetr.engine.setup import choose_device, load_trained
 from samdetr.errors import RecipeError
@@ -51,6 +52,7 @@ def detect(
     *,
     device: torch.device,
     top_k: int,
+    precision: torch.dtype = torch.float32,
     after_batch: Callable[[int], None] | None = None,
 ) -> CocoDetections:
     """Run the model in evaluation mode over all images; logits without a category are left out.
@@ -64,7 +66,8 @@ def detect(
     model.eval()
     try:
         for done, (batch,) in enumerate(prefetch(([batch] for batch in loader), device), start=1):
-            outputs = model(batch.images, batch.image_sizes)
+            with eagerly(), computing_in(precision, device):  # images of any size: nothing to compile
+                outputs = model(batch.images, batch.image_sizes)
             parts.append(best_detections(outputs, batch.original_sizes.to(device, non_blocking=True), top_k))
             image_ids += batch.image_ids.tolist()
             if after_batch:
@@ -124,6 +127,7 @@ def _evaluate_and_print(model: SAMDETR, recipe: Recipe, raw: CocoData, categorie
             categories,
             device=device,
             top_k=recipe.eval.top_k,
+            precision=choose_precision(recipe.compute.precision, device),
             after_batch=lambda done: bar.update(task, completed=done),
         )
     loader.close()

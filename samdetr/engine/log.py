@@ -150,6 +150,10 @@ class RunLog:
             f"L1 {means['loss_bbox']:.3f}  GIoU {means['loss_giou']:.3f}  ETA {self.eta()}"
         )
 
+    def starting(self, what: str) -> None:
+        """Show what happens before the first step."""
+        self._bar.update(self._task, description=what)
+
     def evaluating(self, epoch: int, done: int, batches: int) -> None:
         """Show that ``done`` batches have been evaluated."""
         self._bar.update(self._task, description=f"{self._name(epoch)} evaluation {done}/{batches}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from samdetr.data.decode import decode_image
 from samdetr.data.transforms import build_transform
 from samdetr.engine.coco import CocoDetections, coco_detections
+from samdetr.engine.compile import choose_precision, computing_in
 from samdetr.engine.evaluate import best_detections
 from samdetr.engine.setup import choose_device, load_trained
 from samdetr.errors import DataError, SamdetrError
@@ -41,6 +42,7 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
         recipe.compute.kernels,
     )
     model.to(device).eval()
+    precision = choose_precision(recipe.compute.precision, device)
     transform = build_transform(recipe.augment, training=False)
     by_id = dict(zip(categories.ids, categories.names, strict=True))
     console = Console()
@@ -55,7 +57,8 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
             continue
         _make_folder(folder)
         image, _, _ = transform(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        outputs = model(image[None].to(device), torch.tensor([image.shape[-2:]], device=device))
+        with computing_in(precision, device):
+            outputs = model(image[None].to(device), torch.tensor([image.shape[-2:]], device=device))
         original = torch.tensor([pixels.shape[-2:]], device=device)
         found = best_detections(outputs, original, recipe.eval.top_k)
         every = coco_detections(found, [number], categories)

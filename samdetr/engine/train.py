@@ -29,7 +29,7 @@ from samdetr.engine.checkpoint import (
     update_progress,
 )
 from samdetr.engine.coco import Evaluator, choose_evaluator, coco_evaluate
-from samdetr.engine.compile import computing_in
+from samdetr.engine.compile import Compute, choose_compute, computing_in, prepare_step
 from samdetr.engine.cuda_graph import StepGraphs
 from samdetr.engine.evaluate import detect
 from samdetr.engine.interrupt import StopSignal
@@ -124,6 +124,7 @@ class Training:
 
     recipe: Recipe
     device: torch.device
+    compute: Compute
     folder: Path
     splits: Splits
     model: SAMDETR
@@ -139,6 +140,7 @@ class Training:
     console: Console
     stop: StopSignal
     readings: Readings = field(default_factory=Readings)
+    graphs: StepGraphs | None = None
 
     def save(self) -> None:
         """Write the checkpoint ``last``."""
@@ -192,6 +194,7 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
     )
     try:
         with training.stop, log, StepProfiler(training.folder / "profile" if profile else None, log.note) as profiler:
+            training.graphs = start_step(training, log)
             while progress.epoch < epochs:
                 if training.stop:
                     training.leave()
@@ -223,6 +226,33 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
     return training.folder
 
 
+def start_step(training: Training, log: RunLog) -> StepGraphs | None:
+    """Compile and record the step as the recipe asks; a signal stops between two shapes."""
+    model, criterion, optimizer = training.model, training.criterion, training.optimizer
+    model.train()
+
+    def started(what: str) -> None:
+        log.starting(what)
+        if training.stop:
+            training.leave()
+
+    return prepare_step(
+        model,
+        criterion,
+        optimizer,
+        partial(forward_backward, model, criterion),
+        partial(update, optimizer, training.recipe.optim.clip_norm),
+        compute=training.compute,
+        on_failure=training.recipe.compute.on_failure,
+        shapes=training.train_loader.shapes or (),
+        micro_batch=training.recipe.train.micro_batch,
+        max_objects=training.train_loader.max_objects,
+        device=training.device,
+        started=started,
+        note=log.note,
+    )
+
+
 def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None:
     """Take the epoch's remaining steps."""
     recipe, progress, epoch = training.recipe, training.progress, training.progress.epoch
@@ -241,6 +271,8 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
             batch,
             device=training.device,
             clip_norm=recipe.optim.clip_norm,
+            precision=training.compute.precision,
+            graphs=training.graphs,
         )
         progress.step += 1
         progress.step_in_epoch += 1
@@ -293,6 +325,7 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
         training.splits.categories,
         device=training.device,
         top_k=recipe.eval.top_k,
+        precision=training.compute.precision,
         after_batch=after_batch,
     )
     evaluation = coco_evaluate(training.splits.val, results, evaluator=training.evaluator)
@@ -336,6 +369,7 @@ def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> T
     model = build_model(recipe.model)
     train_loader, val_loader = build_loaders(recipe, splits, device)
     console.print(train_loader.describe(), markup=False, highlight=False, soft_wrap=True)
+    compute = choose_compute(recipe.compute, device, buckets=train_loader.shapes is not None)
     progress, environment = Progress(), environment_of(recipe, device)
     if folder is None:
         note = load_initial_weights(model, recipe)
@@ -365,6 +399,7 @@ def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> T
     return Training(
         recipe=recipe,
         device=device,
+        compute=compute,
         folder=folder,
         splits=splits,
         model=model,
