@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from samdetr.errors import DataError
 from samdetr.structures import Batch, Targets
@@ -51,7 +52,7 @@ def collate(samples: Sequence[Sample], max_objects: int, shape: Shape | None = N
             )
         height, width = shape
     if samples[0].image.dtype == torch.uint8:
-        images = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        images = _zeros(len(samples) * height * width * 3).view(len(samples), height, width, 3).permute(0, 3, 1, 2)
     else:
         images = torch.zeros(len(samples), 3, height, width)
     labels = torch.zeros(len(samples), max_objects, dtype=torch.int64)
@@ -68,6 +69,13 @@ def collate(samples: Sequence[Sample], max_objects: int, shape: Shape | None = N
         image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
         original_sizes=torch.tensor([sample.original_size for sample in samples], dtype=torch.int64),
     )
+
+
+def _zeros(count: int) -> Tensor:
+    """Bytes; a loader process takes them from shared memory, whose pages begin as zeros, and sends them uncopied."""
+    if get_worker_info() is None:
+        return torch.from_numpy(np.zeros(count, np.uint8))
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(count))
 
 
 def sample_seed(seed: int, epoch: int, row: int) -> int:
