@@ -221,8 +221,7 @@ class _DecoderLayer(nn.Module):
         self, x: Tensor, memory: Tensor, position: Tensor, padding: Tensor, boxes: Tensor
     ) -> tuple[Tensor, Tensor]:
         (queries, batch, width), heads, cells = x.shape, self.heads, len(memory)
-        ratio = valid_ratio(padding)  # [B, 2] (x, y)
-        extent = ratio * torch.tensor([padding.shape[2], padding.shape[1]], dtype=ratio.dtype, device=x.device)
+        extent = valid_extent(padding)
         content, numbers = self._regions(memory, boxes, padding, extent)
         points = numbers[..., : 2 * heads].tanh().view(batch, queries, heads, 2)
         content = functional.grid_sample(content, points.flatten(0, 1)[:, :, None], align_corners=False)
@@ -275,10 +274,11 @@ class _Decoder(nn.Module):
         return torch.stack(states).transpose(1, 2), torch.stack(references).transpose(1, 2)
 
 
-def valid_ratio(padding: Tensor) -> Tensor:
-    """Share of valid columns and rows of a mask [B, h, w] (True: padding): [B, 2] (x, y)."""
+def valid_extent(padding: Tensor) -> Tensor:
+    """Width and height of a map times the valid share of each, of a mask [B, h, w] (True: padding): [B, 2]."""
+    height, width = padding.shape[1:]
     rows, columns = (~padding[:, :, 0]).sum(1), (~padding[:, 0, :]).sum(1)
-    return torch.stack((columns.float() / padding.shape[2], rows.float() / padding.shape[1]), -1)
+    return torch.stack((columns.float() / width * width, rows.float() / height * height), -1)
 
 
 def gaussian(points: Tensor, scales: Tensor, height: int, width: int) -> Tensor:

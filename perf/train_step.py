@@ -40,8 +40,9 @@ H100_LIMITS = {(False, 800, 1216): 813, (True, 800, 1216): 469, (False, 640, 864
 
 @dataclass
 class StepRow(Row):
-    """A side's step. ``ms`` is wall time, the host's included."""
+    """A side's step. ``ms`` is wall time, the host's included; ``times_faster`` the median of the turns' ratios."""
 
+    cpu_ms: float | None = None  # processor time of the host, all threads: what a busy machine disturbs less
     images_per_s: float | None = None
     phases_ms: dict[str, float] = field(default_factory=dict)  # medians
     launches: int | None = None  # kernels on a GPU; without one ops and fused kernels
@@ -70,7 +71,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(recipe: Recipe, batch: Batch, device: torch.device) -> dict[str, float]:
-    """The gate: relative differences of one step's losses and gradient norm, both sides without dropout.
+    """The gate: relative differences of one step's losses and gradient norm, both sides without dropout or TF32.
 
     Raises RecipeError where nothing like the recipe was published.
     """
@@ -78,41 +79,53 @@ def check(recipe: Recipe, batch: Batch, device: torch.device) -> dict[str, float
     theirs, ours = (build(recipe, model, [batch], device) for build in (build_baseline, build_ours))
     for side in (theirs, ours):
         side.model.eval()
-    expected, found = theirs.values(0), ours.values(0)
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        expected, found = theirs.values(0), ours.values(0)
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
     return {name: abs(found[name] - expected[name]) / abs(expected[name]) for name in NOISE}
 
 
-def take_turns(sides: Sequence[Side], device: torch.device, turns: int, group: int) -> dict[str, list[float]]:
-    """Milliseconds of a step, for every turn of every side but the first."""
-    times: dict[str, list[float]] = {side.name: [] for side in sides}
+def take_turns(
+    sides: Sequence[Side], device: torch.device, turns: int, group: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Milliseconds of a step, by the clock and of processor time, for every turn of every side but the first."""
+    times: dict[str, list[tuple[float, float]]] = {side.name: [] for side in sides}
     for turn in range(1 + turns):
         for side in sides:
             wait(device)
-            begin = time.perf_counter()
+            begin, cpu = time.perf_counter(), time.process_time()
             for step in range(group):
                 side.step(turn * group + step)
             wait(device)
+            taken, cpu_taken = time.perf_counter() - begin, time.process_time() - cpu
             if turn > 0:
-                times[side.name].append((time.perf_counter() - begin) * 1e3 / group)
+                times[side.name].append((taken * 1e3 / group, cpu_taken * 1e3 / group))
     return times
 
 
-def time_phases(side: Side, device: torch.device, turns: int) -> dict[str, float]:
-    """Median milliseconds of each phase."""
-    times: dict[str, list[float]] = {}
+def time_phases(sides: Sequence[Side], device: torch.device, turns: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each phase, by side."""
+    times: dict[tuple[str, str], list[float]] = {}
     for turn in range(turns):
-        wait(device)
-        last = time.perf_counter()
-
-        def mark(phase: str) -> None:
-            nonlocal last
+        for side in sides:
             wait(device)
-            now = time.perf_counter()
-            times.setdefault(phase, []).append((now - last) * 1e3)
-            last = now
+            last = time.perf_counter()
 
-        side.phases(turn, mark)
-    return {phase: median(found) for phase, found in times.items()}
+            def mark(phase: str, name: str = side.name) -> None:
+                nonlocal last
+                wait(device)
+                now = time.perf_counter()
+                times.setdefault((name, phase), []).append((now - last) * 1e3)
+                last = now
+
+            side.phases(turn, mark)
+    return {
+        side.name: {phase: median(found) for (name, phase), found in times.items() if name == side.name}
+        for side in sides
+    }
 
 
 def wait(device: torch.device) -> None:
@@ -136,13 +149,13 @@ def describe(side: Side, row: StepRow, device: torch.device) -> None:
 
 def table(rows: Sequence[StepRow], useful: float) -> str:
     """All rows with what was measured of them."""
-    head = ("images/s", "ms", "p20", "p80", "launches", "syncs", "state MB", "peak MB", "faster")
+    head = ("images/s", "ms", "p20", "p80", "cpu ms", "launches", "syncs", "state MB", "peak MB", "faster")
     lines = [
         f"{rows[0].case}, {rows[-1].dtype}, useful pixels {useful:.0%}",
         f"{'':10}" + "".join(f"{name:>10}" for name in head) + ("     limit" if rows[0].share is not None else ""),
     ]
     for row in rows:
-        values = (row.images_per_s, row.ms, row.p20, row.p80)
+        values = (row.images_per_s, row.ms, row.p20, row.p80, row.cpu_ms)
         cells = [number(value, 2) for value in values] + [number(row.launches, 0), number(row.syncs, 0)]
         cells += [number(row.state_mb, 0), number(row.peak_mb, 0), number(row.times_faster, 2)]
         cells += [] if row.share is None else [f"{row.share:.1%}"]
@@ -179,14 +192,18 @@ def measure_step(
         describe(side, row, device)
         write()
     times = take_turns(sides, device, options.steps, options.group)
+    phases = time_phases(sides, device, max(3, options.steps // 4))
     for side, row in zip(sides, rows, strict=True):
-        taken = sorted(times[side.name])
+        taken, cpu = (sorted(column) for column in zip(*times[side.name], strict=True))
+        row.cpu_ms = median(cpu)
         row.ms, row.repeats, row.problem = median(taken), len(taken), None
         row.p20, row.p80 = (taken[round(share * (len(taken) - 1))] for share in (0.2, 0.8))
         row.images_per_s = batch / row.ms * 1e3
-        row.times_faster = rows[0].ms / row.ms if options.baseline else None
+        if options.baseline:
+            pairs = zip(times[sides[0].name], times[side.name], strict=True)
+            row.times_faster = median(before[0] / after[0] for before, after in pairs)
         row.share = row.images_per_s / limit if limit else None
-        row.phases_ms = time_phases(side, device, max(3, options.steps // 4))
+        row.phases_ms = phases[side.name]
         write()
 
 
@@ -200,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.write(options.json.parent if options.json else None)
 
     report.environment["recipe"] = " ".join([str(options.recipe), *options.set])
+    report.environment["convolutions_tf32"] = torch.backends.cudnn.allow_tf32
     print(" ".join(f"{key}={value}" for key, value in report.environment.items()))
     classes = recipe.model.num_classes
     batches = [

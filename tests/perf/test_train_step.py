@@ -139,9 +139,10 @@ def test_both_sides_are_measured_and_written(tmp_path: Path, capsys: pytest.Capt
     for row in (baseline, ours):
         assert row["p20"] <= row["ms"] <= row["p80"] and row["repeats"] == 2
         assert row["images_per_s"] == pytest.approx(2e3 / row["ms"])
-        assert row["times_faster"] == pytest.approx(baseline["ms"] / row["ms"])
+        assert row["cpu_ms"] > 0 and row["phases_ms"]["backward"] > row["phases_ms"]["data"]
         assert row["share"] is None and row["problem"] is None
         assert row["state_mb"] > 60 and row["peak_mb"] > 20  # gradients alone have 24 MB
+    assert baseline["times_faster"] == 1 and ours["times_faster"] > 0
     # two layers: 8 asserts, the number of boxes, the loss, and 1 + 6 + 9 values of the log
     assert baseline["syncs"] == 8 + 1 + 1 + 1 + 6 + 9
     assert ours["launches"] < 0.5 * baseline["launches"]
