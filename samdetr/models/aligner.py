@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from samdetr.models.layers import MLP
+from samdetr.models.layers import MLP, joint_linear
 from samdetr.models.position import sine_points
 from samdetr_kernels import roi_align, salient_points
 
@@ -71,10 +71,9 @@ class SemanticAligner(nn.Module):
         locations = centre[:, :, None] + 0.5 * size[:, :, None] * points
 
         content = salient_points(memory, rois, points, ROI_SIZE, geometry.sampling_limit)
-        content = content * self._gate(self.content_gate, x)
-        position = sine_points(locations, width).to(x.dtype) * self._gate(self.position_gate, x)
+        gates = joint_linear(x, self.content_gate, self.position_gate)
+        content_gate, position_gate = (gate.sigmoid().unflatten(-1, (self.heads, width)) for gate in gates)
+        content = content * content_gate
+        position = sine_points(locations, width).to(x.dtype) * position_gate
         scales = numbers[:, :, 1] if numbers.shape[2] == 2 else None
         return AlignedQueries(content, position, points, locations, scales)
-
-    def _gate(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        return linear(x).sigmoid().view(*x.shape[:2], self.heads, x.shape[-1])

@@ -22,6 +22,13 @@ class ExactLinear(nn.Linear):
             return super().forward(x)
 
 
+def joint_linear(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """Several linear layers of one input as one product: [..., in] -> [..., out] of each."""
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = torch.cat([layer.bias for layer in layers])
+    return functional.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+
+
 class MLP(nn.Sequential):
     """Linear layers of the given sizes with ReLU between them: MLP(256, 256, 4) has two. exact: the last one is."""
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from samdetr.models.aligner import AlignedQueries, MapGeometry, SemanticAligner
 from samdetr.models.backbone import Backbone, build_backbone
 from samdetr.models.encoder import Encoder
-from samdetr.models.layers import MLP, ExactLinear, FeedForward, MapGroupNorm, inverse_sigmoid
+from samdetr.models.layers import MLP, ExactLinear, FeedForward, MapGroupNorm, inverse_sigmoid, joint_linear
 from samdetr.models.position import covered_cells, sine_map, sine_points, valid_cells, valid_mask
 from samdetr.structures import Outputs
 from samdetr_kernels import salient_cross_attention
@@ -41,10 +41,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         """x, position [B, Q, width] -> [B, Q, width]."""
-        query = self.query_content(x) + self.query_position(position)
-        key = self.key_content(x) + self.key_position(position)
+        query, key, value = joint_linear(x, self.query_content, self.key_content, self.value)
+        query_position, key_position = joint_linear(position, self.query_position, self.key_position)
         query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, self.value(x))
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (query + query_position, key + key_position, value)
         )
         attended = functional.scaled_dot_product_attention(
             query, key, value, dropout_p=self.dropout if self.training else 0.0
@@ -71,8 +72,9 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         """memory, memory_position [B, H, W, width] -> [B, Q, width]."""
         query = self.query_content(aligned.content) + self.query_position(aligned.position)
-        key = self.key_content(memory) + self.key_position(memory_position)
-        value = self.value(memory).unflatten(-1, (self.heads, -1))
+        key, value = joint_linear(memory, self.key_content, self.value)
+        key = key + self.key_position(memory_position)
+        value = value.unflatten(-1, (self.heads, -1))
         points = None
         if aligned.scales is not None:
             points = aligned.locations * geometry.valid.flip(-1)[:, None, None].to(aligned.locations.dtype)
