@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "triton", "torchvision", "numpy", "scipy")
+PACKAGES = ("torch", "triton", "torchvision", "numpy", "scipy", "pycocotools", "hotcoco")
 COMMIT_VARIABLE = "PERF_COMMIT"  # the commit, where the checkout came without its .git
 
 

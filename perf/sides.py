@@ -6,6 +6,7 @@ What a recipe key changes about our step is built in `build_ours`, and nowhere e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,15 +22,18 @@ from perf.baseline import (
     build_baseline_optimizer,
     published_batch,
 )
+from samdetr.data.prefetch import finish
+from samdetr.engine.compile import Compute, computing_in, prepare_step
 from samdetr.engine.log import STEP_VALUES
 from samdetr.engine.optim import build_optimizer, set_learning_rate
-from samdetr.engine.train import train_step, update
+from samdetr.engine.train import forward_backward, train_step, update
 from samdetr.loss import build_criterion
 from samdetr.models import SAMDETR, build_model
 from samdetr.recipe import Recipe
 from samdetr.structures import Batch, Targets
 
 Mark = Callable[[str], None]  # called at the end of every phase with its name
+EXACT = Compute(torch.float32, compile=False, cuda_graph=False)
 PHASES = ("data", "forward", "criterion", "backward", "update", "log")
 
 
@@ -50,31 +54,61 @@ class Side(NamedTuple):
         return sum(tensor.nbytes for tensor in tensors)
 
 
-def build_ours(recipe: Recipe, model: SAMDETR, batches: Sequence[Batch], device: torch.device) -> Side:
-    """The engine's `train_step` on a model that is on the device, with batches as the loader gives them."""
+def build_ours(
+    recipe: Recipe,
+    model: SAMDETR,
+    batches: Sequence[Batch],
+    device: torch.device,
+    *,
+    compute: Compute = EXACT,
+    note: Callable[[str], None] = print,
+) -> Side:
+    """The engine's `train_step` on a model that is on the device, with batches as the prefetcher gives them.
+
+    compute: what `prepare_step` compiles and records; the batches have one shape. ``note`` hears what it says.
+    """
     criterion, optimizer = build_criterion(recipe), build_optimizer(model, recipe.optim)
     set_learning_rate(optimizer, 1.0)
     batches = [pinned(batch) if device.type == "cuda" else batch for batch in batches]
-    clip_norm = recipe.optim.clip_norm
+    clip_norm, precision = recipe.optim.clip_norm, compute.precision
+    count, _, height, width = batches[0].images.shape
+    graphs = prepare_step(
+        model,
+        criterion,
+        optimizer,
+        partial(forward_backward, model, criterion),
+        partial(update, optimizer, clip_norm),
+        compute=compute,
+        on_failure="error",
+        shapes=[(height, width)],
+        micro_batch=count,
+        max_objects=batches[0].targets.labels.shape[1],
+        device=device,
+        started=lambda what: None,
+        note=note,
+    )
 
     def step(turn: int) -> Tensor:
-        batch = batches[turn % len(batches)]
-        return train_step(model, criterion, optimizer, [batch], device=device, clip_norm=clip_norm).values
+        batch = [finish(batches[turn % len(batches)], device)]
+        return train_step(
+            model, criterion, optimizer, batch, device=device, clip_norm=clip_norm, precision=precision, graphs=graphs
+        ).values
 
     def values(turn: int) -> dict[str, float]:
         return dict(zip(STEP_VALUES, step(turn).tolist(), strict=True))
 
     def phases(turn: int, mark: Mark) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        moved = batches[turn % len(batches)].to(device)
+        optimizer.zero_grad(set_to_none=graphs is None)
+        moved = finish(batches[turn % len(batches)], device)
         mark("data")
-        outputs = model(moved.images, moved.image_sizes)
+        with computing_in(precision, device):
+            outputs = model(moved.images, moved.image_sizes)
         mark("forward")
         losses = criterion(outputs, moved.targets, moved.targets.counts.sum())
         mark("criterion")
         losses.total.backward()
         mark("backward")
-        update(optimizer, losses.total.detach(), clip_norm)
+        update(optimizer, clip_norm, losses.total.detach())
         mark("update")
 
     return Side("ours", model, optimizer, step, values, phases)

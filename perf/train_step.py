@@ -25,6 +25,7 @@ from perf.harness import WARM_UPS
 from perf.inputs import training_batch
 from perf.report import Report, Row, environment, number
 from perf.sides import PHASES, Side, build_baseline, build_model_on, build_ours, first_images
+from samdetr.engine.compile import choose_compute
 from samdetr.errors import RecipeError, SamdetrError
 from samdetr.recipe import Recipe, load_recipe
 from samdetr.structures import Batch
@@ -150,7 +151,7 @@ def table(rows: Sequence[StepRow], useful: float) -> str:
     """All rows with what was measured of them."""
     head = ("images/s", "ms", "p20", "p80", "cpu ms", "launches", "syncs", "state MB", "peak MB", "faster")
     lines = [
-        f"{rows[0].case}, {rows[0].dtype}, useful pixels {useful:.0%}",
+        f"{rows[0].case}, {rows[-1].dtype}, useful pixels {useful:.0%}",
         f"{'':10}" + "".join(f"{name:>10}" for name in head) + ("     limit" if rows[0].share is not None else ""),
     ]
     for row in rows:
@@ -172,10 +173,16 @@ def measure_step(
     device = torch.device(options.device)
     batch, _, height, width = batches[0].images.shape
     model = build_model_on(recipe, device)
-    builders = [build_baseline, build_ours] if options.baseline else [build_ours]
-    sides = [build(recipe, model, batches, device) for build in builders]
+    compute = choose_compute(recipe.compute, device, buckets=True)
+    sides = [build_baseline(recipe, model, batches, device)] if options.baseline else []
+    dtypes = ["float32"] * len(sides) + [str(compute.precision).removeprefix("torch.")]
+    sides.append(build_ours(recipe, model, batches, device, compute=compute, note=report.note))
+    report.environment["compute"] = f"compile={compute.compile} cuda_graph={compute.cuda_graph}"
     case = f"{height}x{width} batch {batch}"
-    rows = [StepRow(report.op, case, "float32", "step", side.name, problem="not timed yet") for side in sides]
+    rows = [
+        StepRow(report.op, case, dtype, "step", side.name, problem="not timed yet")
+        for side, dtype in zip(sides, dtypes, strict=True)
+    ]
     limit = H100_LIMITS.get((recipe.model.backbone.dilation, height, width))
     limit = limit if "H100" in report.environment["name"] else None
     report.rows += rows

@@ -28,4 +28,4 @@ class CheckpointError(SamdetrError):
 
 
 class NonFiniteError(SamdetrError):
-    """A loss or its gradient became NaN or infinite; the message names the step and the images."""
+    """A loss, gradient or prediction became NaN or infinite; the message names the images."""

@@ -32,9 +32,6 @@ class RunSection(Section):
     folder: str = Field("runs", description="where run folders are made: <folder>/<name>/<n>")
     seed: int = Field(42, ge=0, description="seed of initialisation, order, augmentation and dropout")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the first GPU if there is one")
-    kernels: Literal["triton", "reference"] = Field(
-        "triton", description="what the ops run on a GPU; reference: plain torch, for comparison. A CPU has only these"
-    )
 
     @field_validator("name")
     @classmethod
@@ -42,6 +39,26 @@ class RunSection(Section):
         if value in (".", "..") or "/" in value or "\\" in value:
             raise ValueError(f'must be a plain folder name, without slashes (got "{value}")')
         return value
+
+
+class ComputeSection(Section):
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="of matrix products and convolutions; parameters, boxes and losses are fp32. auto: bf16 where the "
+        "hardware has it (GPUs from sm_80, CPUs with AVX512-BF16 or AMX)",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description='torch.compile; needs data.batching = "buckets". auto: with those, on a GPU'
+    )
+    cuda_graph: Literal["on", "off"] = Field(
+        "off", description='replay each step as CUDA graphs; needs a GPU and data.batching = "buckets"'
+    )
+    on_failure: Literal["error", "eager"] = Field(
+        "error", description="when compiling or recording fails: stop with the reason, or say so and go on without"
+    )
+    kernels: Literal["triton", "reference"] = Field(
+        "triton", description="what the ops run on a GPU; reference: plain torch, for comparison. A CPU has only these"
+    )
 
 
 class InitSection(Section):
@@ -80,6 +97,18 @@ class DataSection(Section):
     on_bad: Literal["error", "drop"] = Field("error", description="bad boxes: stop, or drop them (counted aloud)")
     max_pixels: PositiveInt = Field(64_000_000, description="largest photo to decode, pixels")
     workers: int = Field(4, ge=0, le=256, description="loader processes; 0: load in the main process")
+    batching: Literal["random", "buckets"] = Field(
+        "random",
+        description="random: micro-batches padded to their largest image (published); buckets: alike images together, "
+        "in a few fixed shapes",
+    )
+    buckets: int = Field(16, ge=2, description="batching buckets: how many padded shapes")
+    bucket_grid: PositiveInt = Field(32, description="batching buckets: sides are multiples of it, pixels")
+    pixels: Literal["published", "fast"] = Field(
+        "published",
+        description="published: PIL decodes, the loader normalises; fast: libjpeg-turbo decodes, 8-bit pixels travel "
+        "and are normalised on the device",
+    )
     shapes: ShapesSection = ShapesSection()
 
 
@@ -251,12 +280,16 @@ class EvalSection(Section):
     every: PositiveInt = Field(1, description="epochs between two evaluations; the last epoch always has one")
     batch: PositiveInt = Field(1, description="images of one forward pass")
     top_k: PositiveInt = Field(100, description="detections kept of each image, over all query-class scores")
+    evaluator: Literal["auto", "fast", "pycocotools"] = Field(
+        "auto", description="COCO numbers; fast: hotcoco, with pycocotools' own numbers; auto: fast where installed"
+    )
 
 
 class Recipe(Section):
     """A whole recipe: complete in itself."""
 
     run: RunSection = RunSection()
+    compute: ComputeSection = ComputeSection()
     init: InitSection = InitSection()
     data: DataSection = DataSection()
     augment: AugmentSection = AugmentSection()

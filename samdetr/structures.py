@@ -25,7 +25,8 @@ class Targets(NamedTuple):
 class Batch(NamedTuple):
     """What the model sees of a few images in one forward pass."""
 
-    images: Tensor  # [B, 3, H, W] float32, normalised, zero-padded at the bottom and right
+    images: Tensor  # [B, 3, H, W] float32, normalised, zero-padded at the bottom and right; or, from a loader with
+    # data.pixels = "fast", the uint8 pixels (strides channels-last), which `samdetr.data.prefetch.finish` normalises
     image_sizes: Tensor  # [B, 2] int64, (height, width) of the valid pixels
     targets: Targets
     image_ids: Tensor  # [B] int64, the ids of the annotation file

@@ -9,31 +9,52 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from samdetr.errors import DataError
 from samdetr.structures import Batch, Targets
 
 Key = tuple[int, int]  # (epoch, row of the image)
+Shape = tuple[int, int]  # padded (height, width) of a batch, pixels
+
+
+class MicroBatch(NamedTuple):
+    """The images of one forward pass, before they are loaded."""
+
+    keys: list[Key]
+    shape: Shape | None  # what they are padded to; None: their own largest sides
 
 
 class Sample(NamedTuple):
     """One image after the transform, with its objects."""
 
-    image: Tensor  # [3, h, w] float32, normalised
+    image: Tensor  # [3, h, w] float32, normalised; or uint8 pixels
     boxes: Tensor  # [n, 4] float32 (cx, cy, w, h) in [0, 1] of ``image``
     labels: Tensor  # [n] int64, index of the class logit
     image_id: int
     original_size: tuple[int, int]  # (height, width) of the decoded photo
 
 
-def collate(samples: Sequence[Sample], max_objects: int) -> Batch:
-    """Pad images with zeros at the bottom and right to the largest sides, and targets to T = ``max_objects``.
+def collate(samples: Sequence[Sample], max_objects: int, shape: Shape | None = None) -> Batch:
+    """Pad images with zeros at the bottom and right, and targets to T = ``max_objects``.
 
-    No sample may have more than ``max_objects`` boxes.
+    Images become ``shape``, or as large as the largest of their sides. float32 images stay so; uint8 images are
+    padded as uint8 with channels-last strides. No sample may have more than ``max_objects`` boxes or be larger than
+    ``shape``.
     """
     height = max(sample.image.shape[1] for sample in samples)
     width = max(sample.image.shape[2] for sample in samples)
-    images = torch.zeros(len(samples), 3, height, width)
+    if shape is not None:
+        if height > shape[0] or width > shape[1]:
+            raise ValueError(
+                f"an image of {height} x {width} was planned to fit {shape[0]} x {shape[1]}: this torch draws other "
+                'random numbers than samdetr.data.planning repeats; set data.batching = "random"'
+            )
+        height, width = shape
+    if samples[0].image.dtype == torch.uint8:
+        images = _zeros(len(samples) * height * width * 3).view(len(samples), height, width, 3).permute(0, 3, 1, 2)
+    else:
+        images = torch.zeros(len(samples), 3, height, width)
     labels = torch.zeros(len(samples), max_objects, dtype=torch.int64)
     boxes = torch.zeros(len(samples), max_objects, 4)
     for row, sample in enumerate(samples):
@@ -48,6 +69,18 @@ def collate(samples: Sequence[Sample], max_objects: int) -> Batch:
         image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
         original_sizes=torch.tensor([sample.original_size for sample in samples], dtype=torch.int64),
     )
+
+
+def _zeros(count: int) -> Tensor:
+    """Bytes; a loader process takes them from shared memory, whose pages begin as zeros, and sends them uncopied."""
+    if get_worker_info() is None:
+        return torch.from_numpy(np.zeros(count, np.uint8))
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(count))
+
+
+def sample_seed(seed: int, epoch: int, row: int) -> int:
+    """The seed of a sample's augmentation: a function of these three alone, 64 bits."""
+    return int(np.random.SeedSequence([seed, epoch, row]).generate_state(1, np.uint64)[0])
 
 
 def split(keys: Sequence[Key], micro: int) -> list[list[Key]]:

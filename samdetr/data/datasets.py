@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from samdetr.data.batching import Key, Sample
-from samdetr.data.decode import decode_image
-from samdetr.data.transforms import Transform
+from samdetr.data.batching import Key, Sample, sample_seed
+from samdetr.data.decode import Pixels, decode_image
+from samdetr.data.planning import epoch_sizes
+from samdetr.data.transforms import TrainTransform, Transform
 from samdetr.errors import DataError
 from samdetr.structures import Categories
 
@@ -184,6 +185,7 @@ class DetectionDataset(Dataset[Sample]):
         seed: int,
         max_pixels: int,
         training: bool,
+        pixels: Pixels = "published",
     ) -> None:
         large = np.flatnonzero(data.widths.astype(np.float64) * data.heights > max_pixels)
         if len(large):
@@ -192,7 +194,8 @@ class DetectionDataset(Dataset[Sample]):
                 f"{path}: more than data.max_pixels = {max_pixels} pixels, as {len(large)} image(s) of the "
                 f"{data.split} split have: shrink them or raise data.max_pixels"
             )
-        self.transform, self.seed, self.max_pixels, self.training = transform, seed, max_pixels, training
+        self.transform, self.seed, self.training = transform, seed, training
+        self.max_pixels, self.pixels = max_pixels, pixels
         self.image_root, self.file_names = data.image_root, data.file_names
         self.image_ids, self.widths, self.heights = data.image_ids, data.widths, data.heights
         self._boxes, self._labels, self._starts = _objects_by_image(data, categories)
@@ -202,6 +205,17 @@ class DetectionDataset(Dataset[Sample]):
         """The most objects in one image, at least 1: the T of the padded targets."""
         return max(1, int(np.diff(self._starts).max()))
 
+    def train_transform(self) -> TrainTransform:
+        """The training augmentation, whose sizes can be planned (TypeError: the transform is another)."""
+        if not isinstance(self.transform, TrainTransform):
+            raise TypeError(f"the sizes that {type(self.transform).__name__} gives cannot be planned")
+        return self.transform
+
+    def planned_sizes(self, epoch: int, rows: Ints) -> Ints:
+        """(height, width) that the images ``rows`` [n] will have in an epoch, int64 [n, 2]; nothing is decoded."""
+        transform = self.train_transform()
+        return epoch_sizes(transform, self.heights, self.widths, seed=self.seed, epoch=epoch, rows=rows)
+
     def __len__(self) -> int:
         return len(self.file_names)
 
@@ -209,14 +223,13 @@ class DetectionDataset(Dataset[Sample]):
         epoch, row = key
         height, width = int(self.heights[row]), int(self.widths[row])
         path = self.image_root / self.file_names[row]
-        image = decode_image(path, width=width, height=height, max_pixels=self.max_pixels)
+        image = decode_image(path, width=width, height=height, max_pixels=self.max_pixels, pixels=self.pixels)
         objects = slice(self._starts[row], self._starts[row + 1])
         boxes, labels = torch.from_numpy(self._boxes[objects]), torch.from_numpy(self._labels[objects])
         if self.training:
-            state = np.random.SeedSequence([self.seed, epoch, row]).generate_state(1, np.uint64)
             with torch.random.fork_rng(devices=[]):
                 # torch.manual_seed would also reseed the accelerator's generator, which dropout uses.
-                torch.default_generator.manual_seed(int(state[0]))
+                torch.default_generator.manual_seed(sample_seed(self.seed, epoch, row))
                 image, boxes, labels = self.transform(image, boxes, labels)
         else:
             image, boxes, labels = self.transform(image, boxes, labels)

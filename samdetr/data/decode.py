@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import simplejpeg
 import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from samdetr.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+Pixels = Literal["published", "fast"]
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -28,13 +32,23 @@ _SWAPS_SIDES = (5, 6, 7, 8)
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error)
 
 
-def decode_image(path: Path | str, *, width: int | None = None, height: int | None = None, max_pixels: int) -> Tensor:
+def decode_image(
+    path: Path | str,
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    max_pixels: int,
+    pixels: Pixels = "published",
+) -> Tensor:
     """Decode a JPEG, PNG, WEBP or BMP file to RGB, uint8 [3, H, W] (strides may be channels-last).
 
     ``width`` and ``height`` are the sides that the annotation file states: the EXIF orientation is applied
     or not so that the picture has these sides. Where both ways fit (square pictures, mirrored or turned by
     180 degrees), and where no sides are given, it is applied, as annotation tools and browsers do.
     Transparency is discarded; 16-bit values v become v / 257.
+
+    pixels: "published": PIL decodes; "fast": libjpeg-turbo without PIL decodes sound grey and RGB JPEGs to the same
+    pixels (within a level, should PIL bring another libjpeg), and PIL the rest, so that it judges what is damaged.
 
     Raises:
         DataError: the file is missing, of another format, damaged, larger than ``max_pixels`` pixels
@@ -51,10 +65,12 @@ def decode_image(path: Path | str, *, width: int | None = None, height: int | No
     except _BROKEN as error:
         raise DataError(f"{path}: cannot be opened as an image ({error}): replace or remove it") from error
     with image:
-        return _decode(image, path, width, height, max_pixels)
+        return _decode(image, path, width, height, max_pixels, pixels)
 
 
-def _decode(image: Image.Image, path: Path | str, width: int | None, height: int | None, max_pixels: int) -> Tensor:
+def _decode(
+    image: Image.Image, path: Path | str, width: int | None, height: int | None, max_pixels: int, pixels: Pixels
+) -> Tensor:
     """The pixels of an opened file whose header has been read and nothing else."""
     if image.width * image.height > max_pixels:
         raise DataError(
@@ -63,13 +79,26 @@ def _decode(image: Image.Image, path: Path | str, width: int | None, height: int
         )
     try:
         orientation = _orientation(image)
-        image.load()
-        rgb = _to_rgb(image)
+        rgb = _turbo(image, path) if pixels == "fast" else None
+        if rgb is None:
+            image.load()
+            rgb = np.array(_to_rgb(image))
     except (*_BROKEN, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: the image is damaged or cut off ({error}): replace or remove it") from error
-    if _use_upright(rgb.size, orientation, width, height, path):
-        rgb = rgb.transpose(_UPRIGHT[orientation])
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+    if _use_upright(rgb.shape[1::-1], orientation, width, height, path):
+        rgb = np.array(Image.fromarray(rgb).transpose(_UPRIGHT[orientation]))
+    return torch.from_numpy(rgb).permute(2, 0, 1)
+
+
+def _turbo(image: Image.Image, path: Path | str) -> NDArray[np.uint8] | None:
+    """The pixels [H, W, 3] of a grey or RGB JPEG; None for other files and whatever libjpeg warns about."""
+    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
+        return None
+    try:
+        rgb: NDArray[np.uint8] = simplejpeg.decode_jpeg(Path(path).read_bytes(), colorspace="RGB", strict=True)
+    except ValueError:
+        return None
+    return rgb if rgb.shape[1::-1] == image.size else None
 
 
 def _orientation(image: Image.Image) -> int:

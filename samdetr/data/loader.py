@@ -9,29 +9,33 @@ import signal
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from samdetr.data.batching import EpochSampler, Key, collate, split
+from samdetr.data.batching import EpochSampler, MicroBatch, Shape, collate, epoch_order, split
+from samdetr.data.buckets import BucketSampler, useful_pixels
 from samdetr.data.datasets import DetectionDataset
 from samdetr.errors import DataError
 from samdetr.structures import Batch
+
+_DESCRIBED = 20_000  # images whose batches `TrainLoader.describe` looks at
 
 
 class _Loader:
     """A DataLoader over lists of keys whose workers live until `close`, or until the process ends."""
 
-    def __init__(self, dataset: DetectionDataset, steps: EpochSampler, micro: int, workers: int, pin: bool) -> None:
+    def __init__(self, dataset: DetectionDataset, sampler: Iterable[MicroBatch], workers: int, pin: bool) -> None:
         # An own generator: DataLoader draws a seed for its workers and must not advance the caller's RNG.
         with _silent_about_workers():
             self._loader: DataLoader[Batch | DataError] = DataLoader(
                 _BatchDataset(dataset),
                 batch_size=None,
-                sampler=_MicroSampler(steps, micro),
+                sampler=sampler,
                 num_workers=workers,
                 collate_fn=_as_is,
                 pin_memory=pin and torch.cuda.is_available(),
@@ -73,6 +77,7 @@ class TrainLoader(_Loader):
     """Optimizer steps of an epoch, each a list of micro-batches that are padded on their own.
 
     The batches depend on (seed, epoch, step) only, not on the number of workers or on earlier iterations.
+    Without ``shapes`` they are random (published); with them the rule of `samdetr.data.buckets` holds.
     Workers live until `close`, which also runs when the process ends.
     """
 
@@ -85,10 +90,46 @@ class TrainLoader(_Loader):
         workers: int,
         seed: int,
         pin_memory: bool,
+        shapes: Sequence[Shape] | None = None,
     ) -> None:
-        self._steps = EpochSampler(len(dataset), total_batch, seed, shuffle=True)
+        self._dataset, self._micro, self._seed = dataset, micro_batch, seed
         self._micro_per_step = -(-total_batch // micro_batch)
-        super().__init__(dataset, self._steps, micro_batch, workers, pin_memory)
+        self._steps: EpochSampler | BucketSampler
+        if shapes is None:
+            self._steps = EpochSampler(len(dataset), total_batch, seed, shuffle=True)
+            super().__init__(dataset, _MicroSampler(self._steps, micro_batch), workers, pin_memory)
+        else:
+            self._steps = BucketSampler(
+                dataset.planned_sizes, len(dataset), shapes, batch=total_batch, micro=micro_batch, seed=seed
+            )
+            super().__init__(dataset, self._steps, workers, pin_memory)
+
+    @property
+    def shapes(self) -> tuple[Shape, ...] | None:
+        """The padded (height, width) that micro-batches can have; None: any."""
+        return self._steps.shapes if isinstance(self._steps, BucketSampler) else None
+
+    @property
+    def max_objects(self) -> int:
+        """T of all batches: the most objects of an image."""
+        return self._dataset.max_objects
+
+    def describe(self) -> str:
+        """How the first epoch is batched, and how much of its batches is not padding. Nothing is decoded."""
+        batches = max(1, _DESCRIBED // self._micro)
+        rows = epoch_order(len(self._dataset), self._seed, 0)[: batches * self._micro]
+        rows = rows[: len(rows) - len(rows) % self._micro]
+        sizes = self._dataset.planned_sizes(0, rows)
+        random = useful_pixels(sizes, sizes.reshape(-1, self._micro, 2).max(axis=1))
+        if not isinstance(self._steps, BucketSampler):
+            return f"batches: random, each padded to its largest image, {random.useful:.0%} useful pixels"
+        plan = self._steps.plan(0)[:batches]
+        sizes = self._dataset.planned_sizes(0, np.concatenate([rows for rows, _ in plan]))
+        found = useful_pixels(sizes, np.array([shape for _, shape in plan]))
+        return (
+            f"batches: {len(self._steps.shapes)} shapes, {found.useful:.0%} useful pixels "
+            f"(random batches: {random.useful:.0%})"
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -114,7 +155,7 @@ class EvalLoader(_Loader):
 
     def __init__(self, dataset: DetectionDataset, *, batch: int, workers: int, pin_memory: bool) -> None:
         self._steps = EpochSampler(len(dataset), batch, 0, shuffle=False)
-        super().__init__(dataset, self._steps, batch, workers, pin_memory)
+        super().__init__(dataset, _MicroSampler(self._steps, batch), workers, pin_memory)
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -131,6 +172,7 @@ def build_train_loader(
     workers: int,
     seed: int,
     pin_memory: bool,
+    shapes: Sequence[Shape] | None = None,
 ) -> TrainLoader:
     """The loader of the training split (DataError: fewer images than ``total_batch``)."""
     return TrainLoader(
@@ -140,6 +182,7 @@ def build_train_loader(
         workers=workers,
         seed=seed,
         pin_memory=pin_memory,
+        shapes=shapes,
     )
 
 
@@ -148,15 +191,15 @@ def build_eval_loader(dataset: DetectionDataset, *, batch: int, workers: int, pi
     return EvalLoader(dataset, batch=batch, workers=workers, pin_memory=pin_memory)
 
 
-class _MicroSampler(Sampler[list[Key]]):
-    """The keys of one forward pass after another."""
+class _MicroSampler(Sampler[MicroBatch]):
+    """One forward pass after another, each padded to its own largest image."""
 
     def __init__(self, steps: EpochSampler, micro: int) -> None:
         self.steps, self.micro = steps, micro
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         for keys in self.steps:
-            yield from split(keys, self.micro)
+            yield from (MicroBatch(part, None) for part in split(keys, self.micro))
 
 
 class _BatchDataset(Dataset[Batch | DataError]):
@@ -165,9 +208,9 @@ class _BatchDataset(Dataset[Batch | DataError]):
     def __init__(self, dataset: DetectionDataset) -> None:
         self.dataset, self.max_objects = dataset, dataset.max_objects
 
-    def __getitem__(self, keys: list[Key]) -> Batch | DataError:
+    def __getitem__(self, micro: MicroBatch) -> Batch | DataError:
         try:
-            return collate([self.dataset[key] for key in keys], self.max_objects)
+            return collate([self.dataset[key] for key in micro.keys], self.max_objects, micro.shape)
         except DataError as error:
             return DataError(*error.args)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from samdetr.data.batching import Shape
+from samdetr.data.buckets import choose_buckets
 from samdetr.data.checks import CheckReport, check_data
 from samdetr.data.datasets import CocoData, DetectionDataset, Split, make_categories, read_coco
 from samdetr.data.shapes import ensure_shapes
@@ -108,8 +110,22 @@ def build_dataset(
     return DetectionDataset(
         data,
         categories,
-        build_transform(augment, training),
+        build_transform(augment, training, raw=section.pixels == "fast"),
         seed=seed,
         max_pixels=section.max_pixels,
         training=training,
+        pixels=section.pixels,
+    )
+
+
+def batch_shapes(dataset: DetectionDataset, section: DataSection) -> tuple[Shape, ...] | None:
+    """The padded shapes of the training batches that a recipe asks for; None for random batches."""
+    if section.batching == "random":
+        return None
+    return choose_buckets(
+        dataset.train_transform(),
+        dataset.heights,
+        dataset.widths,
+        count=section.buckets,
+        grid=section.bucket_grid,
     )

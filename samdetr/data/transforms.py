@@ -2,6 +2,7 @@
 
 A transform maps (image uint8 [3, H, W], boxes float [n, 4] xyxy pixels, labels int64 [n]) to
 (image float32 [3, H', W'] normalised, boxes float32 [m, 4] (cx, cy, w, h) in [0, 1], labels int64 [m]).
+With ``raw`` the image stays uint8 (strides channels-last): `samdetr.data.prefetch.finish` normalises it later.
 Boxes that have no area after the crop are left out together with their labels.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,16 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Transform = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+class Plan(NamedTuple):
+    """What is done to one image, decided before it is decoded. Pixels."""
+
+    flip: bool
+    first: int  # short side of the resize before the crop, 0 where nothing is cropped
+    region: tuple[int, int, int, int]  # top, left, height, width of the crop after it
+    size: int  # short side of the last resize
+    shape: tuple[int, int]  # (height, width) of the result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +50,37 @@ class TrainTransform:
     crop_min: int
     crop_max: int
 
+    raw: bool = False
+
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.apply(self.plan(*image.shape[-2:]), image, boxes, labels)
+
+    def plan(self, height: int, width: int) -> Plan:
+        """The draws for an image of these sides. `samdetr.data.planning.epoch_sizes` repeats them for many."""
+        mirrored, cropped = _uniform() < self.flip, _uniform() < self.crop
+        first, region = 0, (0, 0, height, width)
+        if cropped:
+            first = _choice(self.crop_resize_sizes)
+            rows, columns = resized_sides(height, width, first, None)
+            width = _integer(min(self.crop_min, columns), min(self.crop_max, columns))
+            height = _integer(min(self.crop_min, rows), min(self.crop_max, rows))
+            top, left = _integer(0, rows - height), _integer(0, columns - width)
+            region = (top, left, height, width)
+        size = _choice(self.sizes)
+        return Plan(mirrored, first, region, size, resized_sides(height, width, size, self.max_size))
+
+    def apply(self, plan: Plan, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The planned changes, of an image of the planned sides."""
         boxes = boxes.to(torch.float64)
-        if _uniform() < self.flip:
+        if plan.flip:
             image, boxes = flip(image, boxes)
-        if _uniform() < self.crop:
-            image, boxes = resize(image, boxes, _choice(self.crop_resize_sizes), None)
-            image_height, image_width = image.shape[-2:]
-            width = _integer(min(self.crop_min, image_width), min(self.crop_max, image_width))
-            height = _integer(min(self.crop_min, image_height), min(self.crop_max, image_height))
-            top, left = _integer(0, image_height - height), _integer(0, image_width - width)
-            image, boxes, labels = crop(image, boxes, labels, top, left, height, width)
-        image, boxes = resize(image, boxes, _choice(self.sizes), self.max_size)
-        return normalise(image, boxes, labels)
+        if plan.first:
+            image, boxes = resize(image, boxes, plan.first, None)
+            image, boxes, labels = crop(image, boxes, labels, *plan.region)
+            if self.raw:  # 8-bit resizes are fastest with packed channels-last pixels
+                image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        image, boxes = resize(image, boxes, plan.size, self.max_size)
+        return relative(image, boxes, labels) if self.raw else normalise(image, boxes, labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +89,17 @@ class EvalTransform:
 
     size: int
     max_size: int
+    raw: bool = False
 
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         image, boxes = resize(image, boxes.to(torch.float64), self.size, self.max_size)
-        return normalise(image, boxes, labels)
+        return relative(image, boxes, labels) if self.raw else normalise(image, boxes, labels)
 
 
-def build_transform(section: AugmentSection, training: bool) -> Transform:
+def build_transform(section: AugmentSection, training: bool, *, raw: bool = False) -> TrainTransform | EvalTransform:
     """The transform that a recipe asks for."""
     if not training:
-        return EvalTransform(size=section.eval_size, max_size=section.eval_max_size)
+        return EvalTransform(size=section.eval_size, max_size=section.eval_max_size, raw=raw)
     return TrainTransform(
         flip=section.flip,
         sizes=section.train_sizes,
@@ -78,6 +108,7 @@ def build_transform(section: AugmentSection, training: bool) -> Transform:
         crop_resize_sizes=section.crop_resize_sizes,
         crop_min=section.crop_min,
         crop_max=section.crop_max,
+        raw=raw,
     )
 
 
@@ -124,14 +155,20 @@ def crop(
 
 
 def normalise(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ImageNet normalisation of the pixels; boxes xyxy pixels -> float32 (cx, cy, w, h) in [0, 1]."""
+    """ImageNet normalisation of the pixels; boxes and labels as `relative` has them."""
+    image, boxes, labels = relative(image, boxes, labels)
+    image = F.normalize(F.to_dtype(image, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD))
+    return image, boxes, labels
+
+
+def relative(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes xyxy pixels -> float32 (cx, cy, w, h) in [0, 1] of the image; those without area are left out."""
     height, width = image.shape[-2:]
     corners, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
-    relative = torch.cat([corners + sides / 2, sides], dim=-1)
-    relative = (relative / boxes.new_tensor([width, height, width, height])).to(torch.float32)
-    keep = (relative[:, 2:] > 0).all(dim=-1)
-    image = F.normalize(F.to_dtype(image, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD))
-    return image, relative[keep], labels[keep]
+    boxes = torch.cat([corners + sides / 2, sides], dim=-1)
+    boxes = (boxes / boxes.new_tensor([width, height, width, height])).to(torch.float32)
+    keep = (boxes[:, 2:] > 0).all(dim=-1)
+    return image, boxes[keep], labels[keep]
 
 
 def _uniform() -> float:

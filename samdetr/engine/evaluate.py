@@ -1,15 +1,11 @@
-"""Evaluation on COCO-format data with pycocotools, during training and for saved checkpoints."""
+"""The model over a whole split, during training and for saved checkpoints."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -17,8 +13,11 @@ from torch import Tensor, nn
 from samdetr.data.checks import check_data, raise_for_errors
 from samdetr.data.datasets import CocoData, make_categories
 from samdetr.data.loader import EvalLoader, build_eval_loader
+from samdetr.data.prefetch import prefetch
 from samdetr.data.splits import build_dataset, read_split
-from samdetr.engine.log import STAT_NAMES, print_evaluation, print_findings, print_per_class
+from samdetr.engine.coco import CocoDetections, choose_evaluator, coco_detections, coco_evaluate
+from samdetr.engine.compile import choose_precision, computing_in, eagerly
+from samdetr.engine.log import print_evaluation, print_findings, print_per_class
 from samdetr.engine.setup import choose_device, load_trained
 from samdetr.errors import RecipeError
 from samdetr.loss.boxes import cxcywh_to_xyxy
@@ -30,22 +29,6 @@ from samdetr.structures import Categories, Detections, Outputs
 if TYPE_CHECKING:
     from samdetr.models import SAMDETR
     from samdetr.recipe import Recipe
-
-
-class CocoDetection(NamedTuple):
-    """One line of a COCO results file."""
-
-    image_id: int
-    category_id: int
-    bbox: tuple[float, float, float, float]  # x, y, w, h in pixels of the original image
-    score: float
-
-
-class Evaluation(NamedTuple):
-    """The result of an evaluation; numbers that the data cannot define (no small objects, ...) are -1."""
-
-    stats: dict[str, float]  # the twelve COCO numbers, named as in STAT_NAMES
-    per_class: dict[str, float]  # AP by category name
 
 
 def best_detections(outputs: Outputs, original_sizes: Tensor, top_k: int) -> Detections:
@@ -69,102 +52,30 @@ def detect(
     *,
     device: torch.device,
     top_k: int,
+    precision: torch.dtype = torch.float32,
     after_batch: Callable[[int], None] | None = None,
-) -> list[CocoDetection]:
+) -> CocoDetections:
     """Run the model in evaluation mode over all images; logits without a category are left out.
 
+    The detections stay on the device until the last batch: nothing waits for it before.
     ``after_batch`` is called with the number of batches done and may raise to stop.
     """
-    names = categories.by_index()
-    results: list[CocoDetection] = []
+    parts: list[Detections] = []
+    image_ids: list[int] = []
     was_training = model.training
     model.eval()
     try:
-        for done, batch in enumerate(loader, start=1):
-            moved = batch.to(device)
-            outputs = model(moved.images, moved.image_sizes)
-            found = best_detections(outputs, batch.original_sizes.to(device), top_k)
-            for row, image_id in enumerate(batch.image_ids.tolist()):
-                results += coco_detections(Detections(*(part[row : row + 1].cpu() for part in found)), image_id, names)
+        for done, (batch,) in enumerate(prefetch(([batch] for batch in loader), device), start=1):
+            with eagerly(), computing_in(precision, device):  # images of any size: nothing to compile
+                outputs = model(batch.images, batch.image_sizes)
+            parts.append(best_detections(outputs, batch.original_sizes.to(device, non_blocking=True), top_k))
+            image_ids += batch.image_ids.tolist()
             if after_batch:
                 after_batch(done)
     finally:
         model.train(was_training)
-    return results
-
-
-def coco_detections(found: Detections, image_id: int, names: dict[int, tuple[int, str]]) -> list[CocoDetection]:
-    """The detections of one image (batch of 1) as COCO results. names: `Categories.by_index`."""
-    corners = found.boxes_xyxy[0]
-    boxes = torch.cat((corners[:, :2], corners[:, 2:] - corners[:, :2]), dim=-1).tolist()
-    return [
-        CocoDetection(image_id, names[label][0], tuple(box), score)
-        for score, label, box in zip(found.scores[0].tolist(), found.labels[0].tolist(), boxes, strict=True)
-        if label in names
-    ]
-
-
-def coco_evaluate(data: CocoData, results: list[CocoDetection]) -> Evaluation:
-    """The twelve COCO numbers and AP per class, crowds handled as pycocotools does.
-
-    Annotation ids are renumbered from 1: pycocotools takes an id of 0 for "unmatched".
-    """
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = _coco_dataset(data)
-        truth.createIndex()
-        if results:
-            found = truth.loadRes([{**one._asdict(), "bbox": list(one.bbox)} for one in results])
-        else:  # which loadRes cannot take
-            found = COCO()
-            found.dataset = {**truth.dataset, "annotations": []}
-            found.createIndex()
-        evaluation = COCOeval(truth, found, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    # precision: [IoU thresholds, recalls, categories, areas, most detections]
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    per_class = {}
-    for column, name in enumerate(data.category_names):
-        values = precision[:, :, column]
-        values = values[values > -1]
-        per_class[name] = float(values.mean()) if values.size else -1.0
-    return Evaluation(dict(zip(STAT_NAMES, map(float, evaluation.stats), strict=True)), per_class)
-
-
-def _coco_dataset(data: CocoData) -> dict[str, object]:
-    columns = zip(
-        data.ann_image_id.tolist(),
-        data.ann_category.tolist(),
-        data.ann_boxes.tolist(),
-        data.ann_area.tolist(),
-        data.ann_crowd.tolist(),
-        strict=True,
-    )
-    return {
-        "info": {},
-        "images": [
-            {"id": number, "width": width, "height": height}
-            for number, width, height in zip(
-                data.image_ids.tolist(), data.widths.tolist(), data.heights.tolist(), strict=True
-            )
-        ],
-        "categories": [
-            {"id": number, "name": name} for number, name in zip(data.category_ids, data.category_names, strict=True)
-        ],
-        "annotations": [
-            {
-                "id": row,
-                "image_id": image,
-                "category_id": category,
-                "bbox": box,
-                "area": area,
-                "iscrowd": int(crowd),
-            }
-            for row, (image, category, box, area, crowd) in enumerate(columns, start=1)
-        ],
-    }
+    whole = Detections(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return coco_detections(whole, image_ids, categories)
 
 
 def evaluate_checkpoint(path: str, *, overrides: list[str]) -> None:
@@ -193,7 +104,8 @@ def evaluate_official(path: str, recipe: Recipe) -> None:
 def _evaluate_and_print(model: SAMDETR, recipe: Recipe, raw: CocoData, categories: Categories, *, title: str) -> None:
     """raw: the val split, unchecked."""
     console = Console()
-    device = choose_device(recipe.run.device, recipe.run.kernels)
+    device = choose_device(recipe.run.device, recipe.compute.kernels)
+    evaluator = choose_evaluator(recipe.eval.evaluator)
     data, report = check_data(
         raw,
         num_queries=recipe.model.num_queries,
@@ -215,9 +127,10 @@ def _evaluate_and_print(model: SAMDETR, recipe: Recipe, raw: CocoData, categorie
             categories,
             device=device,
             top_k=recipe.eval.top_k,
+            precision=choose_precision(recipe.compute.precision, device),
             after_batch=lambda done: bar.update(task, completed=done),
         )
     loader.close()
-    evaluation = coco_evaluate(data, results)
-    print_evaluation(console, evaluation.stats, title)
+    evaluation = coco_evaluate(data, results, evaluator=evaluator)
+    print_evaluation(console, evaluation.stats, f"{title}  evaluated by {evaluator}")
     print_per_class(console, evaluation.per_class)

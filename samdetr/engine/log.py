@@ -150,6 +150,10 @@ class RunLog:
             f"L1 {means['loss_bbox']:.3f}  GIoU {means['loss_giou']:.3f}  ETA {self.eta()}"
         )
 
+    def starting(self, what: str) -> None:
+        """Show what happens before the first step."""
+        self._bar.update(self._task, description=what)
+
     def evaluating(self, epoch: int, done: int, batches: int) -> None:
         """Show that ``done`` batches have been evaluated."""
         self._bar.update(self._task, description=f"{self._name(epoch)} evaluation {done}/{batches}")
@@ -160,15 +164,19 @@ class RunLog:
         stats: Mapping[str, float],
         per_class: Mapping[str, float],
         *,
+        evaluator: str,
         seconds: float,
         best: bool,
     ) -> None:
-        """The table of an evaluation."""
+        """The table of an evaluation, whose numbers ``evaluator`` computed."""
         self.evaluations -= 1
         self.evaluation_seconds = seconds
-        self.write("eval", epoch=epoch, step=self.done, **stats, per_class=dict(per_class), seconds=seconds)
+        classes = dict(per_class)
+        self.write(
+            "eval", epoch=epoch, step=self.done, **stats, per_class=classes, evaluator=evaluator, seconds=seconds
+        )
         title = f"{self._name(epoch)}  AP {_number(stats['AP'])}" + (" (best so far)" if best else "")
-        print_evaluation(self.console, stats, f"{title}, evaluated in {duration(seconds)}")
+        print_evaluation(self.console, stats, f"{title}, evaluated in {duration(seconds)} by {evaluator}")
 
     def note(self, text: str) -> None:
         """A line that stays above the progress bar."""

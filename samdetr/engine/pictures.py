@@ -13,15 +13,15 @@ from samdetr.data.decode import decode_image
 from samdetr.visualize.predictions import GridItem, prediction_grid
 
 if TYPE_CHECKING:
-    from samdetr.data.datasets import CocoData
-    from samdetr.engine.evaluate import CocoDetection
+    from samdetr.data.datasets import CocoData, Floats
+    from samdetr.engine.coco import CocoDetections
     from samdetr.structures import Categories
 
 PICTURES = 12
 
 
 def draw_validation(
-    path: Path, data: CocoData, results: list[CocoDetection], categories: Categories, *, max_pixels: int
+    path: Path, data: CocoData, results: CocoDetections, categories: Categories, *, max_pixels: int
 ) -> None:
     """Draw the first photos of a split with their detections and, dashed, their ground truth."""
     names = dict(zip(categories.ids, categories.names, strict=True))
@@ -33,22 +33,22 @@ def draw_validation(
             height=int(data.heights[row]),
             max_pixels=max_pixels,
         )
-        found = [one for one in results if one.image_id == image_id]
+        found = results.where(results.image_ids == image_id)
         wanted = np.flatnonzero(data.ann_image == row)
         items.append(
             GridItem(
                 image,
-                _corners([one.bbox for one in found]),
-                [names[one.category_id] for one in found],
-                [one.score for one in found],
-                _corners(data.ann_boxes[wanted].tolist()),
+                _corners(found.boxes),
+                [names[number] for number in found.category_ids.tolist()],
+                found.scores.tolist(),
+                _corners(data.ann_boxes[wanted]),
                 [names[number] for number in data.ann_category[wanted].tolist()],
             )
         )
     prediction_grid(path, items)
 
 
-def _corners(boxes: list[tuple[float, float, float, float]]) -> Tensor:
-    """(x, y, w, h) rows -> [n, 4] (x0, y0, x1, y1)."""
-    tensor = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+def _corners(boxes: Floats) -> Tensor:
+    """(x, y, w, h) rows -> float32 [n, 4] (x0, y0, x1, y1)."""
+    tensor = torch.from_numpy(boxes).float()
     return torch.cat((tensor[:, :2], tensor[:, :2] + tensor[:, 2:]), dim=-1)

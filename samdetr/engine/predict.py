@@ -12,7 +12,9 @@ from torch import Tensor
 
 from samdetr.data.decode import decode_image
 from samdetr.data.transforms import build_transform
-from samdetr.engine.evaluate import CocoDetection, best_detections, coco_detections
+from samdetr.engine.coco import CocoDetections, coco_detections
+from samdetr.engine.compile import choose_precision, computing_in
+from samdetr.engine.evaluate import best_detections
 from samdetr.engine.setup import choose_device, load_trained
 from samdetr.errors import DataError, SamdetrError
 from samdetr.visualize.predictions import draw_detections, save_png
@@ -37,11 +39,11 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
     model, recipe, categories, _ = load_trained(checkpoint)
     device = choose_device(
         "cpu" if recipe.run.device == "cpu" else "auto",  # "cuda" was the training machine's
-        recipe.run.kernels,
+        recipe.compute.kernels,
     )
     model.to(device).eval()
+    precision = choose_precision(recipe.compute.precision, device)
     transform = build_transform(recipe.augment, training=False)
-    names = categories.by_index()
     by_id = dict(zip(categories.ids, categories.names, strict=True))
     console = Console()
     images: list[dict[str, object]] = []
@@ -55,14 +57,16 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
             continue
         _make_folder(folder)
         image, _, _ = transform(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        outputs = model(image[None].to(device), torch.tensor([image.shape[-2:]], device=device))
+        with computing_in(precision, device):
+            outputs = model(image[None].to(device), torch.tensor([image.shape[-2:]], device=device))
         original = torch.tensor([pixels.shape[-2:]], device=device)
         found = best_detections(outputs, original, recipe.eval.top_k)
-        kept = [one for one in coco_detections(found, number, names) if one.score >= threshold]
+        every = coco_detections(found, [number], categories)
+        kept = every.where(every.scores >= threshold)
         images.append({"id": number, "file_name": photo.name, "width": pixels.shape[2], "height": pixels.shape[1]})
-        for one in kept:
-            area = one.bbox[2] * one.bbox[3]
-            annotations.append({"id": len(annotations) + 1, **one._asdict(), "area": area, "iscrowd": 0})
+        for line in kept.lines():
+            area = line["bbox"][2] * line["bbox"][3]
+            annotations.append({"id": len(annotations) + 1, **line, "area": area, "iscrowd": 0})
         save_png(folder / f"{photo.name}.png", draw_kept(pixels, kept, by_id))
         objects = "1 object" if len(kept) == 1 else f"{len(kept)} objects"
         console.print(f"{photo}: {objects}", markup=False, highlight=False, soft_wrap=True)
@@ -74,11 +78,12 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
         raise DataError(f"{len(unreadable)} of {len(photos)} photos could not be read: " + "; ".join(unreadable[:10]))
 
 
-def draw_kept(pixels: Tensor, kept: list[CocoDetection], names: dict[int, str]) -> Tensor:
+def draw_kept(pixels: Tensor, kept: CocoDetections, names: dict[int, str]) -> Tensor:
     """The photo uint8 [3, H, W] with its detections; names by category id."""
-    boxes = torch.tensor([one.bbox for one in kept]).reshape(-1, 4)
+    boxes = torch.from_numpy(kept.boxes).float()
     corners = torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=-1)
-    return draw_detections(pixels, corners, [names[one.category_id] for one in kept], [one.score for one in kept])
+    labels = [names[number] for number in kept.category_ids.tolist()]
+    return draw_detections(pixels, corners, labels, kept.scores.tolist())
 
 
 def find_photos(source: Path) -> list[Path]:

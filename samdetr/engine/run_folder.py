@@ -37,6 +37,7 @@ _PACKAGES = (
     "numpy",
     "scipy",
     "pycocotools",
+    "hotcoco",
     "pillow",
     "safetensors",
 )

@@ -33,7 +33,7 @@ class Trained(NamedTuple):
 def choose_device(name: str, kernels: str) -> torch.device:
     """The device of ``run.device``: "auto" is the first GPU if there is one, else the CPU.
 
-    kernels: ``run.kernels``, from now on what the ops run there. Raises SamdetrError when "cuda" is asked for and
+    kernels: ``compute.kernels``, from now on what the ops run there. Raises SamdetrError when "cuda" is asked for and
     there is no GPU.
     """
     force_reference(kernels == "reference")

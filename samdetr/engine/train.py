@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,39 +13,26 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from samdetr.data.checks import raise_for_errors
-from samdetr.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
-from samdetr.data.splits import Splits, build_dataset, load_splits
+from samdetr.data.prefetch import prefetch
+from samdetr.engine.build import Training, build_training
 from samdetr.engine.checkpoint import (
-    LAST,
-    Progress,
-    load_checkpoint,
-    load_model_state,
-    load_optimizer_state,
-    restore_links,
-    save_checkpoint,
     update_progress,
 )
-from samdetr.engine.evaluate import coco_evaluate, detect
-from samdetr.engine.interrupt import StopSignal
-from samdetr.engine.log import STEP_VALUES, Meter, RunLog, Stopwatch, print_findings
-from samdetr.engine.optim import GuardedAdamW, build_optimizer, lr_factor, set_learning_rate
+from samdetr.engine.coco import coco_evaluate
+from samdetr.engine.compile import computing_in, prepare_step
+from samdetr.engine.cuda_graph import StepGraphs
+from samdetr.engine.evaluate import detect
+from samdetr.engine.log import STEP_VALUES, Meter, RunLog, Stopwatch
+from samdetr.engine.optim import GuardedAdamW, lr_factor, set_learning_rate
 from samdetr.engine.pictures import draw_validation
 from samdetr.engine.profile import StepProfiler
-from samdetr.engine.readings import Readings, Step
+from samdetr.engine.readings import Step
 from samdetr.engine.run_folder import (
     CHECKPOINTS,
     METRICS_FILE,
-    environment_of,
-    find_run,
-    new_run,
-    resume_command,
-    write_environment,
 )
-from samdetr.engine.setup import choose_device, load_initial_weights
-from samdetr.errors import CheckpointError, DataError, NonFiniteError, SamdetrError
-from samdetr.loss import SetCriterion, build_criterion
-from samdetr.models import SAMDETR, build_model
+from samdetr.errors import DataError, NonFiniteError, SamdetrError
+from samdetr.loss import SetCriterion
 from samdetr.recipe import with_absolute_paths
 from samdetr.structures import Batch
 from samdetr.visualize.curves import plot_curves
@@ -69,28 +56,32 @@ def train_step(
     device: torch.device,
     clip_norm: float,
     precision: torch.dtype = torch.float32,
+    graphs: StepGraphs | None = None,
 ) -> StepResult:
     """Forward, loss, backward over the micro-batches, then clip and update: one step of the whole batch.
 
     The loss is divided by the number of boxes of the whole step, so that its gradient does not depend on how the
     batch is split. clip_norm 0: no clipping. precision: what matrix products and convolutions compute in, float32
-    or bfloat16; parameters, boxes, costs and losses are float32 either way. Nothing waits for the device: where the
-    matching cost, the loss or the gradient is not finite, the optimizer changes nothing in this step or a later one.
+    or bfloat16; parameters, boxes, costs and losses are float32 either way. graphs: replayed instead, if given.
+    Nothing waits for the device: where the matching cost, the loss or the gradient is not finite, the optimizer
+    changes nothing in this step or a later one.
     """
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=graphs is None)
     moved = [micro.to(device) for micro in batch]
     num_boxes = torch.stack([micro.targets.counts.sum() for micro in moved]).sum()
-    values = torch.stack([forward_backward(model, criterion, micro, num_boxes, precision) for micro in moved])
-    grad_norm = update(optimizer, values[:, 0].sum(), clip_norm)
+    run = graphs.forward_backward if graphs else partial(forward_backward, model, criterion, precision=precision)
+    values = torch.stack([run(micro, num_boxes) for micro in moved])
+    loss = values[:, 0].sum()
+    grad_norm = graphs.update(loss) if graphs else update(optimizer, clip_norm, loss)
     *sums, class_error = values.sum(0).unbind()
     return StepResult(torch.stack([*sums, class_error / len(moved), grad_norm]))
 
 
 def forward_backward(
-    model: nn.Module, criterion: SetCriterion, batch: Batch, num_boxes: Tensor, precision: torch.dtype
+    model: nn.Module, criterion: SetCriterion, batch: Batch, num_boxes: Tensor, *, precision: torch.dtype
 ) -> Tensor:
     """Add the gradients of one micro-batch to those of the parameters; its values [5], as in log.STEP_VALUES."""
-    with torch.autocast(batch.images.device.type, precision, enabled=precision != torch.float32):
+    with computing_in(precision, batch.images.device):
         outputs = model(batch.images, batch.image_sizes)
     losses = criterion(outputs, batch.targets, num_boxes)
     losses.total.backward()
@@ -100,64 +91,13 @@ def forward_backward(
     )
 
 
-def update(optimizer: GuardedAdamW, loss: Tensor, clip_norm: float) -> Tensor:
+def update(optimizer: GuardedAdamW, clip_norm: float, loss: Tensor) -> Tensor:
     """Clip the gradients and take the optimizer's step; returns their norm before. All on the device."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf"), foreach=True)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf"))
     optimizer.guard(loss + grad_norm)
     optimizer.step()
     return grad_norm
-
-
-@dataclass
-class Training:
-    """Everything that the loop of `train` works on."""
-
-    recipe: Recipe
-    device: torch.device
-    folder: Path
-    splits: Splits
-    model: SAMDETR
-    criterion: SetCriterion
-    optimizer: GuardedAdamW
-    train_loader: TrainLoader
-    val_loader: EvalLoader
-    environment: Mapping[str, object]
-    progress: Progress
-    epoch_meter: Meter  # of the epoch's steps so far
-    interval_meter: Meter  # of the steps since the last line of metrics.jsonl
-    console: Console
-    stop: StopSignal
-    readings: Readings = field(default_factory=Readings)
-
-    def save(self) -> None:
-        """Write the checkpoint ``last``."""
-        self.progress.epoch_sums = self.epoch_meter.to_json()
-        self.progress.interval_sums = self.interval_meter.to_json()
-        save_checkpoint(
-            self.folder / CHECKPOINTS,
-            model=self.model,
-            optimizer=self.optimizer,
-            progress=self.progress,
-            meta={
-                "recipe": self.recipe.model_dump_json(),
-                "categories": self.splits.categories.to_json(),
-                "data": self.splits.fingerprint(),
-                "environment": self.environment,
-            },
-        )
-
-    def leave(self) -> None:
-        """Answer a signal, once everything is saved: say how to continue, and end."""
-        self.say_how_to_continue(f"stopped after step {self.progress.step}")
-        self.stop.leave()
-
-    def say_how_to_continue(self, what: str) -> None:
-        """Print ``what`` happened, and the command that goes on from the last checkpoint, if there is one."""
-        way = f"continue with: {resume_command(self.folder)}"
-        if not (self.folder / CHECKPOINTS / LAST).exists():
-            way = "there is no checkpoint yet, start it again"
-        self.console.print(f"{what}; {way}", markup=False, highlight=False, soft_wrap=True)
 
 
 def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -> Path:
@@ -182,6 +122,7 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
     )
     try:
         with training.stop, log, StepProfiler(training.folder / "profile" if profile else None, log.note) as profiler:
+            training.graphs = start_step(training, log)
             while progress.epoch < epochs:
                 if training.stop:
                     training.leave()
@@ -213,11 +154,38 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
     return training.folder
 
 
+def start_step(training: Training, log: RunLog) -> StepGraphs | None:
+    """Compile and record the step as the recipe asks; a signal stops between two shapes."""
+    model, criterion, optimizer = training.model, training.criterion, training.optimizer
+    model.train()
+
+    def started(what: str) -> None:
+        log.starting(what)
+        if training.stop:
+            training.leave()
+
+    return prepare_step(
+        model,
+        criterion,
+        optimizer,
+        partial(forward_backward, model, criterion),
+        partial(update, optimizer, training.recipe.optim.clip_norm),
+        compute=training.compute,
+        on_failure=training.recipe.compute.on_failure,
+        shapes=training.train_loader.shapes or (),
+        micro_batch=training.recipe.train.micro_batch,
+        max_objects=training.train_loader.max_objects,
+        device=training.device,
+        started=started,
+        note=log.note,
+    )
+
+
 def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None:
     """Take the epoch's remaining steps."""
     recipe, progress, epoch = training.recipe, training.progress, training.progress.epoch
     training.model.train()
-    batches = training.train_loader.epoch(epoch, progress.step_in_epoch)
+    batches = prefetch(training.train_loader.epoch(epoch, progress.step_in_epoch), training.device)
     total, data = Stopwatch(), Stopwatch()
     for batch in batches:
         waited = data.lap()
@@ -231,6 +199,8 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
             batch,
             device=training.device,
             clip_norm=recipe.optim.clip_norm,
+            precision=training.compute.precision,
+            graphs=training.graphs,
         )
         progress.step += 1
         progress.step_in_epoch += 1
@@ -283,14 +253,22 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
         training.splits.categories,
         device=training.device,
         top_k=recipe.eval.top_k,
+        precision=training.compute.precision,
         after_batch=after_batch,
     )
-    evaluation = coco_evaluate(training.splits.val, results)
+    evaluation = coco_evaluate(training.splits.val, results, evaluator=training.evaluator)
     ap = evaluation.stats["AP"]
     best = ap > progress.best_ap
     if best:
         progress.best_ap, progress.best_epoch = ap, progress.epoch
-    log.evaluation(progress.epoch, evaluation.stats, evaluation.per_class, seconds=watch.lap(), best=best)
+    log.evaluation(
+        progress.epoch,
+        evaluation.stats,
+        evaluation.per_class,
+        evaluator=training.evaluator,
+        seconds=watch.lap(),
+        best=best,
+    )
     draw_validation(
         training.folder / "val_predictions.png",
         training.splits.val,
@@ -299,87 +277,6 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
         max_pixels=recipe.data.max_pixels,
     )
     return best
-
-
-def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> Training:
-    """Everything from the recipe, in order; nothing is written before the data has passed its checks."""
-    device = choose_device(recipe.run.device, recipe.run.kernels)
-    folder = None if resume is None else find_run(recipe, resume)
-    watch = Stopwatch()
-    with console.status("reading and checking the data"):
-        splits = load_splits(recipe.data, num_queries=recipe.model.num_queries, num_classes=recipe.model.num_classes)
-    print_findings(console, [row for report in splits.reports for row in report.rows()])
-    raise_for_errors(splits.reports)
-    console.print(
-        f"data: {len(splits.train.image_ids)} train and {len(splits.val.image_ids)} val images, "
-        f"{len(splits.categories.ids)} categories, checked in {watch.lap():.1f} s"
-    )
-    torch.manual_seed(recipe.run.seed)
-    model = build_model(recipe.model)
-    train_loader, val_loader = build_loaders(recipe, splits, device)
-    progress, environment = Progress(), environment_of(recipe, device)
-    if folder is None:
-        note = load_initial_weights(model, recipe)
-        model.to(device)
-        optimizer = build_optimizer(model, recipe.optim)
-        folder = new_run(recipe, environment)
-    else:
-        restore_links(folder / CHECKPOINTS)
-        checkpoint = load_checkpoint((folder / CHECKPOINTS / LAST).resolve(), with_optimizer=True)
-        if checkpoint.meta["data"] != splits.fingerprint():
-            raise CheckpointError(
-                f"--resume: the training split is not the one that {folder} was trained on "
-                "(other images, boxes or categories): start a new run with init.checkpoint instead."
-            )
-        load_model_state(model, checkpoint)
-        model.to(device)
-        optimizer = build_optimizer(model, recipe.optim)
-        load_optimizer_state(model, optimizer, checkpoint)
-        progress = replace(checkpoint.progress, finished=False)
-        write_environment(folder, environment, step=progress.step)
-        note = f"continuing after step {progress.step}"
-    count = sum(parameter.numel() for parameter in model.parameters())
-    if recipe.optim.schedule == "step" and min(recipe.optim.drop_epochs, default=0) >= recipe.train.epochs:
-        note += f"; the learning rate never drops (optim.drop_epochs begin at {recipe.optim.drop_epochs[0]})"
-    for line in (f"model: {count:,} parameters on {device}; {note}", f"run: {folder}"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return Training(
-        recipe=recipe,
-        device=device,
-        folder=folder,
-        splits=splits,
-        model=model,
-        criterion=build_criterion(recipe),
-        optimizer=optimizer,
-        train_loader=train_loader,
-        val_loader=val_loader,
-        environment=environment,
-        progress=progress,
-        epoch_meter=Meter.from_json(progress.epoch_sums),
-        interval_meter=Meter.from_json(progress.interval_sums),
-        console=console,
-        stop=StopSignal(),
-    )
-
-
-def build_loaders(recipe: Recipe, splits: Splits, device: torch.device) -> tuple[TrainLoader, EvalLoader]:
-    """The loaders of both splits."""
-    seed, categories = recipe.run.seed, splits.categories
-    pin_memory = device.type == "cuda"
-    train_set, val_set = (
-        build_dataset(data, categories, recipe.data, recipe.augment, seed=seed, training=training)
-        for data, training in ((splits.train, True), (splits.val, False))
-    )
-    train_loader = build_train_loader(
-        train_set,
-        total_batch=recipe.train.total_batch,
-        micro_batch=recipe.train.micro_batch,
-        workers=recipe.data.workers,
-        seed=seed,
-        pin_memory=pin_memory,
-    )
-    val_loader = build_eval_loader(val_set, batch=recipe.eval.batch, workers=recipe.data.workers, pin_memory=pin_memory)
-    return train_loader, val_loader
 
 
 def is_evaluated(recipe: Recipe, epoch: int) -> bool:

@@ -15,8 +15,11 @@ class ExactLinear(nn.Linear):
     """A linear layer that autocast leaves in the dtype of its weights: for what becomes logits, boxes or points."""
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight.dtype)
+        if not torch.amp.is_autocast_available(x.device.type):  # the meta device
+            return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
+            return super().forward(x)
 
 
 class MLP(nn.Sequential):

@@ -189,33 +189,48 @@ class SAMDETR(nn.Module):
         reference = self.reference_boxes.expand(len(images), -1, -1)
         x = torch.zeros(*reference.shape[:2], memory.shape[-1], dtype=memory.dtype, device=memory.device)
         logits, boxes = [], []
-        for layer, classify, regress in zip(self.decoder, self.class_heads, self.box_heads, strict=True):
-            reference_boxes = reference.sigmoid()
-            x = layer(x, reference_boxes, memory, position, geometry)
-            offset = regress(x)
-            logits.append(classify(x))
-            boxes.append((inverse_sigmoid(reference_boxes) + offset).sigmoid())
-            reference = (reference + offset).detach()
+        for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads, strict=True):
+            x = layer(x, reference.sigmoid(), memory, position, geometry)
+            layer_logits, layer_boxes, reference = self.predict(class_head, box_head, x, reference)
+            logits.append(layer_logits)
+            boxes.append(layer_boxes)
         return Outputs(torch.stack(logits), torch.stack(boxes))
+
+    @staticmethod
+    def predict(
+        class_head: nn.Module, box_head: nn.Module, x: Tensor, reference: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [B, Q, K], boxes [B, Q, 4] and the next layer's reference [B, Q, 4] before the sigmoid."""
+        offset = box_head(x)
+        boxes = (inverse_sigmoid(reference.sigmoid()) + offset).sigmoid()
+        return class_head(x), boxes, (reference + offset).detach()
 
     def encode(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, MapGeometry]:
         """The encoded map [B, h, w, width], its position code of the same shape, and its geometry."""
-        features = self.backbone(images, image_sizes).permute(0, 2, 3, 1)
-        height, width = features.shape[1:3]
-        if self.mask_padding:
-            valid = covered_cells(image_sizes, self.backbone.stride)
-        else:
-            valid = valid_cells(image_sizes, (images.shape[2], images.shape[3]), (height, width))
-        mask = valid_mask(valid, height, width)
-        x = self.input_proj(features)
-        if self.input_norm is not None:
-            x = self.input_norm(x, mask if self.mask_padding else None)
-        position = sine_map(valid, height, width, x.shape[-1]).to(x.dtype)
+        features = self.backbone(images, image_sizes)
+        x, position, geometry = self.embed(features, image_sizes, (images.shape[2], images.shape[3]))
+        mask = geometry.mask
         memory = self.encoder(x.flatten(1, 2), position.flatten(1, 2), mask.flatten(1)).view(x.shape)
         memory = memory.to(features.dtype)  # under autocast norms return float32: twice the bytes to sample
         if self.mask_padding:
             memory = memory * mask[..., None].to(memory.dtype)
-        return memory, position, MapGeometry(valid, mask, valid if self.mask_padding else None)
+        return memory, position, geometry
+
+    def embed(
+        self, features: Tensor, image_sizes: Tensor, image_shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, MapGeometry]:
+        """The backbone's map [B, C, h, w] -> the encoder's input and position code [B, h, w, width], and geometry."""
+        height, width = features.shape[2:]
+        if self.mask_padding:
+            valid = covered_cells(image_sizes, self.backbone.stride)
+        else:
+            valid = valid_cells(image_sizes, image_shape, (height, width))
+        mask = valid_mask(valid, height, width)
+        x = self.input_proj(features.permute(0, 2, 3, 1))
+        if self.input_norm is not None:
+            x = self.input_norm(x, mask if self.mask_padding else None)
+        position = sine_map(valid, height, width, x.shape[-1]).to(x.dtype)
+        return x, position, MapGeometry(valid, mask, valid if self.mask_padding else None)
 
 
 def build_sam_detr(section: ModelSection) -> SAMDETR:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from samdetr.data.batching import EpochSampler, Sample, collate, epoch_order, split
+from samdetr.data.batching import EpochSampler, Sample, collate, epoch_order, sample_seed, split
 from samdetr.errors import DataError
 
 
@@ -31,6 +31,21 @@ def test_padding_is_zero_and_at_the_bottom_and_right() -> None:
     assert batch.images.dtype == batch.targets.boxes.dtype == torch.float32
     integers = (batch.image_sizes, *batch.targets[::2], batch.image_ids, batch.original_sizes)
     assert {tensor.dtype for tensor in integers} == {torch.int64}
+
+
+def test_padding_to_a_shape() -> None:
+    batch = collate([sample(4, 6, 2, 7), sample(5, 3, 0, 9)], max_objects=3, shape=(8, 6))
+    assert batch.images.shape == (2, 3, 8, 6) and batch.image_sizes.tolist() == [[4, 6], [5, 3]]
+    assert (batch.images[0, :, :4] == 7).all() and (batch.images[0, :, 4:] == 0).all()
+    with pytest.raises(ValueError, match=r"an image of 5 x 6 was planned to fit 4 x 6.*data\.batching"):
+        collate([sample(4, 6, 2, 7), sample(5, 3, 0, 9)], max_objects=3, shape=(4, 6))
+
+
+def test_bytes_stay_bytes() -> None:
+    samples = [one._replace(image=one.image.byte()) for one in (sample(4, 6, 2, 7), sample(5, 3, 0, 9))]
+    images = collate(samples, max_objects=3, shape=(8, 8)).images
+    assert images.dtype == torch.uint8 and images.is_contiguous(memory_format=torch.channels_last)
+    assert images.shape == (2, 3, 8, 8) and (images[1, :, :5, :3] == 9).all() and images[1].sum() == 9 * 45
 
 
 def test_order_is_a_permutation_of_seed_and_epoch() -> None:
@@ -68,6 +83,10 @@ def test_too_few_images_is_an_error() -> None:
     with pytest.raises(DataError, match=r"has 3 images.*batch of 4.*train\.total_batch to 3"):
         EpochSampler(3, 4, 0, shuffle=True)
     assert len(EpochSampler(4, 4, 0, shuffle=True)) == 1
+
+
+def test_the_seed_of_a_sample_never_changes_between_versions() -> None:
+    assert sample_seed(42, 3, 7) == 5122231805094739018
 
 
 def test_split_into_micro_batches() -> None:

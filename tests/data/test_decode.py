@@ -1,21 +1,32 @@
-"""Decoding: modes, orientation, damaged and oversized files."""
+"""Decoding: modes, orientation, damaged and oversized files, through PIL and past it."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from samdetr.data import decode
 from samdetr.data.decode import decode_image
 from samdetr.errors import DataError
 
 LIMIT = 64_000_000
 WIDTH, HEIGHT = 24, 16
+MODE = {"pixels": "published"}
+
+
+@pytest.fixture(params=["published", "fast"], autouse=True)
+def pixels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test here runs both ways."""
+    monkeypatch.setitem(MODE, "pixels", request.param)
+    return request.param
+
 
 STORED = {  # upright pixels -> pixels as stored, from the definition of the EXIF orientation
     1: lambda p: p,
@@ -37,7 +48,7 @@ def picture(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
 
 
 def decoded(path: Path, **sides: int) -> np.ndarray:
-    return decode_image(path, max_pixels=LIMIT, **sides).permute(1, 2, 0).numpy()
+    return decode_image(path, max_pixels=LIMIT, **MODE, **sides).permute(1, 2, 0).numpy()
 
 
 def save_oriented(path: Path, upright: np.ndarray, orientation: int) -> None:
@@ -190,6 +201,47 @@ def test_bombs_are_refused_from_the_header(tmp_path: Path, side: int) -> None:
 
 def test_limit_is_inclusive(tmp_path: Path) -> None:
     random_rgb().save(tmp_path / "a.png")
-    assert decode_image(tmp_path / "a.png", max_pixels=WIDTH * HEIGHT).shape == (3, HEIGHT, WIDTH)
+    assert decode_image(tmp_path / "a.png", max_pixels=WIDTH * HEIGHT, **MODE).shape == (3, HEIGHT, WIDTH)
     with pytest.raises(DataError, match=r"data\.max_pixels = 383"):
-        decode_image(tmp_path / "a.png", max_pixels=WIDTH * HEIGHT - 1)
+        decode_image(tmp_path / "a.png", max_pixels=WIDTH * HEIGHT - 1, **MODE)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 90},
+        {"quality": 30, "progressive": True},
+        {"quality": 95, "subsampling": 0},
+        {"quality": 75, "subsampling": 1},
+        {"quality": 90, "restart_marker_blocks": 3},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_fast_pixels_are_those_of_pil(tmp_path: Path, mode: str, options: dict) -> None:
+    """Equal with the libjpeg-turbo that PIL brings today; another one may round otherwise."""
+    smooth = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+    image = Image.fromarray(smooth).resize((131, 77), Image.Resampling.BICUBIC).convert(mode)
+    image.save(tmp_path / "a.jpg", **options)
+    fast, published = (
+        decode_image(tmp_path / "a.jpg", max_pixels=LIMIT, pixels=pixels).int() for pixels in ("fast", "published")
+    )
+    assert fast.shape == published.shape == (3, 77, 131)
+    assert (fast - published).abs().max() <= 1
+    assert (fast - published).abs().float().mean() <= 0.02
+
+
+def test_who_decodes(tmp_path: Path, pixels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sound grey and RGB JPEGs do not pass through PIL on the fast path; all others do, and damaged ones."""
+    seen: list[str] = []
+    through: Callable[[Image.Image], Image.Image] = decode._to_rgb
+    monkeypatch.setattr(decode, "_to_rgb", lambda image: seen.append(image.mode) or through(image))
+    for mode, name in (("RGB", "rgb.jpg"), ("L", "grey.jpg"), ("CMYK", "cmyk.jpg"), ("RGB", "rgb.png")):
+        random_rgb().convert(mode).save(tmp_path / name)
+        decoded(tmp_path / name)
+    assert seen == (["RGB", "L", "CMYK", "RGB"] if pixels == "published" else ["CMYK", "RGB"])
+    seen.clear()
+    raw = (tmp_path / "rgb.jpg").read_bytes()
+    (tmp_path / "rgb.jpg").write_bytes(raw[:-2] + bytes(9) + raw[-2:])  # libjpeg only warns about these
+    decoded(tmp_path / "rgb.jpg")
+    assert seen == ["RGB"]

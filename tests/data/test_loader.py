@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,8 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from samdetr.data.batching import Shape, epoch_order
+from samdetr.data.buckets import choose_buckets
 from samdetr.data.datasets import CocoData, DetectionDataset, make_categories
+from samdetr.data.decode import Pixels
 from samdetr.data.loader import TrainLoader, build_eval_loader, build_train_loader
+from samdetr.data.prefetch import prefetch
 from samdetr.data.transforms import EvalTransform, TrainTransform
 from samdetr.errors import DataError
 from samdetr.structures import Batch
@@ -34,16 +39,30 @@ def data(make_coco) -> CocoData:
     return make_coco(IMAGES, BOXES)
 
 
-def dataset_of(data: CocoData, training: bool = True) -> DetectionDataset:
-    transform = TRAIN if training else EvalTransform(size=20, max_size=40)
+def dataset_of(data: CocoData, training: bool = True, pixels: Pixels = "published") -> DetectionDataset:
+    raw = pixels == "fast"
+    transform = dataclasses.replace(TRAIN, raw=raw) if training else EvalTransform(size=20, max_size=40, raw=raw)
     categories = make_categories(data, "category_id", 3)
-    return DetectionDataset(data, categories, transform, seed=3, max_pixels=10_000, training=training)
+    return DetectionDataset(data, categories, transform, seed=3, max_pixels=10_000, training=training, pixels=pixels)
 
 
 @contextmanager
-def train_loader(data: CocoData, workers: int, total: int = 4, micro: int = 2) -> Iterator[TrainLoader]:
+def train_loader(
+    data: CocoData,
+    workers: int,
+    total: int = 4,
+    micro: int = 2,
+    shapes: Sequence[Shape] | None = None,
+    pixels: Pixels = "published",
+) -> Iterator[TrainLoader]:
     loader = build_train_loader(
-        dataset_of(data), total_batch=total, micro_batch=micro, workers=workers, seed=1, pin_memory=False
+        dataset_of(data, pixels=pixels),
+        total_batch=total,
+        micro_batch=micro,
+        workers=workers,
+        seed=1,
+        pin_memory=False,
+        shapes=shapes,
     )
     try:
         yield loader
@@ -101,6 +120,59 @@ def test_loading_leaves_the_callers_random_numbers_alone(data: CocoData, workers
     with train_loader(data, workers) as loader:
         assert len(list(loader.epoch(0)) + list(loader.epoch(1))) == 4
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("pixels", ["published", "fast"])
+def test_buckets_give_the_same_batches_whatever_the_workers(data: CocoData, pixels: Pixels) -> None:
+    shapes = choose_buckets(TRAIN, data.heights, data.widths, count=4, grid=8)
+    with (
+        train_loader(data, 0, shapes=shapes, pixels=pixels) as plain,
+        train_loader(data, 2, shapes=shapes, pixels=pixels) as parallel,
+    ):
+        assert plain.shapes == shapes and plain.steps_per_epoch == 2
+        for epoch in (0, 1):
+            steps = list(plain.epoch(epoch))
+            assert [[len(micro.image_ids) for micro in step] for step in steps] == [[2, 2], [2, 2]]
+            assert same(list(parallel.epoch(epoch)), steps)
+            assert same(list(parallel.epoch(epoch, start_step=1)), steps[1:])
+            ids = torch.cat([micro.image_ids for step in steps for micro in step])
+            assert sorted((ids - 100).tolist()) == sorted(epoch_order(11, 1, epoch)[:8].tolist())
+            for micro in (micro for step in steps for micro in step):
+                assert tuple(micro.images.shape[2:]) in shapes
+                assert (micro.image_sizes <= torch.tensor(micro.images.shape[2:])).all()
+
+
+def test_fast_pixels_are_finished_to_the_published_batches(data: CocoData) -> None:
+    with train_loader(data, 0) as published, train_loader(data, 2, pixels="fast") as fast:
+        assert published.shapes is None
+        steps = list(fast.epoch(0))
+        assert {micro.images.dtype for step in steps for micro in step} == {torch.uint8}
+        assert same(list(prefetch(steps, torch.device("cpu"))), list(published.epoch(0)))
+    loaders = [
+        build_eval_loader(dataset_of(data, False, pixels), batch=4, workers=0, pin_memory=False)
+        for pixels in ("published", "fast")
+    ]
+    assert same([list(loaders[0])], list(prefetch([list(loaders[1])], torch.device("cpu"))))
+
+
+def test_batches_are_described_before_they_are_loaded(data: CocoData) -> None:
+    shapes = choose_buckets(TRAIN, data.heights, data.widths, count=4, grid=8)
+    with train_loader(data, 0, shapes=shapes) as buckets, train_loader(data, 0, total=2) as random:
+        found, shares = [], []
+        for loader in (buckets, random):
+            batches = [micro for step in loader.epoch(0) for micro in step]
+            valid = sum(int(micro.image_sizes.prod(dim=1).sum()) for micro in batches)
+            shares.append(valid / sum(micro.images[:, 0].numel() for micro in batches))
+            found.append(loader.describe())
+    assert found == [
+        f"batches: 4 shapes, {shares[0]:.0%} useful pixels (random batches: {shares[1]:.0%})",
+        f"batches: random, each padded to its largest image, {shares[1]:.0%} useful pixels",
+    ]
+
+
+def test_shapes_need_a_transform_that_can_be_planned(data: CocoData) -> None:
+    with pytest.raises(TypeError, match="EvalTransform gives cannot be planned"):
+        dataset_of(data, training=False).train_transform()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -26,6 +26,9 @@ name = "tiny"
 seed = 7
 device = "cpu"
 
+[compute]
+precision = "fp32"
+
 [data]
 format = "shapes"
 class_index = "contiguous"

@@ -1,162 +1,30 @@
-"""COCO evaluation: equal to pycocotools on a JSON file, and from the model's outputs to the table."""
+"""From the model's outputs to the tables: detections, and the commands that print numbers."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 import samdetr.engine.evaluate
-from samdetr.data.datasets import CocoData, make_categories, read_coco
 from samdetr.data.loader import build_eval_loader
 from samdetr.data.splits import build_dataset, load_splits
-from samdetr.engine.evaluate import (
-    CocoDetection,
-    best_detections,
-    coco_detections,
-    coco_evaluate,
-    detect,
-    evaluate_checkpoint,
-)
+from samdetr.engine.coco import coco_evaluate
+from samdetr.engine.evaluate import best_detections, detect, evaluate_checkpoint
 from samdetr.engine.log import STAT_NAMES
 from samdetr.errors import RecipeError
 from samdetr.models import build_model
 from samdetr.models.official import to_official
 from samdetr.recipe import dump_recipe
-from samdetr.structures import Batch, Categories, Detections, Outputs, Targets
+from samdetr.structures import Batch, Categories, Outputs, Targets
 from tests.engine.runs import Command, MakeRecipe, metrics
 
 CPU = torch.device("cpu")
-
-
-def write_coco(tmp_path: Path, content: dict[str, Any]) -> CocoData:
-    (tmp_path / "photos").mkdir(exist_ok=True)
-    file = tmp_path / "val.json"
-    file.write_text(json.dumps(content))
-    return read_coco(tmp_path / "photos", file, "val")
-
-
-def random_coco(*, first_id: int = 1) -> dict[str, Any]:
-    """40 images, some empty, objects of all sizes in 3 sparse categories, some crowds; a fourth has no object."""
-    rng = np.random.default_rng(5)
-    images = [
-        {"id": int(number), "file_name": f"{number}.jpg", "width": 400, "height": 300}
-        for number in rng.permutation(40) * 3 + 2
-    ]
-    annotations: list[dict[str, Any]] = []
-    for image in images:
-        for _ in range(rng.integers(0, 9)):
-            width, height = np.exp(rng.uniform(1.5, 5.3, 2))
-            x, y = rng.uniform(0, 400 - width), rng.uniform(0, 300 - height)
-            annotations.append(
-                {
-                    "id": first_id + len(annotations),
-                    "image_id": image["id"],
-                    "category_id": int(rng.choice([3, 17, 90])),
-                    "bbox": [float(x), float(y), float(width), float(height)],
-                    "area": float(width * height * rng.uniform(0.4, 1)),
-                    "iscrowd": int(rng.random() < 0.1),
-                }
-            )
-    categories = [{"id": number, "name": f"class {number}"} for number in (90, 3, 40, 17)]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def random_detections(content: dict[str, Any]) -> list[CocoDetection]:
-    """Shifted objects, wrong classes and noise with tied scores; more than 100 in some images."""
-    rng = np.random.default_rng(6)
-    found = []
-    for annotation in content["annotations"]:
-        for _ in range(rng.integers(0, 3)):
-            shift = rng.normal(0, 0.08, 4) * annotation["bbox"][2]
-            box = tuple(float(value) for value in np.array(annotation["bbox"]) + shift * (1, 1, 0.5, 0.5))
-            category = annotation["category_id"] if rng.random() < 0.8 else 3
-            found.append(CocoDetection(annotation["image_id"], category, box, round(float(rng.random()), 1)))  # type: ignore[arg-type]
-    for image in content["images"][::7]:
-        for _ in range(150):
-            x, y, width, height = (float(value) for value in rng.uniform(1, 150, 4))
-            score = round(float(rng.random()) / 2, 1)
-            found.append(CocoDetection(image["id"], int(rng.choice([3, 17])), (x, y, width, height), score))
-    return found
-
-
-def oracle(file: Path, results: Sequence[CocoDetection], category: int | None = None) -> list[float]:
-    """The twelve numbers of pycocotools, used as its own examples do."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(file)
-        evaluation = COCOeval(
-            truth, truth.loadRes([dict(one._asdict(), bbox=list(one.bbox)) for one in results]), "bbox"
-        )
-        if category is not None:
-            evaluation.params.catIds = [category]
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return [float(value) for value in evaluation.stats]
-
-
-def perfect(content: dict[str, Any]) -> list[CocoDetection]:
-    return [
-        CocoDetection(one["image_id"], one["category_id"], tuple(one["bbox"]), 1.0)
-        for one in content["annotations"]
-        if not one["iscrowd"]
-    ]
-
-
-def test_equal_to_pycocotools(tmp_path: Path) -> None:
-    content = random_coco()
-    data, results = write_coco(tmp_path, content), random_detections(content)
-    assert any(sum(one.image_id == image["id"] for one in results) > 100 for image in content["images"])
-    evaluation = coco_evaluate(data, results)
-    assert tuple(evaluation.stats) == STAT_NAMES
-    expected = oracle(data.annotation_file, results)
-    assert list(evaluation.stats.values()) == expected
-    assert 0.05 < expected[0] < 0.9 and min(expected) > 0
-    per_class = {f"class {number}": oracle(data.annotation_file, results, number)[0] for number in (3, 17, 40, 90)}
-    assert evaluation.per_class == pytest.approx(per_class, abs=1e-12)
-    assert list(evaluation.per_class) == ["class 3", "class 17", "class 40", "class 90"]
-    assert per_class["class 40"] == -1
-
-
-def test_annotation_ids_from_zero(tmp_path: Path) -> None:
-    """pycocotools itself takes the id 0 for no match and loses that object."""
-    content = random_coco(first_id=0)
-    one = {**content["annotations"][0], "iscrowd": 0, "image_id": content["images"][0]["id"]}
-    content = {**content, "annotations": [one]}
-    data = write_coco(tmp_path, content)
-    assert coco_evaluate(data, perfect(content)).stats["AP"] == pytest.approx(1.0)
-    assert oracle(data.annotation_file, perfect(content))[0] == pytest.approx(0.0)
-
-
-def test_perfect_detections(tmp_path: Path) -> None:
-    content = random_coco()
-    evaluation = coco_evaluate(write_coco(tmp_path, content), perfect(content))
-    assert [evaluation.stats[name] for name in ("AP", "AP50", "AP75", "AR100")] == pytest.approx([1.0] * 4)
-    assert evaluation.per_class == pytest.approx({"class 3": 1, "class 17": 1, "class 90": 1, "class 40": -1})
-
-
-def test_no_detections_and_no_objects(tmp_path: Path) -> None:
-    content = random_coco()
-    small = [one for one in content["annotations"] if one["area"] < 32**2]
-    evaluation = coco_evaluate(write_coco(tmp_path, {**content, "annotations": small}), [])
-    zero, undefined = ("AP", "AP50", "APs", "AR100", "ARs"), ("APm", "APl", "ARm", "ARl")
-    assert {evaluation.stats[name] for name in zero} == {0.0}
-    assert {evaluation.stats[name] for name in undefined} == {-1.0}
-    assert evaluation.per_class["class 40"] == -1.0 and evaluation.per_class["class 3"] == 0.0
-    nothing = coco_evaluate(write_coco(tmp_path, {**content, "annotations": []}), random_detections(content))
-    assert set(nothing.stats.values()) == {-1.0}
 
 
 def test_best_detections_by_hand() -> None:
@@ -220,8 +88,8 @@ def test_a_perfect_model_has_ap_1(make_recipe: MakeRecipe, class_index: str, cla
     model = Replay([answers(batch, classes) for batch in loader]).train()
     results = detect(model, loader, splits.categories, device=CPU, top_k=20)
     assert model.training
-    assert {one.category_id for one in results} <= set(range(1, 9))
-    assert coco_evaluate(splits.val, results).stats["AP"] > 0.999
+    assert set(results.category_ids.tolist()) <= set(range(1, 9))
+    assert coco_evaluate(splits.val, results, evaluator="hotcoco").stats["AP"] > 0.999
 
 
 def test_logits_without_a_category_are_left_out(tmp_path: Path) -> None:
@@ -236,18 +104,52 @@ def test_logits_without_a_category_are_left_out(tmp_path: Path) -> None:
     )
     model = Replay([Outputs(logits, torch.full((1, 1, 1, 4), 0.5))])
     results = detect(model, [batch], categories, device=CPU, top_k=9)  # type: ignore[arg-type]
-    assert [(one.image_id, one.category_id) for one in results] == [(31, 7), (31, 2)]
-    assert results[0].bbox == pytest.approx((5, 2.5, 10, 5))
+    assert (results.image_ids.tolist(), results.category_ids.tolist()) == ([31, 31], [7, 2])
+    assert results.boxes[0] == pytest.approx((5, 2.5, 10, 5))
 
 
-def test_sparse_category_ids_round_trip(tmp_path: Path) -> None:
-    data = write_coco(tmp_path, random_coco())
-    categories = make_categories(data, "contiguous", 4)
-    found = Detections(torch.ones(1, 4), torch.tensor([[0, 1, 2, 3]]), torch.zeros(1, 4, 4))
-    results = coco_detections(found, 5, Categories.from_json(json.loads(json.dumps(categories.to_json()))).by_index())
-    assert [one.category_id for one in results] == [3, 17, 40, 90]
-    for category, name in zip(categories.ids, categories.names, strict=True):
-        assert categories.by_index()[categories.index_of(category)] == (category, name)
+def batch_of(image_ids: list[int]) -> Batch:
+    count = len(image_ids)
+    return Batch(
+        images=torch.zeros(count, 3, 8, 8),
+        image_sizes=torch.tensor([[8, 8]] * count),
+        targets=Targets(
+            torch.zeros(count, 1, dtype=torch.int64), torch.zeros(count, 1, 4), torch.zeros(count, dtype=torch.int64)
+        ),
+        image_ids=torch.tensor(image_ids),
+        original_sizes=torch.tensor([[10, 20 + number] for number in image_ids]),
+    )
+
+
+def test_batches_keep_the_order_of_the_images() -> None:
+    categories = Categories(ids=(4, 9), names=("four", "nine"), indices=(0, 1))
+    outputs = Outputs(torch.randn(1, 5, 3, 2), torch.rand(1, 5, 3, 4))
+    image_ids = [12, 3, 7, 40, 5]
+
+    def found(*sizes: int) -> list[dict[str, object]]:
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        parts = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        model = Replay([Outputs(outputs.logits[:, part], outputs.boxes[:, part]) for part in parts])
+        loader = [batch_of(image_ids[part]) for part in parts]
+        return detect(model, loader, categories, device=CPU, top_k=4).lines()  # type: ignore[arg-type]
+
+    lines = found(2, 2, 1)
+    assert lines == found(1, 1, 1, 1, 1) == found(5)
+    assert [one["image_id"] for one in lines] == [number for number in image_ids for _ in range(4)]
+    scores = [one["score"] for one in lines]
+    assert all(scores[at] >= scores[at + 1] for at in range(20) if at % 4 != 3)
+
+
+def test_nothing_is_read_back_before_the_last_batch() -> None:
+    """Reading a value back from the meta device is impossible, and is first tried after the last batch."""
+    categories = Categories(ids=(4, 9), names=("four", "nine"), indices=(0, 1))
+    shape = torch.zeros(1, 2, 3, 2, device="meta")
+    model = Replay([Outputs(shape, shape.expand(1, 2, 3, 2).repeat(1, 1, 1, 2)) for _ in range(3)])
+    batches = [batch_of([1, 2]), batch_of([3, 4]), batch_of([5, 6])]
+    seen: list[int] = []
+    with pytest.raises(NotImplementedError, match="meta"):
+        detect(model, batches, categories, device=torch.device("meta"), top_k=4, after_batch=seen.append)  # type: ignore[arg-type]
+    assert seen == [1, 2, 3] and model.outputs == []
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, path: Path, *overrides: str) -> dict[str, float]:
@@ -265,8 +167,10 @@ def test_a_run_is_evaluated_as_in_training(
     lines = metrics(trained, "eval")
     best = max(lines, key=lambda line: line["AP"])
     assert lines[0]["AP"] != lines[1]["AP"]
+    assert {line["evaluator"] for line in lines} == {"hotcoco"}
     for path in (trained, trained / "checkpoints" / "best"):
-        assert shown(monkeypatch, path) == {name: best[name] for name in STAT_NAMES}
+        for override in ((), ('eval.evaluator="pycocotools"',)):
+            assert shown(monkeypatch, path, *override) == {name: best[name] for name in STAT_NAMES}
     moved = tmp_path / "somewhere else"
     shutil.copytree(trained / "checkpoints" / "last", moved)
     assert shown(monkeypatch, moved) == {name: lines[-1][name] for name in STAT_NAMES}
@@ -281,11 +185,13 @@ def test_the_command_prints_tables(trained: Path, samdetr_command: Command) -> N
     result = samdetr_command("eval", str(trained))
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
-    assert lines[0] == str((trained / "checkpoints" / "best").resolve())
+    assert lines[0] == f"{(trained / 'checkpoints' / 'best').resolve()}  evaluated by hotcoco"
     assert lines[1].split() == list(STAT_NAMES)
     best = max(metrics(trained, "eval"), key=lambda line: line["AP"])
     assert lines[2].split() == ["-" if best[name] < 0 else f"{best[name]:.3f}" for name in STAT_NAMES]
     assert all(re.search(rf"\b{name}\b", result.out) for name in best["per_class"])
+    other = samdetr_command("eval", str(trained), "--set", 'eval.evaluator="pycocotools"')
+    assert other.out == result.out.replace("by hotcoco", "by pycocotools")
 
 
 def test_a_published_checkpoint_needs_no_training_split(

@@ -138,11 +138,12 @@ def test_broken_json(coco: Path, train_command: Command) -> None:
     assert sentence(train_command(*coco_options(coco))).startswith(f"error: {file}: broken JSON: ")
 
 
+@pytest.mark.parametrize("pixels", ["published", "fast"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_truncated_photo(coco: Path, train_command: Command, tmp_path: Path, workers: int) -> None:
+def test_a_truncated_photo(coco: Path, train_command: Command, tmp_path: Path, workers: int, pixels: str) -> None:
     photo = coco / "train" / f"{epoch_order(6, 7, 0)[-1] + 1}.jpg"  # in the last of three steps
     photo.write_bytes(photo.read_bytes()[:1500])
-    result = train_command(*coco_options(coco), "--set", f"data.workers={workers}")
+    result = train_command(*coco_options(coco), "--set", f"data.workers={workers}", "--set", f"data.pixels={pixels}")
     assert sentence(result).startswith(f"error: {photo}: the image is damaged or cut off (")
     run = tmp_path / "runs/tiny/1"  # the steps before it are not lost
     saved = load_checkpoint((run / "checkpoints/last").resolve(), with_optimizer=True)

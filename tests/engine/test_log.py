@@ -111,7 +111,7 @@ def test_eta_forgets_the_first_step_and_counts_evaluations(tmp_path: Path) -> No
     for _ in range(9):
         log.step(0, seconds=1.0, waited=0.0, images=4)
     assert log.eta() == "0:01:20"
-    log.evaluation(0, STATS, {}, seconds=15.0, best=True)
+    log.evaluation(0, STATS, {}, evaluator="hotcoco", seconds=15.0, best=True)
     assert log.eta() == "0:01:35"  # the other one is to come
 
 
@@ -141,11 +141,12 @@ def test_metrics_lines(tmp_path: Path) -> None:
     with log_of(tmp_path, console_of(terminal=False)[0]) as log:
         take_steps(log, 2)
         log.interval(0, log.done, {**MEANS, "grad_norm": float("inf")}, 1e-4)
-        log.evaluation(0, STATS, {"cat": float("nan")}, seconds=2.0, best=False)
+        log.evaluation(0, STATS, {"cat": float("nan")}, evaluator="hotcoco", seconds=2.0, best=False)
     train, evaluation = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert train["kind"] == "train" and train["step"] == 2 and train["grad_norm"] is None
     assert (train["images_per_s"], train["data_wait"]) == (32.0, pytest.approx(0.2))
     assert evaluation["AR1"] == STATS["AR1"] and evaluation["per_class"] == {"cat": None}
+    assert evaluation["evaluator"] == "hotcoco"
 
 
 def test_lines_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:

@@ -131,9 +131,9 @@ def test_choice_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_recipe_can_force_the_references(make_recipe: MakeRecipe) -> None:
-    assert make_recipe().run.kernels == "triton"
+    assert make_recipe().compute.kernels == "triton"
     try:
-        choose_device("cpu", make_recipe('run.kernels="reference"').run.kernels)
+        choose_device("cpu", make_recipe('compute.kernels="reference"').compute.kernels)
         assert reference_forced()
     finally:
         choose_device("cpu", "triton")

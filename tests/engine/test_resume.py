@@ -99,6 +99,18 @@ def test_ctrl_c_between_two_steps(
     assert_as_uninterrupted(run, trained)
 
 
+def test_ctrl_c_in_an_epoch_of_buckets(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(
+        "data.batching=buckets", "data.buckets=3", "data.bucket_grid=16", "data.pixels=fast", "train.micro_batch=2"
+    )
+    run = interrupted(monkeypatch, recipe, "train_step", 4)
+    assert "batches: 3 shapes, " in capfd.readouterr().out
+    assert train(recipe, resume="") == run
+    assert_as_uninterrupted(run, train(recipe))
+
+
 def test_lines_of_several_steps_survive_a_resume(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line that averages 5 steps is the same when the run was stopped between them, or at the end of an epoch."""
     straight = train(make_recipe("train.log_every=5"))

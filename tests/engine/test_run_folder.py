@@ -65,7 +65,7 @@ def test_environment(trained: Path, make_recipe: MakeRecipe) -> None:
     environment = json.loads((trained / "environment.json").read_text())
     assert environment["seed"] == 7
     assert environment["versions"]["torch"] == torch.__version__
-    assert {"torchvision", "numpy", "scipy", "pycocotools", "safetensors"} <= environment["versions"].keys()
+    assert {"torchvision", "numpy", "scipy", "pycocotools", "hotcoco", "safetensors"} <= environment["versions"].keys()
     assert environment["device"] and environment["python"] and environment["platform"] and environment["command"]
     meta = json.loads((trained / "checkpoints" / "last" / "meta.json").read_text())
     assert meta["environment"] == environment

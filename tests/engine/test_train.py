@@ -196,3 +196,9 @@ def test_loaders_see_every_image_once(make_recipe: MakeRecipe) -> None:
     dataset = build_dataset(splits.val, splits.categories, recipe.data, recipe.augment, seed=0, training=False)
     loader = build_eval_loader(dataset, batch=4, workers=0, pin_memory=False)
     assert [batch.image_ids.tolist() for batch in loader] == [[1, 2, 3, 4], [5, 6]]
+
+
+def test_fast_pixels_train_the_same_weights(make_recipe: MakeRecipe, trained: Path) -> None:
+    """On a CPU the 8-bit path gives the published bits."""
+    folder = train(make_recipe("data.pixels=fast", "data.workers=1"))
+    assert_same_weights(folder, trained)

@@ -1,0 +1,187 @@
+"""Everything that training works on, built from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+
+from samdetr.data.checks import raise_for_errors
+from samdetr.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from samdetr.data.splits import Splits, batch_shapes, build_dataset, load_splits
+from samdetr.engine.checkpoint import (
+    LAST,
+    Progress,
+    load_checkpoint,
+    load_model_state,
+    load_optimizer_state,
+    restore_links,
+    save_checkpoint,
+)
+from samdetr.engine.coco import Evaluator, choose_evaluator
+from samdetr.engine.compile import Compute, choose_compute
+from samdetr.engine.cuda_graph import StepGraphs
+from samdetr.engine.interrupt import StopSignal
+from samdetr.engine.log import Meter, Stopwatch, print_findings
+from samdetr.engine.optim import GuardedAdamW, build_optimizer
+from samdetr.engine.readings import Readings
+from samdetr.engine.run_folder import (
+    CHECKPOINTS,
+    environment_of,
+    find_run,
+    new_run,
+    resume_command,
+    write_environment,
+)
+from samdetr.engine.setup import choose_device, load_initial_weights
+from samdetr.errors import CheckpointError
+from samdetr.loss import SetCriterion, build_criterion
+from samdetr.models import SAMDETR, build_model
+
+if TYPE_CHECKING:
+    from samdetr.recipe import Recipe
+
+
+@dataclass
+class Training:
+    """Everything that the loop of `train` works on."""
+
+    recipe: Recipe
+    device: torch.device
+    compute: Compute
+    folder: Path
+    splits: Splits
+    model: SAMDETR
+    criterion: SetCriterion
+    optimizer: GuardedAdamW
+    train_loader: TrainLoader
+    val_loader: EvalLoader
+    evaluator: Evaluator
+    environment: Mapping[str, object]
+    progress: Progress
+    epoch_meter: Meter  # of the epoch's steps so far
+    interval_meter: Meter  # of the steps since the last line of metrics.jsonl
+    console: Console
+    stop: StopSignal
+    readings: Readings = field(default_factory=Readings)
+    graphs: StepGraphs | None = None
+
+    def save(self) -> None:
+        """Write the checkpoint ``last``."""
+        self.progress.epoch_sums = self.epoch_meter.to_json()
+        self.progress.interval_sums = self.interval_meter.to_json()
+        save_checkpoint(
+            self.folder / CHECKPOINTS,
+            model=self.model,
+            optimizer=self.optimizer,
+            progress=self.progress,
+            meta={
+                "recipe": self.recipe.model_dump_json(),
+                "categories": self.splits.categories.to_json(),
+                "data": self.splits.fingerprint(),
+                "environment": self.environment,
+            },
+        )
+
+    def leave(self) -> None:
+        """Answer a signal, once everything is saved: say how to continue, and end."""
+        self.say_how_to_continue(f"stopped after step {self.progress.step}")
+        self.stop.leave()
+
+    def say_how_to_continue(self, what: str) -> None:
+        """Print ``what`` happened, and the command that goes on from the last checkpoint, if there is one."""
+        way = f"continue with: {resume_command(self.folder)}"
+        if not (self.folder / CHECKPOINTS / LAST).exists():
+            way = "there is no checkpoint yet, start it again"
+        self.console.print(f"{what}; {way}", markup=False, highlight=False, soft_wrap=True)
+
+
+def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> Training:
+    """Everything from the recipe, in order; nothing is written before the data has passed its checks."""
+    device = choose_device(recipe.run.device, recipe.compute.kernels)
+    evaluator = choose_evaluator(recipe.eval.evaluator)
+    folder = None if resume is None else find_run(recipe, resume)
+    watch = Stopwatch()
+    with console.status("reading and checking the data"):
+        splits = load_splits(recipe.data, num_queries=recipe.model.num_queries, num_classes=recipe.model.num_classes)
+    print_findings(console, [row for report in splits.reports for row in report.rows()])
+    raise_for_errors(splits.reports)
+    console.print(
+        f"data: {len(splits.train.image_ids)} train and {len(splits.val.image_ids)} val images, "
+        f"{len(splits.categories.ids)} categories, checked in {watch.lap():.1f} s"
+    )
+    torch.manual_seed(recipe.run.seed)
+    model = build_model(recipe.model)
+    train_loader, val_loader = build_loaders(recipe, splits, device)
+    console.print(train_loader.describe(), markup=False, highlight=False, soft_wrap=True)
+    compute = choose_compute(recipe.compute, device, buckets=train_loader.shapes is not None)
+    progress, environment = Progress(), environment_of(recipe, device)
+    if folder is None:
+        note = load_initial_weights(model, recipe)
+        model.to(device)
+        optimizer = build_optimizer(model, recipe.optim)
+        folder = new_run(recipe, environment)
+    else:
+        restore_links(folder / CHECKPOINTS)
+        checkpoint = load_checkpoint((folder / CHECKPOINTS / LAST).resolve(), with_optimizer=True)
+        if checkpoint.meta["data"] != splits.fingerprint():
+            raise CheckpointError(
+                f"--resume: the training split is not the one that {folder} was trained on "
+                "(other images, boxes or categories): start a new run with init.checkpoint instead."
+            )
+        load_model_state(model, checkpoint)
+        model.to(device)
+        optimizer = build_optimizer(model, recipe.optim)
+        load_optimizer_state(model, optimizer, checkpoint)
+        progress = replace(checkpoint.progress, finished=False)
+        write_environment(folder, environment, step=progress.step)
+        note = f"continuing after step {progress.step}"
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if recipe.optim.schedule == "step" and min(recipe.optim.drop_epochs, default=0) >= recipe.train.epochs:
+        note += f"; the learning rate never drops (optim.drop_epochs begin at {recipe.optim.drop_epochs[0]})"
+    for line in (f"model: {count:,} parameters on {device}; {note}", f"run: {folder}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return Training(
+        recipe=recipe,
+        device=device,
+        compute=compute,
+        folder=folder,
+        splits=splits,
+        model=model,
+        criterion=build_criterion(recipe),
+        optimizer=optimizer,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        evaluator=evaluator,
+        environment=environment,
+        progress=progress,
+        epoch_meter=Meter.from_json(progress.epoch_sums),
+        interval_meter=Meter.from_json(progress.interval_sums),
+        console=console,
+        stop=StopSignal(),
+    )
+
+
+def build_loaders(recipe: Recipe, splits: Splits, device: torch.device) -> tuple[TrainLoader, EvalLoader]:
+    """The loaders of both splits."""
+    seed, categories = recipe.run.seed, splits.categories
+    pin_memory = device.type == "cuda"
+    train_set, val_set = (
+        build_dataset(data, categories, recipe.data, recipe.augment, seed=seed, training=training)
+        for data, training in ((splits.train, True), (splits.val, False))
+    )
+    train_loader = build_train_loader(
+        train_set,
+        total_batch=recipe.train.total_batch,
+        micro_batch=recipe.train.micro_batch,
+        workers=recipe.data.workers,
+        seed=seed,
+        pin_memory=pin_memory,
+        shapes=batch_shapes(train_set, recipe.data),
+    )
+    val_loader = build_eval_loader(val_set, batch=recipe.eval.batch, workers=recipe.data.workers, pin_memory=pin_memory)
+    return train_loader, val_loader

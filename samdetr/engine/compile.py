@@ -1,0 +1,232 @@
+"""What is compiled, which sizes are static, and why; the start-up that compiles it all and checks the result.
+
+| region | sizes | why |
+|---|---|---|
+| backbone | static: one graph for every padded (H, W) | Inductor lays convolutions out channels-last only then |
+| `embed`, encoder and decoder layer, `predict` | dynamic: one graph for all maps | no convolution; only tokens vary |
+| criterion | static: L, B, Q, K and T never change | one graph holds matching and all losses |
+
+The layers of a stack run the same graph. All regions are compiled with ``fullgraph=True``: a graph break, and so a
+wait for the device, would be an error. The loops over layers, box counting, clipping and the optimizer stay eager.
+Evaluation sees every image size there is and runs eagerly.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+from samdetr.data.batching import Shape
+from samdetr.data.prefetch import finish
+from samdetr.engine.cuda_graph import StepGraphs
+from samdetr.errors import SamdetrError
+from samdetr.structures import Batch, Targets
+
+if TYPE_CHECKING:
+    from samdetr.engine.optim import GuardedAdamW
+    from samdetr.loss import SetCriterion
+    from samdetr.models import SAMDETR
+    from samdetr.recipe import ComputeSection
+
+SPARE_GRAPHS = 16  # of one region beyond the shapes known: evaluation mode, another precision
+# bf16 keeps 8 bits; the two losses also differ by their dropout masks, a few per cent at a small batch
+MAX_LOSS_DIFFERENCE = 0.1
+
+
+class Compute(NamedTuple):
+    """A recipe's compute section, decided for a device."""
+
+    precision: torch.dtype  # bfloat16 or float32
+    compile: bool
+    cuda_graph: bool
+
+
+def choose_compute(section: ComputeSection, device: torch.device, *, buckets: bool) -> Compute:
+    """Decide what is "auto". buckets: whether batches have a known small set of padded shapes.
+
+    Raises SamdetrError for what this device, or batches of any shape, cannot have.
+    """
+    for key in ("compile", "cuda_graph"):
+        if getattr(section, key) == "on" and not buckets:
+            raise SamdetrError(
+                f'compute.{key} = "on" needs batches of few shapes, known before: set data.batching = "buckets".'
+            )
+    if section.cuda_graph == "on" and device.type != "cuda":
+        raise SamdetrError('compute.cuda_graph = "on" needs a GPU: set it to "off".')
+    return Compute(
+        precision=choose_precision(section.precision, device),
+        compile=section.compile == "on" or (section.compile == "auto" and buckets and device.type == "cuda"),
+        cuda_graph=section.cuda_graph == "on",
+    )
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of ``compute.precision``; "auto" is bfloat16 where the device multiplies it itself."""
+    if name != "auto":
+        return torch.bfloat16 if name == "bf16" else torch.float32
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        has_bf16 = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def computing_in(precision: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    """Within the context products and convolutions on the device take and give ``precision``."""
+    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
+
+
+def compile_regions(model: SAMDETR, criterion: SetCriterion, *, shapes: int) -> None:
+    """Mark the regions for compilation, which comes with their first call. shapes: padded shapes to expect."""
+    # the limit is per region; beyond it fullgraph raises
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shapes + SPARE_GRAPHS)
+    dynamic = shapes > 1
+    model.backbone.compile(fullgraph=True, dynamic=False)
+    for layer in (*model.encoder.layers, *model.decoder):
+        layer.compile(fullgraph=True, dynamic=dynamic)
+    for name in ("embed", "predict"):
+        setattr(model, name, torch.compile(getattr(model, name), fullgraph=True, dynamic=dynamic))
+    criterion.compile(fullgraph=True, dynamic=False)
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Within the context compiled regions run as they are written."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def graphs_compiled() -> int:
+    """How many graphs torch.compile has made in this process; a step after the start-up adds none."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+class ForwardBackward(Protocol):
+    """A micro-batch, the number of boxes and a precision -> the values of `train_step`, the total first."""
+
+    def __call__(self, batch: Batch, num_boxes: Tensor, *, precision: torch.dtype) -> Tensor: ...
+
+
+def prepare_step(
+    model: SAMDETR,
+    criterion: SetCriterion,
+    optimizer: GuardedAdamW,
+    forward_backward: ForwardBackward,
+    update: Callable[[Tensor], Tensor],
+    *,
+    compute: Compute,
+    on_failure: str,
+    shapes: Sequence[Shape],
+    micro_batch: int,
+    max_objects: int,
+    device: torch.device,
+    started: Callable[[str], None],
+    note: Callable[[str], None],
+) -> StepGraphs | None:
+    """Compile and record what ``compute`` asks for, check its loss, and return the graphs if there are any.
+
+    Weights, buffers, moments and random states are left as they were. ``started`` hears what begins, and may raise to
+    stop; ``note`` hears what a person should know. Raises SamdetrError when something fails and on_failure is "error".
+    """
+    graphs, begun = None, time.monotonic()
+    with unchanged(model, device):
+        try:
+            if compute.compile:
+                compile_regions(model, criterion, shapes=len(shapes))
+                for number, shape in enumerate(shapes, start=1):
+                    started(f"compiling {number}/{len(shapes)} ({shape[0]} x {shape[1]})")
+                    batch = finish(random_batch(shape, micro_batch, max_objects), device)
+                    _compile(partial(forward_backward, precision=compute.precision), batch, shape)
+                    model.zero_grad(set_to_none=True)
+                seconds = time.monotonic() - begun
+                note(f"compiled for {len(shapes)} shapes in {seconds:.0f} s; the graphs are kept in {cache_dir()}")
+            if compute.cuda_graph:
+                started("recording CUDA graphs")
+                graphs = StepGraphs(model, optimizer, partial(forward_backward, precision=compute.precision), update)
+                for shape in shapes:
+                    graphs.record(finish(random_batch(shape, micro_batch, max_objects), device))
+                graphs.record_update()
+        except SamdetrError as error:
+            if on_failure == "error":
+                raise
+            note(f"{error} Going on without it, as compute.on_failure says.")
+            graphs = None
+            torch.compiler.set_stance("force_eager")
+    if compute.compile or compute.precision != torch.float32:
+        started("checking the loss")
+        shape = min(shapes, key=math.prod, default=(256, 256))
+        batch = finish(random_batch(shape, micro_batch, max_objects), device)
+        fast, exact = check_loss(model, forward_backward, batch, compute.precision)
+        model.zero_grad(set_to_none=graphs is None)
+        note(f"start-up check: loss {fast:.4f} as it will be computed, {exact:.4f} eagerly in fp32")
+    return graphs
+
+
+def check_loss(
+    model: nn.Module, forward_backward: ForwardBackward, batch: Batch, precision: torch.dtype
+) -> tuple[float, float]:
+    """The loss of one batch as training computes it, and eagerly in float32; both add to the gradients.
+
+    Raises SamdetrError when they differ by more than MAX_LOSS_DIFFERENCE, relatively.
+    """
+    num_boxes, device = batch.targets.counts.sum(), batch.images.device
+    with unchanged(model, device):
+        fast = float(forward_backward(batch, num_boxes, precision=precision)[0])
+    with unchanged(model, device), eagerly():
+        exact = float(forward_backward(batch, num_boxes, precision=torch.float32)[0])
+    if not math.isclose(fast, exact, rel_tol=MAX_LOSS_DIFFERENCE):
+        raise SamdetrError(
+            f"the loss of the start-up check is {fast:.4g} as configured, but {exact:.4g} computed eagerly in fp32: "
+            f'more than {MAX_LOSS_DIFFERENCE:.0%} apart. Set compute.precision = "fp32" or compute.compile = "off", '
+            "and see which of them mends it."
+        )
+    return fast, exact
+
+
+@contextmanager
+def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Afterwards the model's buffers (live BatchNorm) and the random states are as before."""
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    with torch.no_grad():
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+
+def _compile(forward_backward: Callable[[Batch, Tensor], Tensor], batch: Batch, shape: Shape) -> None:
+    try:
+        forward_backward(batch, batch.targets.counts.sum())
+    except (torch.OutOfMemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise SamdetrError(
+            f"torch.compile failed at {shape[0]} x {shape[1]} pixels: {reason} "
+            'Set compute.compile = "off", or compute.on_failure = "eager" to go on without it.'
+        ) from error
+
+
+def random_batch(shape: Shape, images: int, max_objects: int) -> Batch:
+    """Noise with random boxes, as a loader gives it, the same for the same arguments; every image fills ``shape``."""
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.rand(images, max_objects, 4, generator=generator) * 0.4 + 0.3
+    counts = torch.randint(max_objects + 1, (images,), generator=generator)
+    valid = torch.arange(max_objects) < counts[:, None]
+    sizes = torch.tensor([shape] * images)
+    return Batch(
+        images=torch.randn(images, 3, *shape, generator=generator),
+        image_sizes=sizes,
+        targets=Targets(torch.zeros(valid.shape, dtype=torch.int64), boxes * valid[..., None], counts),
+        image_ids=torch.zeros(images, dtype=torch.int64),
+        original_sizes=sizes,
+    )

@@ -1,0 +1,119 @@
+"""The step's two halves as CUDA graphs: recorded once, replayed with one launch each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from samdetr.errors import SamdetrError
+from samdetr.structures import Batch
+
+if TYPE_CHECKING:
+    from samdetr.engine.optim import GuardedAdamW
+
+WARM_UP_CALLS = 2  # before recording: libraries choose algorithms and allocate their workspaces
+
+
+@dataclass
+class Recorded:
+    """A graph, the tensors that it reads and the one that it leaves."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The function's result for ``inputs``, of the recorded shapes."""
+        for recorded, given in zip(self.inputs, inputs, strict=True):
+            recorded.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.output.clone()  # the next replay of any graph may use its memory
+
+
+class StepGraphs:
+    """Forward, loss and backward for every batch shape, and clip and update: graphs that share one memory pool.
+
+    Gradients are allocated once and stay where they are: set them to zero between steps, not to None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: GuardedAdamW,
+        forward_backward: Callable[[Batch, Tensor], Tensor],
+        update: Callable[[Tensor], Tensor],
+    ) -> None:
+        """forward_backward: (micro-batch, number of boxes) -> values. update: loss -> gradient norm."""
+        self._model, self._optimizer = model, optimizer
+        self._forward_backward, self._update = forward_backward, update
+        self._pool = torch.cuda.graph_pool_handle()
+        self._passes: dict[torch.Size, Recorded] = {}
+        self._last: Recorded | None = None
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def forward_backward(self, batch: Batch, num_boxes: Tensor) -> Tensor:
+        """The recorded pass of the batch's shape; one that was not recorded runs as it is."""
+        recorded = self._passes.get(batch.images.shape)
+        if recorded is None:
+            return self._forward_backward(batch, num_boxes)
+        return recorded.replay(_tensors(batch, num_boxes))
+
+    def update(self, loss: Tensor) -> Tensor:
+        """Clip the gradients and take the optimizer's step; their norm before."""
+        return self._update(loss) if self._last is None else self._last.replay((loss,))
+
+    def record(self, batch: Batch) -> None:
+        """Record the pass for batches of this one's shapes. It must be compiled already.
+
+        Buffers that training changes (live BatchNorm) move on: the caller restores them. Raises SamdetrError.
+        """
+        num_boxes = batch.targets.counts.sum()
+
+        def run(*tensors: Tensor) -> Tensor:
+            return self._forward_backward(_like(batch, tensors), tensors[-1])
+
+        self._passes[batch.images.shape] = self._recorded(run, _tensors(batch, num_boxes))
+        self._optimizer.zero_grad(set_to_none=False)
+
+    def record_update(self) -> None:
+        """Record the update; parameters and moments stay as they are. Raises SamdetrError."""
+        self._optimizer.found_inf.fill_(1.0)  # the optimizer then changes nothing
+        self._last = self._recorded(self._update, (torch.zeros_like(self._optimizer.found_inf),))
+        self._optimizer.found_inf.zero_()
+
+    def _recorded(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Recorded:
+        inputs = tuple(tensor.clone() for tensor in inputs)
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_CALLS):
+                function(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                output = function(*inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise SamdetrError(
+                f"recording a CUDA graph failed: {str(error).splitlines()[0]} "
+                'Set compute.cuda_graph = "off", or compute.on_failure = "eager" to go on without it.'
+            ) from error
+        return Recorded(graph, inputs, output)
+
+
+def _tensors(batch: Batch, num_boxes: Tensor) -> tuple[Tensor, ...]:
+    return batch.images, batch.image_sizes, *batch.targets, num_boxes
+
+
+def _like(batch: Batch, tensors: tuple[Tensor, ...]) -> Batch:
+    images, image_sizes, labels, boxes, counts, _ = tensors
+    targets = batch.targets._replace(labels=labels, boxes=boxes, counts=counts)
+    return batch._replace(images=images, image_sizes=image_sizes, targets=targets)

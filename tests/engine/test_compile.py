@@ -1,0 +1,296 @@
+"""The compiled step: no host reads, no recompilation, the numbers of the eager one; what is said when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from samdetr.engine.compile import (
+    Compute,
+    check_loss,
+    choose_compute,
+    compile_regions,
+    graphs_compiled,
+    prepare_step,
+    random_batch,
+)
+from samdetr.engine.cuda_graph import StepGraphs
+from samdetr.engine.optim import GuardedAdamW, build_optimizer, set_learning_rate
+from samdetr.engine.train import forward_backward, train_step, update
+from samdetr.errors import SamdetrError
+from samdetr.loss import SetCriterion, build_criterion
+from samdetr.models import SAMDETR, build_model
+from samdetr.recipe import ComputeSection, Recipe
+from tests.engine.runs import MakeRecipe
+
+CPU = torch.device("cpu")
+SHAPES = [(64, 64), (96, 80)]
+PUBLISHED = ('model.padding="published"', 'model.backbone.norm="frozen"')  # the other of each is tiny's
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What one test compiled or refused is forgotten. Graphs are captured and differentiated as ever, but code is
+    generated of them only where a test asks for it: that takes a second a graph."""
+    torch.compiler.reset()
+    if request.node.get_closest_marker("inductor") is None:
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    yield
+    torch.compiler.set_stance("default")
+    torch.compiler.reset()
+
+
+class Setup:
+    """A model ready to train; `prepare` compiles it."""
+
+    def __init__(self, recipe: Recipe, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(recipe.run.seed)
+        self.recipe, self.dtype = recipe, dtype
+        self.model: SAMDETR = build_model(recipe.model).train().to(dtype)
+        self.criterion: SetCriterion = build_criterion(recipe)
+        self.optimizer: GuardedAdamW = build_optimizer(self.model, recipe.optim)
+        self.notes: list[str] = []
+        self.started: list[str] = []
+
+    def prepare(
+        self, *, compile: bool = True, precision: torch.dtype = torch.float32, on_failure: str = "error"
+    ) -> StepGraphs | None:
+        return prepare_step(
+            self.model,
+            self.criterion,
+            self.optimizer,
+            partial(forward_backward, self.model, self.criterion),
+            partial(update, self.optimizer, 1.0),
+            compute=Compute(precision, compile, cuda_graph=False),
+            on_failure=on_failure,
+            shapes=SHAPES,
+            micro_batch=2,
+            max_objects=5,
+            device=CPU,
+            started=self.started.append,
+            note=self.notes.append,
+        )
+
+    def steps(
+        self,
+        count: int,
+        *,
+        precision: torch.dtype = torch.float32,
+        shapes: int = len(SHAPES),
+        lr: float | None = None,
+    ) -> list[float]:
+        """The losses of steps that go through the first shapes in turn. lr: None is the recipe's."""
+        set_learning_rate(self.optimizer, 1.0 if lr is None else lr)
+        losses = []
+        for step in range(count):
+            torch.manual_seed(step)
+            batch = random_batch(SHAPES[step % shapes], 2, 5)
+            targets = batch.targets._replace(boxes=batch.targets.boxes.to(self.dtype))
+            batch = batch._replace(images=batch.images.to(self.dtype), targets=targets)
+            result = train_step(
+                self.model, self.criterion, self.optimizer, [batch], device=CPU, clip_norm=1.0, precision=precision
+            )
+            losses.append(result.values[0].item())
+        return losses
+
+
+def test_the_start_up_leaves_no_trace(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe()
+    compiled, eager = Setup(recipe), Setup(recipe)
+    before = torch.get_rng_state()
+    compiled.prepare()
+    assert torch.equal(torch.get_rng_state(), before)
+    for (name, value), other in zip(
+        compiled.model.state_dict().items(), eager.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), name
+    assert not compiled.optimizer.state
+    assert all(parameter.grad is None for parameter in compiled.model.parameters())
+    assert [sentence[:13] for sentence in compiled.started] == [*("compiling 1/2", "compiling 2/2", "checking the ")]
+
+
+@pytest.mark.parametrize(  # rates at which differences of rounding do not grow
+    ("options", "dtype", "lr", "difference", "decrease"),
+    [((), torch.float32, 1e-5, 2e-6, 0.95), (PUBLISHED, torch.float64, 1e-3, 1e-9, 0.5)],
+)
+def test_a_hundred_compiled_steps_are_the_eager_ones(
+    make_recipe: MakeRecipe,
+    options: tuple[str, ...],
+    dtype: torch.dtype,
+    lr: float,
+    difference: float,
+    decrease: float,
+) -> None:
+    recipe = make_recipe("model.dropout=0.0", f"optim.lr={lr}", f"optim.backbone_lr={lr}", *options)
+    compiled, eager = Setup(recipe, dtype), Setup(recipe, dtype)
+    compile_regions(compiled.model, compiled.criterion, shapes=len(SHAPES))
+    compiled.steps(2 * len(SHAPES), lr=0.0)
+    graphs = graphs_compiled()
+    assert graphs >= 2 + 5  # a backbone for every shape, and the other regions
+    torch.compiler.set_stance("fail_on_recompile")
+    losses = compiled.steps(100)
+    assert graphs_compiled() == graphs
+    torch.compiler.set_stance("force_eager")
+    eager.steps(2 * len(SHAPES), lr=0.0)
+    expected = eager.steps(100)
+    assert max(abs(a - b) / b for a, b in zip(losses, expected, strict=True)) < difference
+    assert expected[99] < decrease * expected[0]
+
+
+@pytest.mark.inductor
+def test_generated_code_gives_the_eager_losses(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("model.dropout=0.0", "optim.lr=1e-5", "optim.backbone_lr=1e-5", *PUBLISHED)
+    compiled, eager = Setup(recipe), Setup(recipe)
+    compile_regions(compiled.model, compiled.criterion, shapes=1)
+    losses = compiled.steps(20, shapes=1)
+    torch.compiler.set_stance("force_eager")
+    assert losses == pytest.approx(eager.steps(20, shapes=1), rel=2e-6)
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+def test_generated_code_for_all_shapes(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("model.dropout=0.0", "optim.lr=1e-5", "optim.backbone_lr=1e-5")
+    compiled, eager = Setup(recipe), Setup(recipe)
+    compiled.prepare()
+    torch.compiler.set_stance("fail_on_recompile")
+    losses = compiled.steps(100)
+    torch.compiler.set_stance("force_eager")
+    assert losses == pytest.approx(eager.steps(100), rel=2e-6)
+
+
+def test_bf16_follows_fp32(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("model.dropout=0.0")
+    losses, expected = Setup(recipe).steps(100, precision=torch.bfloat16), Setup(recipe).steps(100)
+    assert losses[0] == pytest.approx(expected[0], rel=3e-3)
+    last = [sum(values[-10:]) / 10 for values in (losses, expected)]
+    assert last[0] == pytest.approx(last[1], rel=0.1)
+    model = Setup(recipe).model
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(torch.randn(1, 3, 64, 64), torch.tensor([[64, 64]]))
+    assert outputs.logits.dtype == outputs.boxes.dtype == torch.float32
+
+
+def test_compiled_bf16_is_checked_against_eager_fp32(make_recipe: MakeRecipe) -> None:
+    setup = Setup(make_recipe())
+    setup.prepare(precision=torch.bfloat16)
+    assert "start-up check: loss " in setup.notes[-1]
+    assert all(parameter.grad is None for parameter in setup.model.parameters())
+
+
+def test_a_wrong_loss_is_refused(make_recipe: MakeRecipe) -> None:
+    setup = Setup(make_recipe())
+
+    def wrong(batch: object, num_boxes: Tensor, *, precision: torch.dtype) -> Tensor:
+        return torch.full((5,), 1.0 if precision == torch.float32 else 1.2)
+
+    with pytest.raises(SamdetrError, match=r"start-up check is 1.2 .* but 1 .*more than 10%.*compute.precision"):
+        check_loss(setup.model, wrong, random_batch((64, 64), 1, 3), torch.bfloat16)
+
+
+def _breaks(model: SAMDETR) -> None:
+    forward: Callable[..., Tensor] = model.decoder[0].forward
+
+    def broken(*arguments: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return forward(*arguments)
+
+    model.decoder[0].forward = broken
+
+
+def test_a_failing_compilation_stops_with_the_reason(make_recipe: MakeRecipe) -> None:
+    setup = Setup(make_recipe())
+    _breaks(setup.model)
+    with pytest.raises(SamdetrError, match=r"torch.compile failed at 64 x 64 pixels: .*\n?.*compute.on_failure"):
+        setup.prepare()
+
+
+def test_a_failing_compilation_falls_back_aloud(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("model.dropout=0.0")
+    setup, eager = Setup(recipe), Setup(recipe)
+    _breaks(setup.model)
+    setup.prepare(on_failure="eager")
+    assert "torch.compile failed" in setup.notes[0]
+    assert "Going on without it" in setup.notes[0]
+    assert setup.steps(3) == eager.steps(3)
+
+
+@pytest.mark.parametrize("options", [(), PUBLISHED])
+def test_nothing_of_the_step_is_read_back(
+    make_recipe: MakeRecipe, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device every read of a number raises; the optimizer's own kernel is torch's."""
+    meta = torch.device("meta")
+    setup = Setup(make_recipe(*options))
+    setup.model.to(meta)
+    optimizer = build_optimizer(setup.model, setup.recipe.optim)
+    monkeypatch.setattr(optimizer, "step", lambda: None)
+    batch = [random_batch(shape, 2, 5) for shape in SHAPES]
+    values = train_step(setup.model, setup.criterion, optimizer, batch, device=meta, clip_norm=1.0).values
+    assert values.device == meta
+    assert all(parameter.grad is not None for parameter in setup.model.parameters() if parameter.requires_grad)
+    with pytest.raises(RuntimeError, match="meta"):
+        values[0].item()
+
+
+def test_choices() -> None:
+    gpu = torch.device("cuda")
+
+    def choose(device: torch.device, *, buckets: bool = True, **keys: str) -> Compute:
+        return choose_compute(ComputeSection(**{"precision": "bf16", **keys}), device, buckets=buckets)  # type: ignore[arg-type]
+
+    assert choose(CPU) == Compute(torch.bfloat16, compile=False, cuda_graph=False)
+    assert choose(CPU, compile="on", precision="fp32") == Compute(torch.float32, compile=True, cuda_graph=False)
+    assert choose(gpu) == Compute(torch.bfloat16, compile=True, cuda_graph=False)
+    assert not choose(gpu, compile="off").compile
+    assert not choose(gpu, buckets=False).compile
+    assert choose(gpu, cuda_graph="on").cuda_graph
+    with pytest.raises(SamdetrError, match=r'compute.compile = "on" needs .* data.batching = "buckets"'):
+        choose(CPU, compile="on", buckets=False)
+    with pytest.raises(SamdetrError, match=r'compute.cuda_graph = "on" needs a GPU'):
+        choose(CPU, cuda_graph="on")
+
+
+@pytest.mark.gpu
+def test_graphs_give_the_eager_losses(make_recipe: MakeRecipe) -> None:
+    recipe, gpu = make_recipe("model.dropout=0.0", *PUBLISHED), torch.device("cuda")
+    losses = []
+    for recorded in (True, False):
+        setup = Setup(recipe)
+        setup.model.to(gpu)
+        optimizer = build_optimizer(setup.model, recipe.optim)
+        graphs = None
+        if recorded:
+            graphs = StepGraphs(
+                setup.model,
+                optimizer,
+                partial(forward_backward, setup.model, setup.criterion, precision=torch.float32),
+                partial(update, optimizer, 1.0),
+            )
+            for shape in SHAPES:
+                graphs.record(random_batch(shape, 2, 5).to(gpu))
+            graphs.record_update()
+        batch = [random_batch(shape, 2, 5) for shape in SHAPES]
+        run = partial(train_step, setup.model, setup.criterion, optimizer, device=gpu, clip_norm=1.0, graphs=graphs)
+        losses.append([run([batch[step % len(SHAPES)]]).values.tolist() for step in range(9)])
+    assert losses[0] == [pytest.approx(values, rel=1e-4) for values in losses[1]]
+
+
+@pytest.mark.gpu
+def test_nothing_of_the_step_waits_for_the_gpu(make_recipe: MakeRecipe) -> None:
+    gpu = torch.device("cuda")
+    setup = Setup(make_recipe(*PUBLISHED))
+    setup.model.to(gpu)
+    optimizer = build_optimizer(setup.model, setup.recipe.optim)
+    batch = [random_batch(SHAPES[0], 2, 5).to(gpu)]
+    run = partial(train_step, setup.model, setup.criterion, optimizer, batch, device=gpu, clip_norm=1.0)
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(precision=torch.bfloat16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
