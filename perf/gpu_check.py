@@ -1,4 +1,4 @@
-"""Everything a GPU can tell, in one command that ends inside nine minutes: GPU tests and the benches, part by part.
+"""Everything a GPU can tell, in one command inside nine minutes: GPU tests, training steps, a profile, the benches.
 
 Each part runs in a process group of its own, which is killed at its time limit or at the deadline of the whole; its
 output goes to a log, and README.md and results.json of the record are rewritten whenever a part ends, so that a part
@@ -63,9 +63,9 @@ PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5")
 PARTS = (
     Part("gpu tests", (*PYTEST, "-m", "gpu", "tests/kernels"), 60, gpu_only=True),
     _train_step("r50_12ep", 4, 60),
-    _train_step("r50_dc5_12ep", 4, 70),
-    _train_step("r50_12ep", 16, 35, "--no-baseline"),
-    _train_step("r50_dc5_12ep", 16, 40, "--no-baseline"),
+    _train_step("r50_dc5_12ep", 4, 70, "--group", "2"),
+    _train_step("r50_12ep", 16, 35, "--no-baseline", "--group", "1"),
+    _train_step("r50_dc5_12ep", 16, 40, "--no-baseline", "--group", "1"),
     Part(
         "profile r50_12ep",
         ("perf/profile_step.py", "recipes/r50_12ep.toml", *MEAN_SIZE, "--batch", "4", "--out", "{out}/profile"),

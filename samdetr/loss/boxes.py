@@ -18,11 +18,14 @@ def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
     [..., 4] and [..., 4], broadcast against each other -> [...]. Boxes of positive area are expected; two boxes
     that are the same point give NaN.
     """
-    area_first = (first[..., 2:] - first[..., :2]).prod(-1)
-    area_second = (second[..., 2:] - second[..., :2]).prod(-1)
+    area_first, area_second = (_area(boxes[..., 2:] - boxes[..., :2]) for boxes in (first, second))
     overlap = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
-    intersection = overlap.clamp(min=0).prod(-1)
+    intersection = _area(overlap.clamp(min=0))
     union = area_first + area_second - intersection
     hull = torch.maximum(first[..., 2:], second[..., 2:]) - torch.minimum(first[..., :2], second[..., :2])
-    hull_area = hull.clamp(min=0).prod(-1)
+    hull_area = _area(hull.clamp(min=0))
     return intersection / union - (hull_area - union) / hull_area
+
+
+def _area(sides: Tensor) -> Tensor:
+    return sides[..., 0] * sides[..., 1]  # the backward of prod counts zeros, and waits for their number
