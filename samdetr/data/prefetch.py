@@ -21,7 +21,7 @@ def finish(batch: Batch, device: torch.device) -> Batch:
     """The batch on ``device`` with float32 images, normalised and zero-padded.
 
     uint8 images cross to the device as they are, a quarter of the bytes, and are normalised there by the operations of
-    `transforms.normalise`. On a GPU they stay channels-last; a CPU is faster, and computes the published bits, without.
+    `transforms.normalise`. On a GPU they are channels-last; a CPU is faster, and computes the published bits, without.
     Whole photos (data.resize = "device") are augmented first.
     """
     moved = batch.to(device)
@@ -33,6 +33,7 @@ def finish(batch: Batch, device: torch.device) -> Batch:
         images = moved.images.to(torch.float32, memory_format=layout)
     else:
         images = resample(moved.images, moved.resample, torch.float32 if cpu else torch.float16)
+        images = images if cpu else images.contiguous(memory_format=torch.channels_last)
     mean, std = _mean_std(device)
     rows, columns = (torch.arange(side, device=device) for side in images.shape[-2:])
     heights, widths = moved.image_sizes[:, :, None].unbind(dim=1)
