@@ -109,7 +109,18 @@ class DataSection(Section):
         description="published: PIL decodes, the loader normalises; fast: libjpeg-turbo decodes, 8-bit pixels travel "
         "and are normalised on the device",
     )
+    resize: Literal["worker", "device"] = Field(
+        "worker",
+        description="who augments training pixels: the loader processes (published), or the device, from whole photos",
+    )
     shapes: ShapesSection = ShapesSection()
+
+    @field_validator("resize")
+    @classmethod
+    def _has_bytes(cls, value: str, info: ValidationInfo) -> str:
+        if value == "device" and info.data.get("pixels") == "published":
+            raise ValueError('"device" needs data.pixels = "fast"')
+        return value
 
 
 class AugmentSection(Section):

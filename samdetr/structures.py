@@ -22,22 +22,33 @@ class Targets(NamedTuple):
     counts: Tensor  # [B] int64, number of valid rows
 
 
+class Resample(NamedTuple):
+    """What is still to be done to a batch's photos: `samdetr.data.resample` makes and reads it."""
+
+    geometry: Tensor  # [B, 11] int64
+    shape: tuple[int, int]  # padded (height, width) of the result
+    region: tuple[int, int]  # most rows and columns that are left of an image by its crop
+
+
 class Batch(NamedTuple):
     """What the model sees of a few images in one forward pass."""
 
     images: Tensor  # [B, 3, H, W] float32, normalised, zero-padded at the bottom and right; or, from a loader with
-    # data.pixels = "fast", the uint8 pixels (strides channels-last), which `samdetr.data.prefetch.finish` normalises
+    # data.pixels = "fast", uint8 pixels (strides channels-last) that `samdetr.data.prefetch.finish` makes into these
     image_sizes: Tensor  # [B, 2] int64, (height, width) of the valid pixels
     targets: Targets
     image_ids: Tensor  # [B] int64, the ids of the annotation file
     original_sizes: Tensor  # [B, 2] int64, (height, width) of the decoded photo, before augmentation
+    resample: Resample | None = None  # if set, ``images`` are whole photos, zero-padded, that `finish` augments first
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with the tensors that the model and the loss read on ``device``."""
+        todo = self.resample
         return self._replace(
             images=self.images.to(device, non_blocking=True),
             image_sizes=self.image_sizes.to(device, non_blocking=True),
             targets=Targets(*(part.to(device, non_blocking=True) for part in self.targets)),
+            resample=None if todo is None else todo._replace(geometry=todo.geometry.to(device, non_blocking=True)),
         )
 
 

@@ -102,6 +102,8 @@ optim.lr = 0                      | optim.lr: must be > 0 (got 0)
 optim.drop_epochs = [9, 3]        | optim.drop_epochs: must ascend (got [9, 3])
 optim.drop_epochs = [3, 3]        | optim.drop_epochs: must ascend (got [3, 3])
 data.workers = 1979-05-27         | data.workers: expected a whole number, got the date or time 1979-05-27
+data.resize = "device"            | data.resize: "device" needs data.pixels = "fast"
+data.buckets = 1                  | data.buckets: must be >= 2 (got 1)
 data.format = "voc"               | data.format: expected "coco" or "shapes", got the string "voc"
 run = 3                           | run: expected a section, got the whole number 3
 run.name = 3                      | run.name: expected a string, got the whole number 3 (put it in quotes)

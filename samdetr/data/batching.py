@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from samdetr.data.resample import collect
 from samdetr.errors import DataError
 from samdetr.structures import Batch, Targets
 
@@ -33,17 +34,22 @@ class Sample(NamedTuple):
     labels: Tensor  # [n] int64, index of the class logit
     image_id: int
     original_size: tuple[int, int]  # (height, width) of the decoded photo
+    geometry: tuple[int, ...] | None = None  # if set, ``image`` is the photo itself: see `samdetr.data.resample`
 
 
 def collate(samples: Sequence[Sample], max_objects: int, shape: Shape | None = None) -> Batch:
     """Pad images with zeros at the bottom and right, and targets to T = ``max_objects``.
 
     Images become ``shape``, or as large as the largest of their sides. float32 images stay so; uint8 images are
-    padded as uint8 with channels-last strides. No sample may have more than ``max_objects`` boxes or be larger than
-    ``shape``.
+    padded as uint8 with channels-last strides. Photos that the device will augment are padded to their own largest
+    sides. No sample may have more than ``max_objects`` boxes or be larger than ``shape``.
     """
-    height = max(sample.image.shape[1] for sample in samples)
-    width = max(sample.image.shape[2] for sample in samples)
+    geometries = [sample.geometry for sample in samples if sample.geometry]
+    if geometries:
+        sizes = [(geometry[5], geometry[10]) for geometry in geometries]
+    else:
+        sizes = [(sample.image.shape[1], sample.image.shape[2]) for sample in samples]
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
     if shape is not None:
         if height > shape[0] or width > shape[1]:
             raise ValueError(
@@ -51,6 +57,9 @@ def collate(samples: Sequence[Sample], max_objects: int, shape: Shape | None = N
                 'random numbers than samdetr.data.planning repeats; set data.batching = "random"'
             )
         height, width = shape
+    todo = collect(geometries, (height, width)) if geometries else None
+    if todo is not None:
+        height, width = (max(sample.image.shape[axis] for sample in samples) for axis in (1, 2))
     if samples[0].image.dtype == torch.uint8:
         images = _zeros(len(samples) * height * width * 3).view(len(samples), height, width, 3).permute(0, 3, 1, 2)
     else:
@@ -64,10 +73,11 @@ def collate(samples: Sequence[Sample], max_objects: int, shape: Shape | None = N
     counts = torch.tensor([len(sample.labels) for sample in samples], dtype=torch.int64)
     return Batch(
         images=images,
-        image_sizes=torch.tensor([sample.image.shape[1:] for sample in samples], dtype=torch.int64),
+        image_sizes=torch.tensor(sizes, dtype=torch.int64),
         targets=Targets(labels=labels, boxes=boxes, counts=counts),
         image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
         original_sizes=torch.tensor([sample.original_size for sample in samples], dtype=torch.int64),
+        resample=todo,
     )
 
 

@@ -82,8 +82,7 @@ def _fewest_pixels(areas: NDArray[np.float64], weights: Ints, fixed: list[int], 
 def _sampled_sizes(transform: TrainTransform, heights: Ints, widths: Ints) -> Ints:
     """About ``_SAMPLE`` augmented (height, width), spread evenly over the images."""
     rows = np.unique(np.linspace(0, len(heights) - 1, min(len(heights), _SAMPLE)).astype(np.int64))
-    epochs = -(-_SAMPLE // len(rows)) if len(rows) < _SAMPLE else 1
-    epochs = min(epochs, 50)
+    epochs = min(-(-_SAMPLE // len(rows)), 50)
     return np.concatenate(
         [epoch_sizes(transform, heights, widths, seed=0, epoch=epoch, rows=rows) for epoch in range(epochs)]
     )

@@ -12,11 +12,13 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from samdetr.data.batching import Key, Sample, sample_seed
 from samdetr.data.decode import Pixels, decode_image
 from samdetr.data.planning import epoch_sizes
+from samdetr.data.resample import geometry_of
 from samdetr.data.transforms import TrainTransform, Transform
 from samdetr.errors import DataError
 from samdetr.structures import Categories
@@ -186,6 +188,7 @@ class DetectionDataset(Dataset[Sample]):
         max_pixels: int,
         training: bool,
         pixels: Pixels = "published",
+        resize: Literal["worker", "device"] = "worker",
     ) -> None:
         large = np.flatnonzero(data.widths.astype(np.float64) * data.heights > max_pixels)
         if len(large):
@@ -196,6 +199,7 @@ class DetectionDataset(Dataset[Sample]):
             )
         self.transform, self.seed, self.training = transform, seed, training
         self.max_pixels, self.pixels = max_pixels, pixels
+        self._deferred = self.train_transform() if resize == "device" else None
         self.image_root, self.file_names = data.image_root, data.file_names
         self.image_ids, self.widths, self.heights = data.image_ids, data.widths, data.heights
         self._boxes, self._labels, self._starts = _objects_by_image(data, categories)
@@ -230,10 +234,20 @@ class DetectionDataset(Dataset[Sample]):
             with torch.random.fork_rng(devices=[]):
                 # torch.manual_seed would also reseed the accelerator's generator, which dropout uses.
                 torch.default_generator.manual_seed(sample_seed(self.seed, epoch, row))
+                if self._deferred is not None:
+                    return self._photo(self._deferred, image, boxes, labels, row)
                 image, boxes, labels = self.transform(image, boxes, labels)
         else:
             image, boxes, labels = self.transform(image, boxes, labels)
         return Sample(image, boxes, labels, int(self.image_ids[row]), (height, width))
+
+    def _photo(self, transform: TrainTransform, image: Tensor, boxes: Tensor, labels: Tensor, row: int) -> Sample:
+        """The photo as it is, with the boxes that it will have; a meta tensor stands for its pixels."""
+        height, width = image.shape[-2:]
+        plan = transform.plan(height, width)
+        _, boxes, labels = transform.apply(plan, image.to("meta"), boxes, labels)
+        number = int(self.image_ids[row])
+        return Sample(image, boxes, labels, number, (height, width), geometry_of(plan, height, width))
 
 
 def _objects_by_image(data: CocoData, categories: Categories) -> tuple[Floats, Ints, Ints]:

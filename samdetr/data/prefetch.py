@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from samdetr.data.resample import resample
 from samdetr.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from samdetr.errors import DataError
 from samdetr.structures import Batch
@@ -21,18 +22,23 @@ def finish(batch: Batch, device: torch.device) -> Batch:
 
     uint8 images cross to the device as they are, a quarter of the bytes, and are normalised there by the operations of
     `transforms.normalise`. On a GPU images are channels-last; a CPU is faster, and computes the published bits,
-    without.
+    without. Whole photos (data.resize = "device") are augmented first.
     """
     moved = batch.to(device)
     layout = torch.contiguous_format if device.type == "cpu" else torch.channels_last
     if moved.images.dtype != torch.uint8:
         return moved._replace(images=moved.images.contiguous(memory_format=layout))
+    if moved.resample is None:
+        images = moved.images
+    else:
+        images = resample(moved.images, moved.resample, torch.float32 if device.type == "cpu" else torch.float16)
+    images = images.to(torch.float32, memory_format=layout)
     mean, std = _mean_std(device)
-    rows, columns = (torch.arange(side, device=device) for side in moved.images.shape[-2:])
+    rows, columns = (torch.arange(side, device=device) for side in images.shape[-2:])
     heights, widths = moved.image_sizes[:, :, None].unbind(dim=1)
     padded = (rows >= heights)[:, None, :, None] | (columns >= widths)[:, None, None]
-    images = moved.images.to(torch.float32, memory_format=layout)
-    return moved._replace(images=images.mul_(1 / 255).sub_(mean).div_(std).masked_fill_(padded, 0.0))
+    images = images.mul_(1 / 255).sub_(mean).div_(std).masked_fill_(padded, 0.0)
+    return moved._replace(images=images, resample=None)
 
 
 @cache

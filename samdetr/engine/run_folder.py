@@ -27,7 +27,7 @@ CHECKPOINTS = "checkpoints"
 FREE_KEYS = (
     *("run.folder", "run.device", "train.epochs", "train.micro_batch", "train.log_every", "eval."),
     *("data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations"),
-    *("data.shapes.folder", "data.max_pixels", "data.workers"),
+    *("data.shapes.folder", "data.max_pixels", "data.workers", "compute.on_failure"),
 )
 _PACKAGES = (
     "samdetr",
@@ -39,6 +39,7 @@ _PACKAGES = (
     "pycocotools",
     "hotcoco",
     "pillow",
+    "simplejpeg",
     "safetensors",
 )
 
@@ -78,7 +79,10 @@ def find_run(recipe: Recipe, resume: str) -> Path:
     if not (folder / CHECKPOINTS / LAST / META_FILE).is_file():
         raise CheckpointError(f"--resume: the run {folder} has no checkpoint yet; start it again without --resume.")
     before, now = (_flat(with_absolute_paths(one)) for one in (load_recipe(folder / RECIPE_FILE), recipe))
-    free = tuple(key for key in FREE_KEYS if key != "train.epochs" or recipe.optim.schedule == "step")
+    fixed = {"train.epochs"} if recipe.optim.schedule == "cosine" else set()
+    if recipe.data.batching == "buckets":
+        fixed.add("train.micro_batch")  # which images share one decides the epoch's steps
+    free = tuple(key for key in FREE_KEYS if key not in fixed)
     changed = [key for key in before if before[key] != now[key] and not key.startswith(free)]
     if changed:
         lines = [f"--resume: {key} is {now[key]!r}, but {folder} was trained with {before[key]!r}" for key in changed]

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -39,11 +40,18 @@ def data(make_coco) -> CocoData:
     return make_coco(IMAGES, BOXES)
 
 
-def dataset_of(data: CocoData, training: bool = True, pixels: Pixels = "published") -> DetectionDataset:
+def dataset_of(
+    data: CocoData,
+    training: bool = True,
+    pixels: Pixels = "published",
+    resize: Literal["worker", "device"] = "worker",
+) -> DetectionDataset:
     raw = pixels == "fast"
     transform = dataclasses.replace(TRAIN, raw=raw) if training else EvalTransform(size=20, max_size=40, raw=raw)
     categories = make_categories(data, "category_id", 3)
-    return DetectionDataset(data, categories, transform, seed=3, max_pixels=10_000, training=training, pixels=pixels)
+    return DetectionDataset(
+        data, categories, transform, seed=3, max_pixels=10_000, training=training, pixels=pixels, resize=resize
+    )
 
 
 @contextmanager
@@ -54,9 +62,10 @@ def train_loader(
     micro: int = 2,
     shapes: Sequence[Shape] | None = None,
     pixels: Pixels = "published",
+    resize: Literal["worker", "device"] = "worker",
 ) -> Iterator[TrainLoader]:
     loader = build_train_loader(
-        dataset_of(data, pixels=pixels),
+        dataset_of(data, pixels=pixels, resize=resize),
         total_batch=total,
         micro_batch=micro,
         workers=workers,
@@ -153,6 +162,22 @@ def test_fast_pixels_are_finished_to_the_published_batches(data: CocoData) -> No
         for pixels in ("published", "fast")
     ]
     assert same([list(loaders[0])], list(prefetch([list(loaders[1])], torch.device("cpu"))))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_photos_for_the_device_bring_the_published_boxes(data: CocoData, workers: int) -> None:
+    shapes = choose_buckets(TRAIN, data.heights, data.widths, count=4, grid=8)
+    cpu = torch.device("cpu")
+    with (
+        train_loader(data, 0, shapes=shapes) as published,
+        train_loader(data, workers, shapes=shapes, pixels="fast", resize="device") as device,
+    ):
+        for want, photos in zip(published.epoch(1), device.epoch(1), strict=True):
+            assert all(micro.images.dtype == torch.uint8 and micro.resample is not None for micro in photos)
+            for one, other in zip(want, next(prefetch([photos], cpu)), strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(tensors(one)[1:], tensors(other)[1:], strict=True))
+                assert one.images.shape == other.images.shape
+                assert (one.images - other.images).abs().max() < 2.01 / 255 / 0.224
 
 
 def test_batches_are_described_before_they_are_loaded(data: CocoData) -> None:

@@ -263,6 +263,18 @@ def test_a_cosine_schedule_fixes_the_epochs(make_recipe: MakeRecipe, trained: Pa
         find_run(make_recipe(cosine, "train.epochs=9"), str(run))
 
 
+def test_buckets_fix_the_micro_batch(make_recipe: MakeRecipe, trained: Path, tmp_path: Path) -> None:
+    """Another one would make other steps of the epoch under way; of random batches it does not."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, symlinks=True)
+    assert find_run(make_recipe("train.micro_batch=2"), str(run)) == run
+    buckets = 'data.batching="buckets"'
+    (run / "recipe.toml").write_text(dump_recipe(make_recipe(buckets)))
+    assert find_run(make_recipe(buckets, "eval.every=2"), str(run)) == run
+    with pytest.raises(RecipeError, match=r"train\.micro_batch is 2, but .* was trained with 4"):
+        find_run(make_recipe(buckets, "train.micro_batch=2"), str(run))
+
+
 def test_the_command_names_a_changed_key(train_command: Command, trained: Path) -> None:
     result = train_command("--resume", str(trained), "--set", "optim.lr=0.5")
     message = sentence(result, 2)
