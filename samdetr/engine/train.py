@@ -27,10 +27,7 @@ from samdetr.engine.optim import GuardedAdamW, lr_factor, set_learning_rate
 from samdetr.engine.pictures import draw_validation
 from samdetr.engine.profile import StepProfiler
 from samdetr.engine.readings import Step
-from samdetr.engine.run_folder import (
-    CHECKPOINTS,
-    METRICS_FILE,
-)
+from samdetr.engine.run_folder import CHECKPOINTS, METRICS_FILE, resume_command
 from samdetr.errors import DataError, NonFiniteError, SamdetrError
 from samdetr.loss import SetCriterion
 from samdetr.recipe import with_absolute_paths
@@ -143,8 +140,9 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
         raise
     except torch.OutOfMemoryError as error:
         raise SamdetrError(
-            f"{training.device} is out of memory: lower train.micro_batch (in an evaluation eval.batch), or "
-            f"augment.max_size, then continue with --resume {training.folder} if a checkpoint was written."
+            f"{training.device} is out of memory: in an evaluation lower eval.batch and continue with "
+            f"{resume_command(training.folder)}; in training lower train.micro_batch or augment.max_size in a new run, "
+            "which may start from a checkpoint of this one (init.checkpoint)."
         ) from error
     finally:
         training.train_loader.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import samdetr.engine.build
 import samdetr.engine.checkpoint
 import samdetr.engine.train
 from samdetr.cli.main import main_train
@@ -163,7 +164,7 @@ def test_ctrl_c_at_the_end_of_an_evaluation_takes_no_further_step(
 
 def test_ctrl_c_before_the_first_step(train_command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Such as during the generation of the data, or a download: there is nothing to save."""
-    signal_at(monkeypatch, samdetr.engine.train, "build_model", 1, signal.SIGINT)
+    signal_at(monkeypatch, samdetr.engine.build, "build_model", 1, signal.SIGINT)
     result = train_command()
     assert (result.code, result.err) == (130, "")
     assert not (tmp_path / "runs").exists()
@@ -354,7 +355,7 @@ def test_a_second_ctrl_c_while_saving_tells_what_is_left(
     """The first in the second step of an epoch, the second when its checkpoint is about to be written."""
     capfd.readouterr()
     with monkeypatch.context() as patch:
-        signal_at(patch, samdetr.engine.train, "save_checkpoint", saves + 1, signal.SIGINT)
+        signal_at(patch, samdetr.engine.build, "save_checkpoint", saves + 1, signal.SIGINT)
         run = interrupted(monkeypatch, make_recipe(), "train_step", 2 + 6 * saves)
     out, err = capfd.readouterr()
     way = f"continue with: samdetr-train --resume {run}" if saves else "there is no checkpoint yet, start it again"
