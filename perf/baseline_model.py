@@ -79,7 +79,11 @@ class BaselineSAMDETR(nn.Module):
         position = sine_map(padding, x.shape[1]).to(x.dtype)
         position, sequence = (part.flatten(2).permute(2, 0, 1) for part in (position, x))
         memory = self.transformer["encoder"](sequence, position, padding.flatten(1))
-        start = self.query_embed.weight[:, None].repeat(1, len(images), 1)
+        return self.decode(memory, position, padding)
+
+    def decode(self, memory: Tensor, position: Tensor, padding: Tensor) -> Outputs:
+        """memory, position [h * w, B, width]; padding [B, h, w] bool."""
+        start = self.query_embed.weight[:, None].repeat(1, len(padding), 1)
         states, references = self.transformer["decoder"](memory, position, padding, start)
         logits, boxes = [], []
         for level, (state, reference) in enumerate(zip(states, references, strict=True)):

@@ -187,8 +187,11 @@ class SAMDETR(nn.Module):
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:
         """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
-        memory, position, geometry = self.encode(images, image_sizes)
-        reference = self.reference_boxes.expand(len(images), -1, -1)
+        return self.decode(*self.encode(images, image_sizes))
+
+    def decode(self, memory: Tensor, position: Tensor, geometry: MapGeometry) -> Outputs:
+        """The predictions of every layer from the encoded map and its position code [B, h, w, width]."""
+        reference = self.reference_boxes.expand(len(memory), -1, -1)
         x = torch.zeros(*reference.shape[:2], memory.shape[-1], dtype=memory.dtype, device=memory.device)
         logits, boxes = [], []
         for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads, strict=True):
