@@ -6,7 +6,7 @@ in torchvision's form ``aligned=True, sampling_ratio=-1``:
 
 * edges are shifted by -0.5, a bin has ``ceil(side / bins)`` samples at the centres of equal parts;
 * a sample below -1 or above the axis counts zero but stays in the mean; others are clamped into the axis;
-* a box without positive side gives zeros.
+* a box without positive side gives zeros, one whose side is not finite NaN: a model that diverged must show.
 """
 
 from __future__ import annotations
@@ -27,19 +27,23 @@ def bin_weights(low: Tensor, high: Tensor, cells: int, bins: int, valid: Tensor 
     """The matrix ``A`` of one axis.
 
     low, high: [B, N] edges of the boxes in cells, float. valid: [B] number of cells that exist in each map
-    (default: all ``cells``); the rest weigh zero. Returns [B, N, bins, cells] in the dtype of ``low``.
+    (default: all ``cells``; clamped to [0, cells]); the rest weigh zero. Returns [B, N, bins, cells] in the dtype of ``low``.
     Differentiable in the edges wherever the number of samples does not change.
     """
     start = low - 0.5
     side = (high - 0.5) - start
-    bin_size = (side / bins)[..., None, None, None]  # [B, N, 1, 1, 1]: axes bins, cells, candidates
+    # a tensor, since CUDA multiplies by a number's rounded inverse: the number of samples jumps with the quotient
+    exact_bins = torch.full((), float(bins), dtype=side.dtype, device=side.device)
+    bin_size = (side / exact_bins)[..., None, None, None]  # [B, N, 1, 1, 1]: axes bins, cells, candidates
     samples = torch.ceil(bin_size.detach()).clamp(min=0)
-    count = samples.clamp(min=1)
+    count = samples.clamp(min=1) + (bin_size - bin_size).detach()  # NaN where the side is not finite
     pitch = bin_size / count
     axis = torch.arange(max(bins, cells), device=low.device, dtype=low.dtype)
     bin_start = torch.addcmul(start[..., None, None, None], axis[:bins, None, None], bin_size)
     cell = axis[:cells, None]
-    extent: Tensor | int = cells if valid is None else valid.to(low.dtype)[:, None, None, None, None]
+    extent: Tensor | int = cells
+    if valid is not None:
+        extent = valid.clamp(0, cells).to(low.dtype)[:, None, None, None, None]
 
     step = pitch.detach().clamp(min=torch.finfo(low.dtype).tiny)
     first = torch.floor((cell - 1 - bin_start.detach()) / step - 0.5).clamp(min=0) + 0.5
@@ -97,7 +101,7 @@ def axis_range(low, high, first_bin, last_bin, extent, BINS: tl.constexpr):  # t
     bin_size = tl.div_rn(side, BINS * 1.0)
     begin = tl.floor(start + first_bin * bin_size)
     end = tl.floor(start + (last_bin + 1.0) * bin_size) + 2.0
-    exists = (side > 0.0) & (end > -1.0) & (begin <= extent) & (first_bin <= last_bin)
+    exists = (side > 0.0) & (end > -1.0) & (begin <= extent) & (first_bin <= last_bin) & (extent > 0)
     begin = tl.minimum(tl.maximum(begin, 0.0), extent - 1.0)
     end = tl.minimum(tl.maximum(end, 1.0), extent * 1.0)
     return tl.where(exists, begin, 0.0).to(tl.int32), tl.where(exists, end, 0.0).to(tl.int32)
@@ -114,6 +118,8 @@ def point_weight(low, high, coordinate, cell, extent, BINS: tl.constexpr):  # ty
 def point_weight_and_slope(low, high, coordinate, cell, extent, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
     """`point_weight` and its derivative by the coordinate."""
     position = ((coordinate + 1.0) * BINS - 1.0) * 0.5
+    # there every weight is 0; without the limits an infinite point would give inf - inf. NaN passes
+    position = tl.where(position < -2.0, -2.0, tl.where(position > BINS + 1.0, BINS + 1.0, position))
     bin_before = tl.floor(position)
     before = axis_weight(low, high, bin_before, cell, extent, BINS)
     after = axis_weight(low, high, bin_before + 1.0, cell, extent, BINS)
@@ -138,12 +144,20 @@ def load_box(p_box):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def not_finite(x0, y0, x1, y1):  # type: ignore[no-untyped-def]
+    """0, or NaN where a side of the box is not finite: what sums start from."""
+    side_x, side_y = x1 - x0, y1 - y0
+    return (side_x - side_x) + (side_y - side_y)
+
+
+@triton.jit
 def load_extent(valid_sizes, i_image, H, W):  # type: ignore[no-untyped-def]
-    """The rows and columns of the image's map that exist, int32; ``valid_sizes`` [B, 2] or None."""
+    """The rows and columns of the image's map that exist, int32; ``valid_sizes`` [B, 2], clamped, or None."""
     height, width = H, W
     if valid_sizes is not None:
-        height = tl.load(valid_sizes + i_image * 2).to(tl.int32)
-        width = tl.load(valid_sizes + i_image * 2 + 1).to(tl.int32)
+        height, width = tl.load(valid_sizes + i_image * 2), tl.load(valid_sizes + i_image * 2 + 1)
+        height = tl.minimum(tl.maximum(height.to(tl.int64), 0), H).to(tl.int32)
+        width = tl.minimum(tl.maximum(width.to(tl.int64), 0), W).to(tl.int32)
     return height, width
 
 

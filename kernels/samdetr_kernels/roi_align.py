@@ -29,6 +29,7 @@ from samdetr_kernels.axis_weights import (
     compute_dtype,
     load_box,
     load_extent,
+    not_finite,
     weighted_sum,
 )
 from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_of_2, reference_forced
@@ -103,6 +104,7 @@ def _roi_align_forward_kernel(  # type: ignore[no-untyped-def]
     y_begin, y_end = axis_range(y0, y1, 0.0, BINS - 1.0, height, BINS)
     x_begin, x_end = axis_range(x0, x1, 0.0, BINS - 1.0, width, BINS)
     p_image = features + i_image * H * W * C
+    start = not_finite(x0, y0, x1, y1)
 
     o_row, o_cell = tl.arange(0, ROWS), tl.arange(0, BLOCK_H * BLOCK_W)
     o_q = tl.arange(0, BLOCK_Q)
@@ -111,7 +113,7 @@ def _roi_align_forward_kernel(  # type: ignore[no-untyped-def]
     b_total = tl.zeros((BLOCK_C,), tl.float32)
     for first_p in range(0, BINS, BLOCK_P):
         o_p = first_p + tl.arange(0, BLOCK_P)
-        b_out = tl.zeros((ROWS, BLOCK_C), tl.float32)
+        b_out = tl.zeros((ROWS, BLOCK_C), tl.float32) + start
         for x_first in range(x_begin, x_end, BLOCK_W):
             o_x = x_first + tl.arange(0, BLOCK_W)
             b_x = axis_weight(x0, x1, o_q[:, None].to(tl.float32), o_x[None, :].to(tl.float32), width, BINS)
@@ -131,10 +133,13 @@ def _roi_align_forward_kernel(  # type: ignore[no-untyped-def]
         bin_number = p * BINS + q
         if MODE == _MAX:
             b_value = tl.where(m_row[:, None], b_out, float("-inf"))
-            b_max = tl.max(b_value, axis=0)
-            b_first = tl.min(tl.where(b_value == b_max[None, :], bin_number[:, None], BINS * BINS), axis=0)
-            b_index = tl.where(b_max > b_best, b_first, b_index)
-            b_best = tl.maximum(b_best, b_max)
+            # as torch: NaN is the greatest, and the first of equal ones gives the bin
+            b_nan = b_value != b_value
+            b_max = tl.where(tl.max(b_nan.to(tl.int32), axis=0) > 0, float("nan"), tl.max(b_value, axis=0))
+            b_hit = b_nan | (b_value == b_max[None, :])
+            b_first = tl.min(tl.where(b_hit, bin_number[:, None], BINS * BINS), axis=0)
+            m_new = (b_best == b_best) & ((b_max > b_best) | (b_max != b_max))
+            b_index, b_best = tl.where(m_new, b_first, b_index), tl.where(m_new, b_max, b_best)
         elif MODE == _MEAN:
             b_total += tl.sum(tl.where(m_row[:, None], b_out, 0.0), axis=0)
         else:
@@ -181,9 +186,11 @@ def _roi_align_backward_kernel(  # type: ignore[no-untyped-def]
     o_y, o_x = y_first + tl.arange(0, BLOCK_H), x_first + tl.arange(0, BLOCK_W)
     o_row, o_q = tl.arange(0, ROWS), tl.arange(0, BLOCK_Q)
     b_out = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
+    bad = 0.0
     for i_local in range(N):
         i_box = i_image * N + i_local
         x0, y0, x1, y1 = load_box(boxes + i_box * 4)
+        bad += not_finite(x0, y0, x1, y1)
         y_begin, y_end = axis_range(y0, y1, 0.0, BINS - 1.0, height, BINS)
         x_begin, x_end = axis_range(x0, x1, 0.0, BINS - 1.0, width, BINS)
         rows_meet = (y_begin < y_first + BLOCK_H) & (y_end > y_first)
@@ -215,7 +222,7 @@ def _roi_align_backward_kernel(  # type: ignore[no-untyped-def]
     o_cell = tl.arange(0, BLOCK_H * BLOCK_W)
     y, x = y_first + o_cell // BLOCK_W, x_first + o_cell % BLOCK_W
     p_out = out + (i_image * H * W + y.to(tl.int64) * W + x)[:, None] * C + o_c[None, :]
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=((y < H) & (x < W))[:, None] & m_c[None, :])
+    tl.store(p_out, (b_out + bad).to(out.dtype.element_ty), mask=((y < H) & (x < W))[:, None] & m_c[None, :])
 
 
 def _blocks(tile: Tile, output_size: int, channels: int) -> Tile:

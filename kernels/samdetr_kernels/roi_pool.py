@@ -2,7 +2,8 @@
 
 Replaces ``roi_align(map, boxes, 7).mean((-2, -1))`` and ``.amax((-2, -1))``: the resampling by averaging and by the
 maximum of SAM-DETR's ablation (CVPR 2022, table 2). The kernels are those of `roi_align` with the reduction in
-registers; the maximum keeps the bin that gave it (the first of equal ones) for the backward.
+registers; the maximum keeps the bin that gave it (the first of equal ones, the first NaN if there is one) for the
+backward.
 
 Gradients: of ``features`` only; the boxes are constants. Determinism: no atomics, the same bits in every run.
 Dtypes: fp16, bf16, fp32; weights and sums are in fp32. fp64 runs the reference on every device.
@@ -47,7 +48,8 @@ def _forward_reference(
     if mode == MEAN:
         return bins.mean(2).to(features.dtype), torch.empty(0, dtype=torch.int32, device=features.device)
     best = bins.amax(2)
-    index = (bins == best[:, :, None]).to(torch.uint8).argmax(2)  # the first of equal ones
+    hits = (bins == best[:, :, None]) | bins.isnan()
+    index = hits.to(torch.uint8).argmax(2)  # the first of equal ones; where there is NaN, the first NaN
     return bins.gather(2, index[:, :, None])[:, :, 0].to(features.dtype), index.to(torch.int32)
 
 

@@ -37,10 +37,10 @@ def empty_gradients(
 @triton.jit
 def _valid_size(p_valid, i_b, cells, map_width):  # type: ignore[no-untyped-def]
     """Number and width of the image's valid cells."""
-    height = tl.load(p_valid + 2 * i_b).to(tl.int32)
-    width = tl.load(p_valid + 2 * i_b + 1).to(tl.int32)
-    width = tl.minimum(tl.maximum(width, 0), map_width)
-    return tl.minimum(tl.maximum(height, 0), cells // map_width) * width, width
+    height, width = tl.load(p_valid + 2 * i_b).to(tl.int64), tl.load(p_valid + 2 * i_b + 1).to(tl.int64)
+    height = tl.minimum(tl.maximum(height, 0), cells // map_width).to(tl.int32)
+    width = tl.minimum(tl.maximum(width, 0), map_width).to(tl.int32)
+    return height * width, width
 
 
 @triton.jit
@@ -143,8 +143,8 @@ def _salient_cross_attention_forward_kernel(  # type: ignore[no-untyped-def]
             b_weights = tl.where(kept(b_keys[:, None], o_s[None, :], threshold), b_weights, 0.0)
         b_value = _load_rows(p_value, o_s, m_s, HEADS * E, E, BLOCK_E)
         b_out = tl.dot(b_weights.to(b_value.dtype), b_value, b_out * b_decay[:, None], input_precision=PRECISION)
-    # a sum is at least 1, or 0 where no cell is valid
-    b_out *= (keep_scale / tl.maximum(b_sum, 0.5))[:, None]
+    # a sum is at least 1, or 0 where no cell is valid, or NaN, which a maximum would hide
+    b_out *= (keep_scale / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
     o_out, m_out = _places(o_n, m_n, HEADS * E, E, BLOCK_E)
     b_narrow = b_out.to(p_out.dtype.element_ty)
     tl.store(p_out + i_row * E + o_out, b_narrow, mask=m_out)

@@ -30,6 +30,7 @@ from samdetr_kernels.axis_weights import (
     compute_dtype,
     load_box,
     load_extent,
+    not_finite,
     point_range,
     point_weight,
     point_weight_and_slope,
@@ -75,7 +76,7 @@ def salient_points_reference(
     weight_y, weight_x = box_weights(boxes, height, width, output_size, valid_sizes, dtype)
     x, y = points.to(dtype).unbind(-1)
     vector_y, vector_x = _axis_vector(y, weight_y), _axis_vector(x, weight_x)
-    cells = (vector_y[..., :, None] * vector_x[..., None, :]).reshape(batch, -1, height * width)
+    cells = (vector_y[..., :, None] * vector_x[..., None, :]).flatten(3).flatten(1, 2)
     out = cells @ features.to(dtype).reshape(batch, height * width, channels)
     return out.view(*points.shape[:3], channels).to(features.dtype)
 
@@ -94,8 +95,8 @@ def salient_points_backward_reference(
     weight_y, weight_x = box_weights(boxes, height, width, output_size, valid_sizes, dtype)
     x, y = points.to(dtype).unbind(-1)
     vector_y, vector_x = _axis_vector(y, weight_y), _axis_vector(x, weight_x)
-    flat_grad = grad.to(dtype).reshape(batch, -1, channels)
-    cells = (vector_y[..., :, None] * vector_x[..., None, :]).reshape(batch, -1, height * width)
+    flat_grad = grad.to(dtype).flatten(1, 2)
+    cells = (vector_y[..., :, None] * vector_x[..., None, :]).flatten(3).flatten(1, 2)
     grad_features = (cells.transpose(1, 2) @ flat_grad).view(features.shape)
 
     flat_features = features.to(dtype).reshape(batch, height * width, channels)
@@ -141,7 +142,7 @@ def _salient_points_forward_kernel(  # type: ignore[no-untyped-def]
 
     o_cell = tl.arange(0, BLOCK_H * BLOCK_W)
     p_image = features + i_image * H * W * C
-    b_out = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    b_out = tl.zeros((BLOCK_P, BLOCK_C), tl.float32) + not_finite(x0, y0, x1, y1)
     for x_first in range(x_begin, x_end, BLOCK_W):
         o_x = x_first + tl.arange(0, BLOCK_W)
         b_x = point_weight(x0, x1, b_px[:, None], o_x[None, :].to(tl.float32), width, BINS)
@@ -190,6 +191,7 @@ def _salient_points_features_kernel(  # type: ignore[no-untyped-def]
     m_y, m_x = (o_y < height)[:, None], (o_x < width)[:, None]
 
     b_out = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
+    b_bad = tl.zeros((BLOCK_R,), tl.float32)
     for first in range(0, N * P, BLOCK_R):
         o_r = first + tl.arange(0, BLOCK_R)
         m_r = o_r < N * P
@@ -201,6 +203,7 @@ def _salient_points_features_kernel(  # type: ignore[no-untyped-def]
         y1 = tl.load(p_box + 3, mask=m_r, other=0.0).to(tl.float32)
         b_px = tl.load(points + i_row * 2, mask=m_r, other=0.0).to(tl.float32)
         b_py = tl.load(points + i_row * 2 + 1, mask=m_r, other=0.0).to(tl.float32)
+        b_bad += not_finite(x0, y0, x1, y1)
         y_begin, y_end = point_range(y0, y1, b_py, height, BINS)
         x_begin, x_end = point_range(x0, x1, b_px, width, BINS)
         meets = (y_begin < y_first + BLOCK_H) & (y_end > y_first) & (x_begin < x_first + BLOCK_W) & (x_end > x_first)
@@ -216,6 +219,7 @@ def _salient_points_features_kernel(  # type: ignore[no-untyped-def]
     o_cell = tl.arange(0, BLOCK_H * BLOCK_W)
     y, x = y_first + o_cell // BLOCK_W, x_first + o_cell % BLOCK_W
     p_out = out + (i_image * H * W + y.to(tl.int64) * W + x)[:, None] * C + o_c[None, :]
+    b_out += tl.sum(b_bad, axis=0)
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=((y < H) & (x < W))[:, None] & m_c[None, :])
 
 
@@ -254,7 +258,8 @@ def _salient_points_points_kernel(  # type: ignore[no-untyped-def]
     o_cell = tl.arange(0, BLOCK_H * BLOCK_W)
     p_image = features + i_image * H * W * C
     p_grad = grad + (i_box * P + o_p)[:, None] * C
-    b_dx, b_dy = tl.zeros((BLOCK_P,), tl.float32), tl.zeros((BLOCK_P,), tl.float32)
+    b_dx = tl.zeros((BLOCK_P,), tl.float32) + not_finite(x0, y0, x1, y1)
+    b_dy = b_dx
     for x_first in range(x_begin, x_end, BLOCK_W):
         o_x = x_first + tl.arange(0, BLOCK_W)
         b_x, b_slope_x = point_weight_and_slope(x0, x1, b_px[:, None], o_x[None, :].to(tl.float32), width, BINS)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from samdetr_kernels import roi_align, roi_pool, salient_points
 from samdetr_kernels.roi_align import (
+    BINS,
+    MAX,
+    MEAN,
     roi_align_backward_reference,
     roi_align_backward_triton,
     roi_align_forward_triton,
@@ -192,3 +195,108 @@ def test_ops_can_be_captured_in_a_cuda_graph():
         outs = roi_align(features, boxes), salient_points(features, boxes, points)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
+
+
+def run_kernels(x: Inputs, device: torch.device) -> dict[str, Tensor]:
+    """Every result and gradient of the three ops' kernels, with ones upstream."""
+    features, boxes, points = (part.to(device) for part in (x.features, x.boxes, x.points))
+    valid = None if x.valid is None else x.valid.to(device)
+    found: dict[str, Tensor] = {}
+    for mode in (BINS, MEAN, MAX):
+        out, index = roi_align_forward_triton(features, boxes, x.size, valid, mode)
+        upstream, height, width = torch.ones_like(out), features.shape[1], features.shape[2]
+        grad = roi_align_backward_triton(upstream, index, boxes, height, width, x.size, valid, mode)
+        found |= {f"roi {mode}": out, f"roi {mode} gradient": grad}
+    out = salient_points_forward_triton(features, boxes, points, x.size, valid)
+    grads = salient_points_backward_triton(torch.ones_like(out), features, boxes, points, x.size, valid)
+    found |= {"points": out, "points gradient": grads[0], "points' own gradient": grads[1]}
+    return {name: part.cpu() for name, part in found.items()}
+
+
+def run_references(x: Inputs) -> dict[str, Tensor]:
+    """The same by the references; cells beyond the valid ones must not matter, so their garbage is left out."""
+    map_size = x.clean.shape[1:3]
+    bins = roi_align_reference(x.clean, x.boxes, x.size, x.valid)
+    grad = roi_align_backward_reference(torch.ones_like(bins), x.boxes, *map_size, x.valid)
+    found = {"roi bins": bins, "roi bins gradient": grad}
+    for mode in (MEAN, MAX):
+        out, index = pool_forward_reference(x.clean, x.boxes, x.size, x.valid, mode)
+        grad = pool_backward_reference(torch.ones_like(out), index, x.boxes, *map_size, x.size, x.valid, mode)
+        found |= {f"roi {mode}": out, f"roi {mode} gradient": grad}
+    out = salient_points_reference(x.clean, x.boxes, x.points, x.size, x.valid)
+    grads = salient_points_backward_reference(torch.ones_like(out), x.clean, x.boxes, x.points, x.size, x.valid)
+    return found | {"points": out, "points gradient": grads[0], "points' own gradient": grads[1]}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal up to fp32 round-off, NaN where NaN is."""
+    assert found.keys() == expected.keys()
+    for name, right in expected.items():
+        assert torch.allclose(found[name], right, rtol=1e-4, atol=1e-4, equal_nan=True), name
+
+
+@pytest.mark.parametrize("sizes", [[[0, 3], [5, 6]], [[8, 6], [5, 60]], [[-1, 6], [5, 0]], [[2**40, 6], [3, -(2**40)]]])
+def test_valid_sizes_beyond_the_map_are_clamped_and_nothing_else_is_read(sizes, kernel_device):
+    x = Inputs((5, 6, 16, 7, 7, False), torch.float32)
+    x.valid = torch.tensor(sizes)
+    around = torch.full((4, 5, 6, 16), 7.0)  # what a read outside the two images would find
+    around[1:3] = 1.0
+    x.features, x.clean = around[1:3], torch.ones(2, 5, 6, 16)
+    for image, (rows, columns) in enumerate(x.valid.clamp(min=0).tolist()):
+        x.features[image, rows:], x.features[image, :, columns:] = torch.nan, torch.nan
+        x.clean[image, rows:], x.clean[image, :, columns:] = 0, 0
+    found = run_kernels(x, kernel_device)
+    assert_same(found, run_references(x))
+    assert max(found["roi bins"].max(), found["roi max"].max(), found["points"].max()) < 1.0001
+
+
+@pytest.mark.parametrize("size", [(0, 6), (5, 0)])
+def test_a_map_without_cells_gives_zeros(size, kernel_device):
+    x = Inputs((5, 6, 16, 7, 7, False), torch.float32)
+    x.features = x.clean = torch.ones(2, *size, 16)
+    found, expected = run_kernels(x, kernel_device), run_references(x)
+    assert all(not part.any() for part in (*found.values(), *expected.values()))
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN):RuntimeWarning")  # NumPy's word for what is tested
+def test_nan_features_show(kernel_device):
+    x = Inputs((7, 5, 16, 6, 7, False), torch.float32)
+    x.features[0, 3, 2, 5] = torch.nan  # the reference's products spread it over the channel of the image
+    found = run_kernels(x, kernel_device)
+    hit = found["roi bins"].isnan().any(2).any(2)  # [B, N, C]
+    assert hit[0, :, 5].any() and not hit[1].any() and not hit[0, :, :5].any()
+    for name in ("roi mean", "roi max"):
+        assert torch.equal(found[name].isnan(), hit), name
+    assert found["points"][0, :, :, 5].isnan().any()
+    boxes, features = x.boxes.to(kernel_device), x.features.to(kernel_device)
+    _, index = roi_align_forward_triton(features, boxes, 7, None, MAX)
+    first = found["roi bins"].flatten(2, 3).isnan().to(torch.uint8).argmax(2)
+    assert torch.equal(index.cpu()[hit].long(), first[hit])
+    values, chosen = pool_forward_reference(x.features, x.boxes, 7, None, MAX)
+    assert values[hit].isnan().all() and chosen.min() >= 0 and chosen.max() < 49
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN):RuntimeWarning")
+@pytest.mark.parametrize(("edge", "bad"), [(0, torch.nan), (3, torch.inf), (1, -torch.inf)])
+def test_a_box_that_is_not_finite_gives_nan(edge, bad, kernel_device):
+    x = Inputs((7, 5, 16, 6, 7, True), torch.float32)
+    clean = run_kernels(x, kernel_device)
+    x.boxes[1, 3, edge] = bad
+    found = run_kernels(x, kernel_device)
+    assert_same(found, run_references(x))
+    for name, part in found.items():
+        spoiled = part[1] if name.endswith(" gradient") and "own" not in name else part[1, 3]
+        assert spoiled.isnan().all(), name
+        assert torch.equal(part[0], clean[name][0]), name
+
+
+def test_infinite_points_count_zero_and_nan_points_show(kernel_device):
+    x = Inputs((7, 5, 16, 6, 7, False), torch.float32)
+    x.points[0, 0, 3], x.points[0, 4, 1, 0], x.points[1, 0, 7, 1] = torch.inf, -torch.inf, torch.inf
+    found, expected = run_kernels(x, kernel_device), run_references(x)
+    own = "points' own gradient"
+    assert not found["points"][0, 0, 3].any() and not found[own][0, 0, 3].any()
+    assert_same(found, expected | {own: expected[own].nan_to_num(0)})
+    x.points[0, 0, 3] = torch.nan
+    found = run_kernels(x, kernel_device)
+    assert found["points"][0, 0, 3].isnan().all() and found["points"][0, 0, :3].isfinite().all()

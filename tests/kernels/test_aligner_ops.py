@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import roi_align as torchvision_roi_align
 
 from samdetr_kernels import (
@@ -110,6 +111,26 @@ def test_roi_pool_equals_torchvision_then_reduction_with_gradient(size, mode):
         assert (grad - expected_grad).abs().max() < 1e-11
     else:
         assert (grad.sum() - expected_grad.sum()).abs() < 1e-9
+
+
+class _DividesAsCuda(TorchDispatchMode):
+    """CUDA divides by a number of the host by multiplying with its rounded inverse."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.div.Tensor and not isinstance(args[1], Tensor):
+            return args[0] * (1 / torch.tensor(float(args[1]), dtype=args[0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_number_of_samples_is_that_of_an_exact_division():
+    # 21 / 7 rounds to 3 samples a bin, 21 * (1 / 7) to 4
+    features = torch.rand(1, 30, 30, 2, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[[2.0, 3.0, 23.0, 24.0]]])
+    expected = published_roi_align(features.double(), boxes.double())
+    with _DividesAsCuda():
+        out = roi_align_reference(features, boxes)
+        assert (torch.tensor(21.0) / 7).ceil() == 4
+    assert (out - expected).abs().max() < 1e-5
 
 
 def test_points_of_the_whole_image():

@@ -276,6 +276,33 @@ def test_padded_cells_are_never_read_and_get_zero_gradients(case, kernel_device)
         assert not result[empty].any()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's word for what is tested
+@pytest.mark.parametrize("part", ["query", "key", "points"])
+def test_nan_shows_with_dropout_too(part, kernel_device):
+    inputs = CASES[0].inputs(torch.float32, kernel_device)
+    spoiled = getattr(inputs, part)
+    row = (0, 2, 1) if part != "key" else (0, 7)
+    spoiled[row] = math.nan
+    found, expected = run_kernels(inputs), inputs.call(salient_cross_attention_reference)
+    assert found[0].isnan().any() and torch.equal(found[0].isnan(), expected.isnan())
+    leaves = inputs.leaves()
+    grads = gradients(leaves.call(salient_cross_attention_reference), leaves)
+    for name, grad, expected_grad in zip(NAMES, found[2], grads, strict=True):
+        # where dropout drops, the kernel has 0 and the reference 0 * NaN
+        assert grad.isnan().any() and not grad[~expected_grad.isnan()].isnan().any(), name
+
+
+def test_valid_sizes_are_clamped(kernel_device):
+    inputs = CASES[0].inputs(torch.float32, kernel_device)
+    inputs = inputs._replace(valid_sizes=torch.tensor([[7, 5], [4, 0], [1, 1]], device=kernel_device))
+    beyond = inputs._replace(valid_sizes=torch.tensor([[2**40, 60], [4, -3], [1, 1]], device=kernel_device))
+    expected = run_kernels(inputs)
+    for found in (run_kernels(beyond), run_kernels(inputs)):
+        assert torch.equal(found[0], expected[0])
+        assert all(torch.equal(one, other) for one, other in zip(found[2], expected[2], strict=True))
+    assert torch.equal(beyond.call(salient_cross_attention), inputs.call(salient_cross_attention))
+
+
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]])
 def test_kernels_repeat_by_bits(case, kernel_device):
     inputs = case.inputs(torch.float32, kernel_device)
