@@ -27,8 +27,8 @@ def bin_weights(low: Tensor, high: Tensor, cells: int, bins: int, valid: Tensor 
     """The matrix ``A`` of one axis.
 
     low, high: [B, N] edges of the boxes in cells, float. valid: [B] number of cells that exist in each map
-    (default: all ``cells``; clamped to [0, cells]); the rest weigh zero. Returns [B, N, bins, cells] in the dtype of ``low``.
-    Differentiable in the edges wherever the number of samples does not change.
+    (default: all ``cells``; clamped to [0, cells]); the rest weigh zero. Returns [B, N, bins, cells] in the dtype of
+    ``low``. Differentiable in the edges wherever the number of samples does not change.
     """
     start = low - 0.5
     side = (high - 0.5) - start

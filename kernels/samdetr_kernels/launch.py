@@ -6,12 +6,16 @@ exactly what would run, kernel by kernel, on a machine without a GPU (`samdetr_k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Tile(NamedTuple):
@@ -69,6 +73,24 @@ def force_reference(enabled: bool) -> None:
 def reference_forced() -> bool:
     """What `force_reference` was last told."""
     return _reference_forced
+
+
+def outside_autocast(reference: Callable[P, R]) -> Callable[P, R]:
+    """A reference whose products keep the dtype of its tensors: autocast reaches into custom ops and would round them.
+
+    The forward's products would then differ from the backward's, which autocast does not reach. The first argument
+    must be a tensor.
+    """
+
+    @wraps(reference)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = args[0].device.type if isinstance(args[0], Tensor) else "cpu"
+        if not torch.amp.is_autocast_available(device):  # the meta device
+            return reference(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return reference(*args, **kwargs)
+
+    return run
 
 
 def next_power_of_2(number: int) -> int:

@@ -32,7 +32,7 @@ from samdetr_kernels.axis_weights import (
     not_finite,
     weighted_sum,
 )
-from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_of_2, reference_forced
+from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_of_2, outside_autocast, reference_forced
 
 BINS, MEAN, MAX = "bins", "mean", "max"
 _MEAN, _MAX = tl.constexpr(MEAN), tl.constexpr(MAX)
@@ -47,6 +47,7 @@ BLOCK_ROWS = 64  # bins of a program's matrix product
 MAX_BLOCK_C = 64
 
 
+@outside_autocast
 def roi_align_reference(
     features: Tensor, boxes: Tensor, output_size: int = 7, valid_sizes: Tensor | None = None
 ) -> Tensor:
@@ -60,6 +61,7 @@ def roi_align_reference(
     return (weight_x[:, :, None] @ rows).to(features.dtype)
 
 
+@outside_autocast
 def roi_align_backward_reference(
     grad: Tensor, boxes: Tensor, height: int, width: int, valid_sizes: Tensor | None = None
 ) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from samdetr_kernels.attention_dropout import dropout_mask
 from samdetr_kernels.axis_weights import compute_dtype
-from samdetr_kernels.launch import reference_forced
+from samdetr_kernels.launch import outside_autocast, reference_forced
 from samdetr_kernels.salient_cross_attention_kernels import (
     MAX_CELLS,
     SMCA_WIDTH,
@@ -112,6 +112,7 @@ def _image(
     )
 
 
+@outside_autocast
 def _forward_reference(
     query: Tensor,
     key: Tensor,
@@ -160,6 +161,7 @@ def salient_cross_attention_reference(
     return _forward_reference(query, key, value, valid_sizes, map_width, points, scales, scale, dropout, seed)[0]
 
 
+@outside_autocast
 def _backward_reference(
     grad: Tensor,
     query: Tensor,

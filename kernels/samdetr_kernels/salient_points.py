@@ -36,7 +36,7 @@ from samdetr_kernels.axis_weights import (
     point_weight_and_slope,
     weighted_sum,
 )
-from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_of_2, reference_forced
+from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_of_2, outside_autocast, reference_forced
 
 # Chosen by registers and shared memory of the ahead-of-time report; not yet timed on a GPU.
 FORWARD_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=4, stages=2)
@@ -67,6 +67,7 @@ def _axis_gradient(coordinate: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
     return (slope * (grad @ weights.transpose(-1, -2))).sum(-1)
 
 
+@outside_autocast
 def salient_points_reference(
     features: Tensor, boxes: Tensor, points: Tensor, output_size: int = 7, valid_sizes: Tensor | None = None
 ) -> Tensor:
@@ -81,6 +82,7 @@ def salient_points_reference(
     return out.view(*points.shape[:3], channels).to(features.dtype)
 
 
+@outside_autocast
 def salient_points_backward_reference(
     grad: Tensor,
     features: Tensor,

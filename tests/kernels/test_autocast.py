@@ -1,0 +1,72 @@
+"""Autocast reaches into custom ops: it must not change what one computes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from samdetr_kernels import (
+    deformable_attention,
+    linear_assignment,
+    roi_align,
+    roi_pool,
+    salient_cross_attention,
+    salient_points,
+)
+
+VALID = torch.tensor([[7, 9], [5, 8]])
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def boxes() -> Tensor:
+    centre, side = random(2, 6, 2).sigmoid() * 7, random(2, 6, 2).exp()
+    return torch.cat((centre - side, centre + side), dim=-1)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    points, scales = random(2, 6, 8, 2) * 4, random(2, 6, 8, 2)
+    return salient_cross_attention(query, key, value, VALID, 9, points=points, scales=scales)
+
+
+def deformable(value: Tensor) -> Tensor:
+    locations, weights = random(2, 6, 4, 2, 3, 2).sigmoid(), random(2, 6, 4, 2, 3).softmax(-1)
+    return deformable_attention(value, torch.tensor([[7, 9], [3, 4]]), locations, weights)
+
+
+CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+    "roi_align": (lambda x: roi_align(x, boxes(), valid_sizes=VALID), [random(2, 7, 9, 16)]),
+    "roi_pool": (lambda x: roi_pool(x, boxes(), valid_sizes=VALID, mode="max"), [random(2, 7, 9, 16)]),
+    "salient_points": (
+        lambda x, points: salient_points(x, boxes(), points, valid_sizes=VALID),
+        [random(2, 7, 9, 16), random(2, 6, 8, 2).tanh()],
+    ),
+    # scores of some hundreds, as a trained model has them: rounded in one direction only, gradients explode
+    "salient_cross_attention": (attention, [random(2, 6, 8, 64) * 30, random(2, 63, 64) * 30, random(2, 63, 8, 8)]),
+    "deformable_attention": (deformable, [random(2, 75, 4, 16)]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_ops_compute_the_same_under_autocast(name, dtype):
+    op, tensors = CASES[name]
+    results = []
+    for enabled in (False, True):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = op(*leaves)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    for plain, under in zip(*results, strict=True):
+        assert torch.equal(plain, under) and plain.dtype == under.dtype and plain.isfinite().all()
+
+
+def test_assignment_is_the_same_under_autocast():
+    cost, counts = random(3, 20, 7), torch.tensor([7, 0, 4])
+    expected = linear_assignment(cost, counts)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_assignment(cost, counts)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
