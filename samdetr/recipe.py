@@ -61,6 +61,16 @@ class ComputeSection(Section):
     )
 
 
+class ParallelSection(Section):
+    strategy: Literal["ddp", "fsdp", "hsdp"] = Field(
+        "ddp",
+        description="of several processes; ddp: each holds everything; fsdp: each holds a share of every layer; "
+        "hsdp: shares within a machine, copies between machines",
+    )
+    reshard: bool = Field(True, description="fsdp, hsdp: give up gathered layers between forward and backward")
+    timeout: PositiveInt = Field(600, description="seconds that a process waits for the others before it gives up")
+
+
 class InitSection(Section):
     official: str = Field("", description="path of a published .pth checkpoint to start from; empty: none")
     checkpoint: str = Field("", description="path of one of our checkpoints to start from; empty: none")
@@ -301,6 +311,7 @@ class Recipe(Section):
 
     run: RunSection = RunSection()
     compute: ComputeSection = ComputeSection()
+    parallel: ParallelSection = ParallelSection()
     init: InitSection = InitSection()
     data: DataSection = DataSection()
     augment: AugmentSection = AugmentSection()

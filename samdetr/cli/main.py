@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -11,7 +12,7 @@ from samdetr import __version__
 from samdetr.cli.eval import evaluate
 from samdetr.cli.predict import predict
 from samdetr.cli.train import mark_resume, train
-from samdetr.errors import RecipeError, SamdetrError
+from samdetr.errors import NonFiniteError, RecipeError, SamdetrError
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,9 +52,18 @@ def _run(app: typer.Typer, arguments: list[str], name: str) -> NoReturn:
     try:
         app(args=arguments, prog_name=name)
     except SamdetrError as error:
-        # The lines of a RecipeError begin with their own place, which editors can jump to.
-        sys.stderr.write(f"{error}\n" if isinstance(error, RecipeError) else f"error: {error}\n")
+        _report(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def _report(error: SamdetrError) -> None:
+    """One sentence for one mistake, of several processes too."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0 and isinstance(error, RecipeError | NonFiniteError):
+        return  # the same in every process
+    # The lines of a RecipeError begin with their own place, which editors can jump to.
+    start = "" if isinstance(error, RecipeError) else "error: " if rank == 0 else f"error in process {rank}: "
+    sys.stderr.write(f"{start}{error}\n")

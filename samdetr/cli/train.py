@@ -31,6 +31,10 @@ def train(
             help="Continue the run in folder RUN; without RUN the newest unfinished run of this name.",
         ),
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", min=1, help="Processes on this machine; by default one for each visible GPU."),
+    ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Profile steps 10 to 15: a trace and a table in the run's folder profile.")
     ] = False,
@@ -43,9 +47,22 @@ def train(
     if print_recipe:
         sys.stdout.write(dump_recipe(resolved))
         return
+    from samdetr.engine.launch import launch, processes_wanted
+    from samdetr.engine.parallel import is_launched
     from samdetr.engine.train import train as run_training
 
+    processes = 1 if is_launched() else processes_wanted(nproc, resolved.run.device)
+    if processes > 1:
+        sys.exit(launch(processes, _as_typed(recipe, overrides or [], resume, profile)))
     run_training(resolved, resume=resume, profile=profile)
+
+
+def _as_typed(recipe: str | None, overrides: list[str], resume: str | None, profile: bool) -> list[str]:
+    """The command line of one process."""
+    arguments = ["train", *([recipe] if recipe else [])]
+    arguments += [word for override in overrides for word in ("--set", override)]
+    arguments += [] if resume is None else ["--resume", *([resume] if resume else [])]
+    return [*arguments, *(["--profile"] if profile else [])]
 
 
 def _recipe_of_run(resume: str | None) -> Path:

@@ -11,7 +11,8 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,16 +27,28 @@ from samdetr.structures import Batch
 _DESCRIBED = 20_000  # images whose batches `TrainLoader.describe` looks at
 
 
+class Share(NamedTuple):
+    """Which micro-batches a process loads: those at ``rank``, ``rank + ranks``, ... of all."""
+
+    rank: int = 0
+    ranks: int = 1
+
+
+EVERYTHING = Share()
+
+
 class _Loader:
     """A DataLoader over lists of keys whose workers live until `close`, or until the process ends."""
 
-    def __init__(self, dataset: DetectionDataset, sampler: Iterable[MicroBatch], workers: int, pin: bool) -> None:
+    def __init__(
+        self, dataset: DetectionDataset, sampler: Iterable[MicroBatch], share: Share, workers: int, pin: bool
+    ) -> None:
         # An own generator: DataLoader draws a seed for its workers and must not advance the caller's RNG.
         with _silent_about_workers():
             self._loader: DataLoader[Batch | DataError] = DataLoader(
                 _BatchDataset(dataset),
                 batch_size=None,
-                sampler=sampler,
+                sampler=_Shared(sampler, share),
                 num_workers=workers,
                 collate_fn=_as_is,
                 pin_memory=pin and torch.cuda.is_available(),
@@ -77,7 +90,8 @@ class TrainLoader(_Loader):
     """Optimizer steps of an epoch, each a list of micro-batches that are padded on their own.
 
     The batches depend on (seed, epoch, step) only, not on the number of workers or on earlier iterations.
-    Without ``shapes`` they are random (published); with them the rule of `samdetr.data.buckets` holds.
+    Without ``shapes`` they are random (published); with them the rule of `samdetr.data.buckets` holds. Of a step's
+    micro-batches, whose number ``share.ranks`` divides, this process loads its share.
     Workers live until `close`, which also runs when the process ends.
     """
 
@@ -91,18 +105,19 @@ class TrainLoader(_Loader):
         seed: int,
         pin_memory: bool,
         shapes: Sequence[Shape] | None = None,
+        share: Share = EVERYTHING,
     ) -> None:
-        self._dataset, self._micro, self._seed = dataset, micro_batch, seed
-        self._micro_per_step = -(-total_batch // micro_batch)
+        self._dataset, self._total, self._micro, self._seed = dataset, total_batch, micro_batch, seed
+        self._micro_per_step = -(-total_batch // micro_batch) // share.ranks
         self._steps: EpochSampler | BucketSampler
         if shapes is None:
             self._steps = EpochSampler(len(dataset), total_batch, seed, shuffle=True)
-            super().__init__(dataset, _MicroSampler(self._steps, micro_batch), workers, pin_memory)
+            super().__init__(dataset, _MicroSampler(self._steps, micro_batch), share, workers, pin_memory)
         else:
             self._steps = BucketSampler(
                 dataset.planned_sizes, len(dataset), shapes, batch=total_batch, micro=micro_batch, seed=seed
             )
-            super().__init__(dataset, self._steps, workers, pin_memory)
+            super().__init__(dataset, self._steps, share, workers, pin_memory)
 
     @property
     def shapes(self) -> tuple[Shape, ...] | None:
@@ -136,8 +151,17 @@ class TrainLoader(_Loader):
         """Optimizer steps of a whole epoch; the images that do not fill a last one are left out."""
         return len(self._steps)
 
+    def image_ids(self, epoch: int, step: int) -> list[int]:
+        """The images of a step of an epoch, those of all processes. Nothing is loaded."""
+        if isinstance(self._steps, BucketSampler):
+            count = self._total // self._micro
+            rows = np.concatenate([part for part, _ in self._steps.plan(epoch)[step * count : (step + 1) * count]])
+        else:
+            rows = epoch_order(len(self._dataset), self._seed, epoch)[step * self._total : (step + 1) * self._total]
+        return [int(self._dataset.image_ids[row]) for row in rows]
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of steps ``start_step``, ``start_step + 1``, ... of an epoch.
+        """This process's micro-batches of steps ``start_step``, ``start_step + 1``, ... of an epoch.
 
         Only one epoch can be under way: a new one ends the earlier iterator.
 
@@ -151,14 +175,24 @@ class TrainLoader(_Loader):
 
 
 class EvalLoader(_Loader):
-    """All images in the order of the annotation file; the last batch may be smaller. See `TrainLoader`."""
+    """All images in the order of the annotation file; the last batch may be smaller. See `TrainLoader`.
 
-    def __init__(self, dataset: DetectionDataset, *, batch: int, workers: int, pin_memory: bool) -> None:
+    Of several processes each loads its ``share`` of the batches, and all equally many: those that would have one less
+    repeat the last batch.
+    """
+
+    def __init__(
+        self, dataset: DetectionDataset, *, batch: int, workers: int, pin_memory: bool, share: Share = EVERYTHING
+    ) -> None:
         self._steps = EpochSampler(len(dataset), batch, 0, shuffle=False)
-        super().__init__(dataset, _MicroSampler(self._steps, batch), workers, pin_memory)
+        self._ranks = share.ranks
+        batches = list(_MicroSampler(self._steps, batch))
+        batches += batches[-1:] * (-len(batches) % share.ranks)
+        super().__init__(dataset, batches, share, workers, pin_memory)
 
     def __len__(self) -> int:
-        return len(self._steps)
+        """Batches of this process."""
+        return -(-len(self._steps) // self._ranks)
 
     def __iter__(self) -> Iterator[Batch]:
         return self._batches()
@@ -173,6 +207,7 @@ def build_train_loader(
     seed: int,
     pin_memory: bool,
     shapes: Sequence[Shape] | None = None,
+    share: Share = EVERYTHING,
 ) -> TrainLoader:
     """The loader of the training split (DataError: fewer images than ``total_batch``)."""
     return TrainLoader(
@@ -183,12 +218,25 @@ def build_train_loader(
         seed=seed,
         pin_memory=pin_memory,
         shapes=shapes,
+        share=share,
     )
 
 
-def build_eval_loader(dataset: DetectionDataset, *, batch: int, workers: int, pin_memory: bool) -> EvalLoader:
+def build_eval_loader(
+    dataset: DetectionDataset, *, batch: int, workers: int, pin_memory: bool, share: Share = EVERYTHING
+) -> EvalLoader:
     """The loader of the validation split."""
-    return EvalLoader(dataset, batch=batch, workers=workers, pin_memory=pin_memory)
+    return EvalLoader(dataset, batch=batch, workers=workers, pin_memory=pin_memory, share=share)
+
+
+class _Shared(Sampler[MicroBatch]):
+    """A process's share of the micro-batches."""
+
+    def __init__(self, all_of_them: Iterable[MicroBatch], share: Share) -> None:
+        self.all_of_them, self.share = all_of_them, share
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return islice(self.all_of_them, self.share.rank, None, self.share.ranks)
 
 
 class _MicroSampler(Sampler[MicroBatch]):

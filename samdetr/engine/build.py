@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from samdetr.data.checks import raise_for_errors
-from samdetr.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from samdetr.data.loader import EvalLoader, Share, TrainLoader, build_eval_loader, build_train_loader
 from samdetr.data.splits import Splits, batch_shapes, build_dataset, load_splits
 from samdetr.engine.checkpoint import (
     LAST,
@@ -19,6 +20,8 @@ from samdetr.engine.checkpoint import (
     load_checkpoint,
     load_model_state,
     load_optimizer_state,
+    model_tensors,
+    optimizer_tensors,
     restore_links,
     save_checkpoint,
 )
@@ -28,6 +31,7 @@ from samdetr.engine.cuda_graph import StepGraphs
 from samdetr.engine.interrupt import StopSignal
 from samdetr.engine.log import Meter, Stopwatch, print_findings
 from samdetr.engine.optim import GuardedAdamW, build_optimizer
+from samdetr.engine.parallel import World, distribute, micro_batches_of
 from samdetr.engine.readings import Readings
 from samdetr.engine.run_folder import (
     CHECKPOINTS,
@@ -37,7 +41,7 @@ from samdetr.engine.run_folder import (
     resume_command,
     write_environment,
 )
-from samdetr.engine.setup import choose_device, load_initial_weights
+from samdetr.engine.setup import load_initial_weights
 from samdetr.errors import CheckpointError
 from samdetr.loss import SetCriterion, build_criterion
 from samdetr.models import SAMDETR, build_model
@@ -55,7 +59,9 @@ class Training:
     compute: Compute
     folder: Path
     splits: Splits
+    world: World
     model: SAMDETR
+    replica: nn.Module  # what to call for a forward pass in training: the model itself, in a process alone
     criterion: SetCriterion
     optimizer: GuardedAdamW
     train_loader: TrainLoader
@@ -70,14 +76,22 @@ class Training:
     readings: Readings = field(default_factory=Readings)
     graphs: StepGraphs | None = None
 
+    def asked_to_stop(self) -> bool:
+        """Whether any process was, by a signal. All of them must ask, at the same place."""
+        self.stop.number = self.world.most(self.stop.number or 0) or None
+        return bool(self.stop)
+
     def save(self) -> None:
-        """Write the checkpoint ``last``."""
+        """Write the checkpoint ``last``. All processes must call it, at the same step."""
         self.progress.epoch_sums = self.epoch_meter.to_json()
         self.progress.interval_sums = self.interval_meter.to_json()
+        model, optimizer = model_tensors(self.model), optimizer_tensors(self.model, self.optimizer)
+        if not self.world.is_main:
+            return
         save_checkpoint(
             self.folder / CHECKPOINTS,
-            model=self.model,
-            optimizer=self.optimizer,
+            model=model,
+            optimizer=optimizer,
             progress=self.progress,
             meta={
                 "recipe": self.recipe.model_dump_json(),
@@ -100,33 +114,35 @@ class Training:
         self.console.print(f"{what}; {way}", markup=False, highlight=False, soft_wrap=True)
 
 
-def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> Training:
+def build_training(
+    recipe: Recipe, *, resume: str | None, device: torch.device, world: World, console: Console
+) -> Training:
     """Everything from the recipe, in order; nothing is written before the data has passed its checks."""
-    device = choose_device(recipe.run.device, recipe.compute.kernels)
     evaluator = choose_evaluator(recipe.eval.evaluator)
-    folder = None if resume is None else find_run(recipe, resume)
+    folder = None if resume is None else world.from_main(lambda: find_run(recipe, resume))
     watch = Stopwatch()
-    with console.status("reading and checking the data"):
+    with console.status("reading and checking the data"), world.machine_first():
         splits = load_splits(recipe.data, num_queries=recipe.model.num_queries, num_classes=recipe.model.num_classes)
-    print_findings(console, [row for report in splits.reports for row in report.rows()])
-    raise_for_errors(splits.reports)
+        print_findings(console, [row for report in splits.reports for row in report.rows()])
+        raise_for_errors(splits.reports)
     console.print(
         f"data: {len(splits.train.image_ids)} train and {len(splits.val.image_ids)} val images, "
         f"{len(splits.categories.ids)} categories, checked in {watch.lap():.1f} s"
     )
     torch.manual_seed(recipe.run.seed)
     model = build_model(recipe.model)
-    train_loader, val_loader = build_loaders(recipe, splits, device)
+    train_loader, val_loader = build_loaders(recipe, splits, device, world)
     console.print(train_loader.describe(), markup=False, highlight=False, soft_wrap=True)
-    compute = choose_compute(recipe.compute, device, buckets=train_loader.shapes is not None)
+    compute = choose_compute(recipe.compute, device, buckets=train_loader.shapes is not None, processes=world.size)
     progress, environment = Progress(), environment_of(recipe, device)
     if folder is None:
         note = load_initial_weights(model, recipe)
-        model.to(device)
+        replica = distribute(model.to(device), recipe.parallel, world, device)
         optimizer = build_optimizer(model, recipe.optim)
-        folder = new_run(recipe, environment)
+        folder = world.from_main(lambda: new_run(recipe, environment))
     else:
-        restore_links(folder / CHECKPOINTS)
+        with world.machine_first():
+            restore_links(folder / CHECKPOINTS)
         checkpoint = load_checkpoint((folder / CHECKPOINTS / LAST).resolve(), with_optimizer=True)
         if checkpoint.meta["data"] != splits.fingerprint():
             raise CheckpointError(
@@ -134,16 +150,18 @@ def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> T
                 "(other images, boxes or categories): start a new run with init.checkpoint instead."
             )
         load_model_state(model, checkpoint)
-        model.to(device)
+        replica = distribute(model.to(device), recipe.parallel, world, device)
         optimizer = build_optimizer(model, recipe.optim)
         load_optimizer_state(model, optimizer, checkpoint)
         progress = replace(checkpoint.progress, finished=False)
-        write_environment(folder, environment, step=progress.step)
+        if world.is_main:
+            write_environment(folder, environment, step=progress.step)
         note = f"continuing after step {progress.step}"
     count = sum(parameter.numel() for parameter in model.parameters())
     if recipe.optim.schedule == "step" and min(recipe.optim.drop_epochs, default=0) >= recipe.train.epochs:
         note += f"; the learning rate never drops (optim.drop_epochs begin at {recipe.optim.drop_epochs[0]})"
-    for line in (f"model: {count:,} parameters on {device}; {note}", f"run: {folder}"):
+    place = device if world.size == 1 else f"{device}, {world.size} processes ({recipe.parallel.strategy})"
+    for line in (f"model: {count:,} parameters on {place}; {note}", f"run: {folder}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return Training(
         recipe=recipe,
@@ -151,7 +169,9 @@ def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> T
         compute=compute,
         folder=folder,
         splits=splits,
+        world=world,
         model=model,
+        replica=replica,
         criterion=build_criterion(recipe),
         optimizer=optimizer,
         train_loader=train_loader,
@@ -166,8 +186,10 @@ def build_training(recipe: Recipe, *, resume: str | None, console: Console) -> T
     )
 
 
-def build_loaders(recipe: Recipe, splits: Splits, device: torch.device) -> tuple[TrainLoader, EvalLoader]:
-    """The loaders of both splits."""
+def build_loaders(recipe: Recipe, splits: Splits, device: torch.device, world: World) -> tuple[TrainLoader, EvalLoader]:
+    """The loaders of both splits. Raises RecipeError where the processes cannot share a step."""
+    micro_batches_of(world, total_batch=recipe.train.total_batch, micro_batch=recipe.train.micro_batch)
+    share = Share(world.rank, world.size)
     seed, categories = recipe.run.seed, splits.categories
     pin_memory = device.type == "cuda"
     train_set, val_set = (
@@ -182,6 +204,9 @@ def build_loaders(recipe: Recipe, splits: Splits, device: torch.device) -> tuple
         seed=seed,
         pin_memory=pin_memory,
         shapes=batch_shapes(train_set, recipe.data),
+        share=share,
     )
-    val_loader = build_eval_loader(val_set, batch=recipe.eval.batch, workers=recipe.data.workers, pin_memory=pin_memory)
+    val_loader = build_eval_loader(
+        val_set, batch=recipe.eval.batch, workers=recipe.data.workers, pin_memory=pin_memory, share=share
+    )
     return train_loader, val_loader

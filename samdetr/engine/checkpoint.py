@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from samdetr.engine.parallel import share_like, whole
 from samdetr.errors import CheckpointError
 from samdetr.models.state import differences, first_of
 
@@ -66,12 +67,14 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path,
     *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
     progress: Progress,
     meta: Mapping[str, object],
 ) -> Path:
     """Write ``folder/epoch-<n>`` [-step-<m>] and point ``folder/last`` at it. Returns its path.
+
+    model, optimizer: what `model_tensors` and `optimizer_tensors` return.
 
     Raises CheckpointError when the disk refuses; what was there before stays whole.
     """
@@ -82,8 +85,8 @@ def save_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(_contiguous(model.state_dict()), temporary / MODEL_FILE)
-        save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER_FILE)
+        save_file(dict(model), temporary / MODEL_FILE)
+        save_file(dict(optimizer), temporary / OPTIMIZER_FILE)
         files = {file: _checksum(temporary / file) for file in (MODEL_FILE, OPTIMIZER_FILE)}
         _write_meta(temporary / META_FILE, {**meta, "progress": asdict(progress), "sha256": files})
         for file in temporary.iterdir():
@@ -210,7 +213,7 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, che
                 state[field] = value.to(parameter.device, copy=True)
             elif value.shape == parameter.shape:
                 # fused AdamW walks memory in order: the moments need the parameter's own strides
-                state[field] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                state[field] = torch.empty_like(parameter, dtype=value.dtype).copy_(share_like(value, parameter))
             else:
                 raise CheckpointError(f"the optimizer state of {name} in {checkpoint.path} has another shape.")
 
@@ -220,7 +223,13 @@ def _named_optimizer_parameters(model: nn.Module, optimizer: torch.optim.Optimiz
     return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in managed]
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state, whole and on the CPU. Where it is shared among processes all of them must ask."""
+    return _contiguous(model.state_dict())
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by ``<parameter>:<field>``, as `model_tensors`."""
     return _contiguous(
         {
             f"{name}:{key}": value
@@ -231,7 +240,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _free_place(target: Path) -> Path:

@@ -34,8 +34,8 @@ class CocoDetections:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def where(self, chosen: NDArray[np.bool_]) -> CocoDetections:
-        """The detections that ``chosen`` [D] names."""
+    def where(self, chosen: NDArray[np.bool_] | Ints) -> CocoDetections:
+        """The detections that ``chosen`` names: [D] or, in a new order, their positions."""
         return CocoDetections(
             self.image_ids[chosen], self.category_ids[chosen], self.boxes[chosen], self.scores[chosen]
         )

@@ -49,7 +49,7 @@ class Compute(NamedTuple):
     cuda_graph: bool
 
 
-def choose_compute(section: ComputeSection, device: torch.device, *, buckets: bool) -> Compute:
+def choose_compute(section: ComputeSection, device: torch.device, *, buckets: bool, processes: int = 1) -> Compute:
     """Decide what is "auto". buckets: whether batches have a known small set of padded shapes.
 
     Raises SamdetrError for what this device, or batches of any shape, cannot have.
@@ -61,6 +61,8 @@ def choose_compute(section: ComputeSection, device: torch.device, *, buckets: bo
             )
     if section.cuda_graph == "on" and device.type != "cuda":
         raise SamdetrError('compute.cuda_graph = "on" needs a GPU: set it to "off".')
+    if section.cuda_graph == "on" and processes > 1:
+        raise SamdetrError('compute.cuda_graph = "on" is for one process: set it to "off".')
     return Compute(
         precision=choose_precision(section.precision, device),
         compile=section.compile == "on" or (section.compile == "auto" and buckets and device.type == "cuda"),

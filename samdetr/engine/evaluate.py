@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from samdetr.data.checks import check_data, raise_for_errors
-from samdetr.data.datasets import CocoData, make_categories
+from samdetr.data.datasets import CocoData, make_categories, positions
 from samdetr.data.loader import EvalLoader, build_eval_loader
 from samdetr.data.prefetch import prefetch
 from samdetr.data.splits import build_dataset, read_split
 from samdetr.engine.coco import CocoDetections, choose_evaluator, coco_detections, coco_evaluate
 from samdetr.engine.compile import choose_precision, computing_in, eagerly
 from samdetr.engine.log import print_evaluation, print_findings, print_per_class
+from samdetr.engine.parallel import World
 from samdetr.engine.setup import choose_device, load_trained
 from samdetr.errors import RecipeError
 from samdetr.loss.boxes import cxcywh_to_xyxy
@@ -57,8 +60,8 @@ def detect(
 ) -> CocoDetections:
     """Run the model in evaluation mode over all images; logits without a category are left out.
 
-    The detections stay on the device until the last batch: nothing waits for it before.
-    ``after_batch`` is called with the number of batches done and may raise to stop.
+    The detections stay on the device until the last batch: nothing waits for it before. ``after_batch`` is called
+    ``len(loader)`` times, with the number of batches done, and may raise to stop.
     """
     parts: list[Detections] = []
     image_ids: list[int] = []
@@ -76,6 +79,27 @@ def detect(
         model.train(was_training)
     whole = Detections(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return coco_detections(whole, image_ids, categories)
+
+
+def gather_detections(found: CocoDetections, world: World, order: NDArray[np.int64]) -> CocoDetections | None:
+    """The detections of all processes in the main one, as it would have found them alone; None in the others.
+
+    order: ids of the images in the order of the data set. Of an image that several processes ran (`EvalLoader`
+    repeats some) the first one's detections count.
+    """
+    if world.size == 1:
+        return found
+    columns = (found.image_ids, found.category_ids, found.boxes, found.scores, np.full(len(found), world.rank))
+    gathered = [world.gather(torch.from_numpy(column)) for column in columns]
+    if not world.is_main:
+        return None
+    image_ids, category_ids, boxes, scores, ranks = (column.numpy() for column in gathered if column is not None)
+    places = positions(order, image_ids)
+    first = np.full(len(order), world.size)
+    np.minimum.at(first, places, ranks)
+    kept = np.flatnonzero(ranks == first[places])
+    in_order = kept[np.argsort(places[kept], kind="stable")]
+    return CocoDetections(image_ids, category_ids, boxes, scores).where(in_order)
 
 
 def evaluate_checkpoint(path: str, *, overrides: list[str]) -> None:

@@ -62,10 +62,21 @@ class RunLog:
     """Progress of a run on the terminal (or plain lines where there is none), and metrics.jsonl in its folder."""
 
     def __init__(
-        self, folder: Path, *, epochs: int, steps: int, evaluations: int, progress: Progress, console: Console
+        self,
+        folder: Path,
+        *,
+        epochs: int,
+        steps: int,
+        evaluations: int,
+        progress: Progress,
+        console: Console,
+        writes: bool = True,
     ) -> None:
-        """epochs, steps: of the whole run. evaluations: those to come. progress: where the run begins or goes on."""
-        self.folder, self.console = folder, console
+        """epochs, steps: of the whole run. evaluations: those to come. progress: where the run begins or goes on.
+
+        writes: whether metrics.jsonl is this process's; of several only one writes it.
+        """
+        self.folder, self.console, self.writes = folder, console, writes
         self.epochs, self.steps, self.evaluations = epochs, steps, evaluations
         self.done = progress.step
         self.step_seconds = self.data_seconds = self.evaluation_seconds = 0.0
@@ -84,8 +95,9 @@ class RunLog:
         self._live = Live(console=console, get_renderable=self._picture, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> RunLog:
-        _drop_later_lines(self.folder / METRICS_FILE, self._begun_at)
-        if self.console.is_terminal:
+        if self.writes:
+            _drop_later_lines(self.folder / METRICS_FILE, self._begun_at)
+        if self.console.is_terminal and not self.console.quiet:
             self._live.start()
         return self
 
@@ -94,6 +106,8 @@ class RunLog:
 
     def write(self, kind: str, **values: object) -> None:
         """Append a line to metrics.jsonl; numbers that JSON lacks become null. Raises SamdetrError."""
+        if not self.writes:
+            return
         line = {"kind": kind, **{key: _plain(value) for key, value in values.items()}}
         file = self.folder / METRICS_FILE
         try:

@@ -14,8 +14,8 @@ class Step(NamedTuple):
 
     number: int
     epoch: int
+    step_in_epoch: int
     lr: float
-    image_ids: list[int]
 
 
 class Readings:

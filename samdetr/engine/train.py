@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 from samdetr.data.prefetch import prefetch
 from samdetr.engine.build import Training, build_training
-from samdetr.engine.checkpoint import (
-    update_progress,
-)
-from samdetr.engine.coco import coco_evaluate
+from samdetr.engine.checkpoint import update_progress
+from samdetr.engine.coco import CocoDetections, coco_evaluate
 from samdetr.engine.compile import computing_in, prepare_step
 from samdetr.engine.cuda_graph import StepGraphs
-from samdetr.engine.evaluate import detect
+from samdetr.engine.evaluate import detect, gather_detections
 from samdetr.engine.log import STEP_VALUES, Meter, RunLog, Stopwatch
 from samdetr.engine.optim import GuardedAdamW, lr_factor, set_learning_rate
+from samdetr.engine.parallel import ALONE, World, joined, local_gradients, whole
 from samdetr.engine.pictures import draw_validation
 from samdetr.engine.profile import StepProfiler
 from samdetr.engine.readings import Step
 from samdetr.engine.run_folder import CHECKPOINTS, METRICS_FILE, resume_command
+from samdetr.engine.setup import choose_device
 from samdetr.errors import DataError, NonFiniteError, SamdetrError
 from samdetr.loss import SetCriterion
 from samdetr.recipe import with_absolute_paths
@@ -54,24 +54,31 @@ def train_step(
     clip_norm: float,
     precision: torch.dtype = torch.float32,
     graphs: StepGraphs | None = None,
+    world: World = ALONE,
+    seeds: Sequence[int] | None = None,
 ) -> StepResult:
     """Forward, loss, backward over the micro-batches, then clip and update: one step of the whole batch.
 
-    The loss is divided by the number of boxes of the whole step, so that its gradient does not depend on how the
-    batch is split. clip_norm 0: no clipping. precision: what matrix products and convolutions compute in, float32
-    or bfloat16; parameters, boxes, costs and losses are float32 either way. graphs: replayed instead, if given.
-    Nothing waits for the device: where the matching cost, the loss or the gradient is not finite, the optimizer
-    changes nothing in this step or a later one.
+    The loss is divided by the number of boxes of the whole step, so that its gradient does not depend on how the batch
+    is split, nor among how many processes: ``batch`` is this one's share, the values are the world's. clip_norm 0: no
+    clipping. precision: what matrix products and convolutions compute in, float32 or bfloat16; parameters, boxes, costs
+    and losses are float32 either way. graphs: replayed instead, if given. seeds: of each micro-batch's dropout; None:
+    torch's generator goes on. Nothing waits for the device: where the matching cost, the loss or the gradient is not
+    finite, the optimizer changes nothing in this step or a later one.
     """
     optimizer.zero_grad(set_to_none=graphs is None)
     moved = [micro.to(device) for micro in batch]
-    num_boxes = torch.stack([micro.targets.counts.sum() for micro in moved]).sum()
+    num_boxes = world.sum(torch.stack([micro.targets.counts.sum() for micro in moved]).sum())
     run = graphs.forward_backward if graphs else partial(forward_backward, model, criterion, precision=precision)
-    values = torch.stack([run(micro, num_boxes) for micro in moved])
-    loss = values[:, 0].sum()
-    grad_norm = graphs.update(loss) if graphs else update(optimizer, clip_norm, loss)
-    *sums, class_error = values.sum(0).unbind()
-    return StepResult(torch.stack([*sums, class_error / len(moved), grad_norm]))
+    values: list[Tensor] = []
+    for place, micro in enumerate(moved, start=1):
+        if seeds is not None:
+            torch.manual_seed(seeds[place - 1])
+        with local_gradients(model, keep=place < len(moved)):
+            values.append(run(micro, num_boxes))
+    *sums, class_error = world.sum(torch.stack(values).sum(0)).unbind()
+    grad_norm = graphs.update(sums[0]) if graphs else update(optimizer, clip_norm, sums[0])
+    return StepResult(torch.stack([*sums, class_error / (len(moved) * world.size), grad_norm]))
 
 
 def forward_backward(
@@ -91,7 +98,7 @@ def forward_backward(
 def update(optimizer: GuardedAdamW, clip_norm: float, loss: Tensor) -> Tensor:
     """Clip the gradients and take the optimizer's step; returns their norm before. All on the device."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf"))
+    grad_norm = whole(nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf")))
     optimizer.guard(loss + grad_norm)
     optimizer.step()
     return grad_norm
@@ -107,8 +114,16 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
     SystemExit(143) after a signal, once the checkpoint is written.
     """
     recipe = with_absolute_paths(recipe)
-    training = build_training(recipe, resume=resume, console=Console())
-    progress, epochs = training.progress, recipe.train.epochs
+    device = choose_device(recipe.run.device, recipe.compute.kernels)
+    with joined(device, recipe.parallel) as world:
+        console = Console(quiet=not world.is_main)
+        return run(build_training(recipe, resume=resume, device=device, world=world, console=console), profile=profile)
+
+
+def run(training: Training, *, profile: bool) -> Path:
+    """The epochs that are left, each with its evaluation; returns the run folder. See `train`."""
+    recipe, progress, world = training.recipe, training.progress, training.world
+    epochs = recipe.train.epochs
     log = RunLog(
         training.folder,
         epochs=epochs,
@@ -116,12 +131,14 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
         evaluations=sum(is_evaluated(recipe, epoch) for epoch in range(progress.epoch, epochs)),
         progress=progress,
         console=training.console,
+        writes=world.is_main,
     )
+    profiled = training.folder / "profile" if profile and world.is_main else None
     try:
-        with training.stop, log, StepProfiler(training.folder / "profile" if profile else None, log.note) as profiler:
+        with training.stop, log, StepProfiler(profiled, log.note) as profiler:
             training.graphs = start_step(training, log)
             while progress.epoch < epochs:
-                if training.stop:
+                if training.asked_to_stop():
                     training.leave()
                 if not progress.evaluation_due:
                     train_epoch(training, log, profiler)
@@ -129,14 +146,12 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
                 best = is_evaluated(recipe, progress.epoch) and evaluate_epoch(training, log)
                 progress.epoch, progress.step_in_epoch, progress.evaluation_due = progress.epoch + 1, 0, False
                 progress.finished = progress.epoch == epochs
-                update_progress(training.folder / CHECKPOINTS, progress, best=best)
-                plot_curves(training.folder / METRICS_FILE, training.folder / "curves.png")
+                if world.is_main:
+                    update_progress(training.folder / CHECKPOINTS, progress, best=best)
+                    plot_curves(training.folder / METRICS_FILE, training.folder / "curves.png")
     except KeyboardInterrupt:
         if training.stop.at_once:
             training.say_how_to_continue("stopped at once; what came after the last checkpoint is lost")
-        raise
-    except DataError:
-        training.save()  # an image that cannot be used is found between two steps: nothing done is lost
         raise
     except torch.OutOfMemoryError as error:
         raise SamdetrError(
@@ -156,17 +171,18 @@ def start_step(training: Training, log: RunLog) -> StepGraphs | None:
     """Compile and record the step as the recipe asks; a signal stops between two shapes."""
     model, criterion, optimizer = training.model, training.criterion, training.optimizer
     model.train()
+    values_of = partial(forward_backward, training.replica, criterion)
 
     def started(what: str) -> None:
         log.starting(what)
-        if training.stop:
+        if training.asked_to_stop():
             training.leave()
 
     return prepare_step(
         model,
         criterion,
         optimizer,
-        partial(forward_backward, model, criterion),
+        values_of,
         partial(update, optimizer, training.recipe.optim.clip_norm),
         compute=training.compute,
         on_failure=training.recipe.compute.on_failure,
@@ -183,15 +199,15 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
     """Take the epoch's remaining steps."""
     recipe, progress, epoch = training.recipe, training.progress, training.progress.epoch
     training.model.train()
-    batches = prefetch(training.train_loader.epoch(epoch, progress.step_in_epoch), training.device)
     total, data = Stopwatch(), Stopwatch()
-    for batch in batches:
+    for batch in agreed_batches(training, log):
         waited = data.lap()
         factor = lr_factor(recipe.optim, step=progress.step, epoch=epoch, total_steps=log.steps)
         set_learning_rate(training.optimizer, factor)
-        torch.manual_seed(step_seed(recipe.run.seed, progress.step))
+        first = training.world.rank
+        places = range(first, first + len(batch) * training.world.size, training.world.size)
         result = train_step(
-            training.model,
+            training.replica,
             training.criterion,
             training.optimizer,
             batch,
@@ -199,33 +215,57 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
             clip_norm=recipe.optim.clip_norm,
             precision=training.compute.precision,
             graphs=training.graphs,
+            world=training.world,
+            seeds=[step_seed(recipe.run.seed, progress.step, place) for place in places],
         )
+        step = Step(progress.step + 1, epoch, progress.step_in_epoch, recipe.optim.lr * factor)
+        training.readings.add(step, result.values)
         progress.step += 1
         progress.step_in_epoch += 1
-        image_ids = [number for micro in batch for number in micro.image_ids.tolist()]
-        training.readings.add(Step(progress.step, epoch, recipe.optim.lr * factor, image_ids), result.values)
         log.step(epoch, seconds=total.lap(), waited=waited, images=recipe.train.total_batch)
         profiler.step()
         if training.device.type == "cpu" or progress.step % recipe.train.log_every == 0:
             training.readings.send()
         report_steps(training, log, training.readings.arrived())
-        if training.stop:
-            report_steps(training, log, training.readings.all())
-            training.save()
-            training.leave()
         data.lap()
     report_steps(training, log, training.readings.all())
     log.epoch(epoch, training.epoch_meter.means())
     progress.evaluation_due, training.epoch_meter = True, Meter()
 
 
+def agreed_batches(training: Training, log: RunLog) -> Iterator[list[Batch]]:
+    """This process's batches of the epoch's remaining steps, on the device, while every process has the next one.
+
+    Where one was asked to stop, or met an image that cannot be used, all save after the same step and end; the
+    DataError is raised in the process that met it.
+    """
+    progress = training.progress
+    batches = prefetch(training.train_loader.epoch(progress.epoch, progress.step_in_epoch), training.device)
+    while progress.step_in_epoch < training.train_loader.steps_per_epoch:
+        batch, failure = None, None
+        try:
+            batch = next(batches)
+        except DataError as error:
+            failure = error
+        failed = training.world.most(int(failure is not None))
+        if training.asked_to_stop() or failed:
+            report_steps(training, log, training.readings.all())
+            training.save()  # between two steps: nothing done is lost
+            if failed:
+                raise failure or SamdetrError("another process met an image that cannot be used.")
+            training.leave()
+        assert batch is not None
+        yield batch
+
+
 def report_steps(training: Training, log: RunLog, steps: Iterator[tuple[Step, list[float]]]) -> None:
     """Count steps whose values have arrived. Raises NonFiniteError at the first that was not finite."""
     for step, values in steps:
         if not math.isfinite(values[STEP_VALUES.index("loss")] + values[STEP_VALUES.index("grad_norm")]):
+            image_ids = training.train_loader.image_ids(step.epoch, step.step_in_epoch)
             raise NonFiniteError(
                 f"the loss or its gradient is not finite at step {step.number} (epoch {step.epoch + 1}, image ids "
-                f"{', '.join(map(str, step.image_ids))}); no parameter was changed by this step or after it. Lower "
+                f"{', '.join(map(str, image_ids))}); no parameter was changed by this step or after it. Lower "
                 f"optim.lr or look at these images; what was saved is in {log.folder}."
             )
         training.epoch_meter.add(values)
@@ -241,11 +281,11 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
 
     def after_batch(done: int) -> None:
         log.evaluating(progress.epoch, done, len(training.val_loader))
-        if training.stop:
+        if training.asked_to_stop():
             training.leave()  # the epoch's steps are saved; its evaluation is done when the run continues
 
     watch = Stopwatch()
-    results = detect(
+    found = detect(
         training.model,
         training.val_loader,
         training.splits.categories,
@@ -254,18 +294,28 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
         precision=training.compute.precision,
         after_batch=after_batch,
     )
-    evaluation = coco_evaluate(training.splits.val, results, evaluator=training.evaluator)
-    ap = evaluation.stats["AP"]
+    results = gather_detections(found, training.world, training.splits.val.image_ids)
+    ap = training.world.from_main(
+        lambda: report_evaluation(training, log, results, watch) if results is not None else -1.0
+    )
     best = ap > progress.best_ap
     if best:
         progress.best_ap, progress.best_epoch = ap, progress.epoch
+    return best
+
+
+def report_evaluation(training: Training, log: RunLog, results: CocoDetections, watch: Stopwatch) -> float:
+    """The COCO numbers of the val split's detections, in the log and as pictures; returns AP."""
+    recipe, progress = training.recipe, training.progress
+    evaluation = coco_evaluate(training.splits.val, results, evaluator=training.evaluator)
+    ap = evaluation.stats["AP"]
     log.evaluation(
         progress.epoch,
         evaluation.stats,
         evaluation.per_class,
         evaluator=training.evaluator,
         seconds=watch.lap(),
-        best=best,
+        best=ap > progress.best_ap,
     )
     draw_validation(
         training.folder / "val_predictions.png",
@@ -274,7 +324,7 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
         training.splits.categories,
         max_pixels=recipe.data.max_pixels,
     )
-    return best
+    return ap
 
 
 def is_evaluated(recipe: Recipe, epoch: int) -> bool:
@@ -282,6 +332,6 @@ def is_evaluated(recipe: Recipe, epoch: int) -> bool:
     return (epoch + 1) % recipe.eval.every == 0 or epoch + 1 == recipe.train.epochs
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of a step's dropout: a function of its number alone, so that a continued run repeats it."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def step_seed(seed: int, step: int, place: int) -> int:
+    """The seed of the dropout of a step's micro-batch: a continued run, or one of other processes, repeats it."""
+    return int(np.random.SeedSequence((seed, step, place)).generate_state(1, np.uint64)[0] >> np.uint64(1))

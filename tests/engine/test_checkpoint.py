@@ -18,6 +18,8 @@ from samdetr.engine.checkpoint import (
     load_checkpoint,
     load_model_state,
     load_optimizer_state,
+    model_tensors,
+    optimizer_tensors,
     save_checkpoint,
     update_progress,
 )
@@ -51,8 +53,9 @@ def trained_model(seed: int = 0) -> tuple[Small, torch.optim.AdamW]:
 
 def save(folder: Path, progress: Progress, seed: int = 0) -> Path:
     model, optimizer = trained_model(seed)
+    tensors = model_tensors(model), optimizer_tensors(model, optimizer)
     return save_checkpoint(
-        folder, model=model, optimizer=optimizer, progress=progress, meta={"name": "größe", "n": [1]}
+        folder, model=tensors[0], optimizer=tensors[1], progress=progress, meta={"name": "größe", "n": [1]}
     )
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from samdetr.data.batching import epoch_order
 from samdetr.data.datasets import make_categories, read_coco
-from samdetr.engine.checkpoint import Progress, load_checkpoint, save_checkpoint
+from samdetr.engine.checkpoint import Progress, load_checkpoint, model_tensors, save_checkpoint
 from samdetr.engine.train import train
 from samdetr.models import build_model
 from samdetr.models.official import to_official
@@ -238,8 +238,8 @@ def test_another_architecture(
     meta = load_checkpoint((trained / "checkpoints/last").resolve(), with_optimizer=False).meta
     mixed = save_checkpoint(
         tmp_path,
-        model=other,
-        optimizer=torch.optim.AdamW(other.parameters()),
+        model=model_tensors(other),
+        optimizer={},
         progress=Progress(),
         meta={key: meta[key] for key in ("recipe", "categories", "environment")},
     )
@@ -284,7 +284,7 @@ def test_not_a_number(train_command: Command, trained: Path, make_recipe: MakeRe
     with torch.no_grad():
         model.class_heads[0].weight[3, 5] = torch.nan
     broken = save_checkpoint(
-        tmp_path / "broken", model=model, optimizer=torch.optim.AdamW(model.parameters()), progress=Progress(), meta={}
+        tmp_path / "broken", model=model_tensors(model), optimizer={}, progress=Progress(), meta={}
     )
     message = sentence(train_command("--set", f"init.checkpoint={broken}"))
     assert "the loss or its gradient is not finite at step 1 (epoch 1, image ids " in message

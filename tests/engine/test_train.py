@@ -185,8 +185,8 @@ def test_which_epochs_are_evaluated(make_recipe: MakeRecipe) -> None:
 
 
 def test_step_seeds_differ() -> None:
-    seeds = {step_seed(seed, step) for seed in range(10) for step in range(100)}
-    assert len(seeds) == 1000
+    seeds = {step_seed(seed, step, place) for seed in range(10) for step in range(100) for place in range(4)}
+    assert len(seeds) == 4000
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 

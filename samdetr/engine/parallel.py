@@ -1,0 +1,193 @@
+"""One run over several processes: who takes part, and how they come to the same numbers and decisions.
+
+A process alone is a world of one, for which every call here does nothing. Gradients are summed, not averaged: every
+process divides its loss by the number of boxes of the whole step.
+
+| strategy | a process holds | for |
+|---|---|---|
+| ddp | everything | up to some hundred million parameters: nothing is gathered, gradients travel during backward |
+| fsdp | its share of every layer | large models: layers are gathered when they compute, in float32 |
+| hsdp | its share among the processes of its machine | large models on several machines |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from samdetr.errors import RecipeError
+
+if TYPE_CHECKING:
+    from samdetr.models import SAMDETR
+    from samdetr.recipe import ParallelSection
+
+T = TypeVar("T")
+
+
+class World(NamedTuple):
+    """The processes of a run and this one's place among them."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # among the processes of this machine
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, on the device of ``values``, which it replaces."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def most(self, value: int) -> int:
+        """The largest of the processes' numbers. The host waits for the slowest of them, but for no device."""
+        if self.size == 1:
+            return value
+        values = torch.tensor(value)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values)
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What the main process makes; all others wait for it."""
+        made: list[T | None] = [make() if self.is_main else None]
+        if self.size > 1:
+            dist.broadcast_object_list(made)
+        value = made[0]
+        assert value is not None
+        return value
+
+    def gather(self, rows: Tensor) -> Tensor | None:
+        """The rows [n, ...] of all processes, on the CPU, in the order of ranks; None except in the main process."""
+        rows = rows.cpu()
+        if self.size == 1:
+            return rows
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([len(rows)]))
+        most = max(int(count) for count in counts)
+        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in counts] if self.is_main else None
+        dist.gather(padded, gathered)
+        if gathered is None:
+            return None
+        return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
+
+    @contextmanager
+    def machine_first(self) -> Iterator[None]:
+        """One process of each machine runs the block before the others do: it may fill a cache that they share."""
+        if self.local_rank > 0:
+            self.most(0)
+        yield
+        if self.local_rank == 0:
+            self.most(0)
+
+
+ALONE = World()
+
+
+def is_launched() -> bool:
+    """Whether a launcher such as torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def joined(device: torch.device, section: ParallelSection) -> Iterator[World]:
+    """The world that the launcher's environment describes, for the length of the context.
+
+    A call that waits longer than ``parallel.timeout`` for another process ends this one.
+    """
+    if not is_launched():
+        yield ALONE
+        return
+    world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(world.local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=section.timeout))
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def micro_batches_of(world: World, *, total_batch: int, micro_batch: int) -> int:
+    """How many micro-batches of a step each process takes. Raises RecipeError where they cannot be shared equally."""
+    count = total_batch // micro_batch
+    if count % world.size:
+        fitting = [n for n in range(1, micro_batch) if total_batch % (n * world.size) == 0]
+        advice = f"set train.micro_batch to {max(fitting)}" if fitting else "use another number of processes"
+        raise RecipeError(
+            f"train.total_batch = {total_batch} makes {count} micro-batches of {micro_batch} images, which "
+            f"{world.size} processes cannot share equally: {advice}."
+        )
+    return count // world.size
+
+
+def distribute(model: SAMDETR, section: ParallelSection, world: World, device: torch.device) -> nn.Module:
+    """The module to call for a forward pass of ``model``, which is on its device with its weights loaded.
+
+    With sharding the model's parameters become DTensors: build the optimizer afterwards.
+    """
+    if world.size == 1:
+        return model
+    if section.strategy == "ddp":
+        replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        replica.broadcast_buffers = any(isinstance(part, nn.BatchNorm2d) for part in model.modules())
+        replica.register_comm_hook(None, _sum_gradients)
+        return replica
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # fully_shard takes no channels-last filters
+    mesh = _mesh(section.strategy, world, device)
+    for part in [model.backbone, *model.encoder.layers, *model.decoder, model]:
+        fully_shard(part, mesh=mesh, reshard_after_forward=section.reshard)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
+    return model
+
+
+def local_gradients(model: nn.Module, *, keep: bool) -> AbstractContextManager[object]:
+    """Around forward and backward of a micro-batch: with ``keep`` its gradients stay in this process for now."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync() if keep else nullcontext()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not keep)
+    return nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with the shares of all processes; each of them must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def share_like(value: Tensor, example: Tensor) -> Tensor:
+    """``value``, whole in every process, divided as ``example`` is."""
+    if not isinstance(example, DTensor):
+        return value
+    return distribute_tensor(value.to(example.device), example.device_mesh, example.placements)
+
+
+def _mesh(strategy: str, world: World, device: torch.device) -> DeviceMesh:
+    if strategy == "hsdp":
+        machines = world.size // world.local_size
+        return init_device_mesh(device.type, (machines, world.local_size), mesh_dim_names=("machine", "process"))
+    return init_device_mesh(device.type, (world.size,), mesh_dim_names=("process",))
+
+
+def _sum_gradients(state, bucket):  # type: ignore[no-untyped-def]  # DDP takes no annotation that is a string
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
