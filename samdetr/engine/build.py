@@ -182,7 +182,7 @@ def build_training(
         epoch_meter=Meter.from_json(progress.epoch_sums),
         interval_meter=Meter.from_json(progress.interval_sums),
         console=console,
-        stop=StopSignal(),
+        stop=StopSignal(speaks=world.is_main),
     )
 
 

@@ -16,8 +16,9 @@ SAVING = "\nsaving; Ctrl-C again stops at once, without saving\n"
 class StopSignal:
     """While active, the first signal only sets ``number`` and says so; a second Ctrl-C ends the process at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, speaks: bool = True) -> None:
         self.number: int | None = None
+        self.speaks = speaks
         self.at_once = False  # a second Ctrl-C came: nothing more is saved
         self._previous: dict[int, object] = {}
 
@@ -40,7 +41,7 @@ class StopSignal:
             self.at_once = True
             raise KeyboardInterrupt
         self.number = number
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and self.speaks:
             with contextlib.suppress(OSError):
                 os.write(2, SAVING.encode())  # print must not be entered twice, as a handler could
 

@@ -35,7 +35,9 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     A signal is passed on and the processes have torch's grace (30 s, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT) to save; where
     one fails the others are ended.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes speak for themselves
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         min_nodes=1,

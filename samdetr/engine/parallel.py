@@ -13,6 +13,7 @@ process divides its loss by the number of boxes of the whole step.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from samdetr.recipe import ParallelSection
 
 T = TypeVar("T")
+ROLL_CALL = 3.0  # seconds between the first process that gives up waiting and the last
 
 
 class World(NamedTuple):
@@ -42,6 +44,7 @@ class World(NamedTuple):
     size: int = 1
     local_rank: int = 0  # among the processes of this machine
     local_size: int = 1
+    store: dist.Store | None = None  # what the processes can tell each other when nothing else works any more
 
     @property
     def is_main(self) -> bool:
@@ -87,6 +90,13 @@ class World(NamedTuple):
             return None
         return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
 
+    def absent(self) -> list[int]:
+        """The processes that have not called this within `ROLL_CALL` seconds, as one does that has given up waiting."""
+        assert self.store is not None
+        self.store.set(f"given_up/{self.rank}", "")
+        time.sleep(ROLL_CALL)
+        return [rank for rank in range(self.size) if not self.store.check([f"given_up/{rank}"])]
+
     @contextmanager
     def machine_first(self) -> Iterator[None]:
         """One process of each machine runs the block before the others do: it may fill a cache that they share."""
@@ -114,15 +124,30 @@ def joined(device: torch.device, section: ParallelSection) -> Iterator[World]:
     if not is_launched():
         yield ALONE
         return
-    world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    store, _, _ = next(dist.rendezvous("env://"))
+    rank, size, local_rank, local_size = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    world = World(rank, size, local_rank, local_size, dist.PrefixStore("samdetr", store))
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=section.timeout))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=timedelta(seconds=section.timeout),
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+    )
     try:
         yield world
     finally:
         dist.destroy_process_group()
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective call failed because another process did not answer."""
+    return isinstance(error, dist.DistBackendError) or "gloo" in str(error)
 
 
 def micro_batches_of(world: World, *, total_batch: int, micro_batch: int) -> int:

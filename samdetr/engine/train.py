@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +24,7 @@ from samdetr.engine.cuda_graph import StepGraphs
 from samdetr.engine.evaluate import detect, gather_detections
 from samdetr.engine.log import STEP_VALUES, Meter, RunLog, Stopwatch
 from samdetr.engine.optim import GuardedAdamW, lr_factor, set_learning_rate
-from samdetr.engine.parallel import ALONE, World, joined, local_gradients, whole
+from samdetr.engine.parallel import ALONE, World, joined, local_gradients, lost_contact, whole
 from samdetr.engine.pictures import draw_validation
 from samdetr.engine.profile import StepProfiler
 from samdetr.engine.readings import Step
@@ -134,21 +136,31 @@ def run(training: Training, *, profile: bool) -> Path:
         writes=world.is_main,
     )
     profiled = training.folder / "profile" if profile and world.is_main else None
+    with training.stop, explained(training), log, StepProfiler(profiled, log.note) as profiler:
+        training.graphs = start_step(training, log)
+        while progress.epoch < epochs:
+            if training.asked_to_stop():
+                training.leave()
+            if not progress.evaluation_due:
+                train_epoch(training, log, profiler)
+                training.save()
+            best = is_evaluated(recipe, progress.epoch) and evaluate_epoch(training, log)
+            progress.epoch, progress.step_in_epoch, progress.evaluation_due = progress.epoch + 1, 0, False
+            progress.finished = progress.epoch == epochs
+            if world.is_main:
+                update_progress(training.folder / CHECKPOINTS, progress, best=best)
+                plot_curves(training.folder / METRICS_FILE, training.folder / "curves.png")
+    found = f"best AP {progress.best_ap:.3f} in epoch {progress.best_epoch + 1}; " if progress.best_epoch >= 0 else ""
+    log.note(f"finished: {found}everything is in {training.folder}")
+    return training.folder
+
+
+@contextmanager
+def explained(training: Training) -> Iterator[None]:
+    """Ends the loaders' processes; makes sentences, which say how to go on, of what torch raises."""
+    folder = training.folder
     try:
-        with training.stop, log, StepProfiler(profiled, log.note) as profiler:
-            training.graphs = start_step(training, log)
-            while progress.epoch < epochs:
-                if training.asked_to_stop():
-                    training.leave()
-                if not progress.evaluation_due:
-                    train_epoch(training, log, profiler)
-                    training.save()
-                best = is_evaluated(recipe, progress.epoch) and evaluate_epoch(training, log)
-                progress.epoch, progress.step_in_epoch, progress.evaluation_due = progress.epoch + 1, 0, False
-                progress.finished = progress.epoch == epochs
-                if world.is_main:
-                    update_progress(training.folder / CHECKPOINTS, progress, best=best)
-                    plot_curves(training.folder / METRICS_FILE, training.folder / "curves.png")
+        yield
     except KeyboardInterrupt:
         if training.stop.at_once:
             training.say_how_to_continue("stopped at once; what came after the last checkpoint is lost")
@@ -156,15 +168,22 @@ def run(training: Training, *, profile: bool) -> Path:
     except torch.OutOfMemoryError as error:
         raise SamdetrError(
             f"{training.device} is out of memory: in an evaluation lower eval.batch and continue with "
-            f"{resume_command(training.folder)}; in training lower train.micro_batch or augment.max_size in a new run, "
+            f"{resume_command(folder)}; in training lower train.micro_batch or augment.max_size in a new run, "
             "which may start from a checkpoint of this one (init.checkpoint)."
+        ) from error
+    except RuntimeError as error:
+        if training.world.size == 1 or not lost_contact(error):
+            raise
+        silent = ", ".join(map(str, training.world.absent())) or "none of them now"
+        place = [frame.name for frame in traceback.extract_tb(error.__traceback__) if "samdetr" in frame.filename][-1]
+        raise SamdetrError(
+            f"a process does not answer (silent: {silent}) after step {training.progress.step}, in {place}: "
+            f"{str(error).splitlines()[0]}; it hangs or has ended, and what it last said stands above. Continue with "
+            f"{resume_command(folder)}."
         ) from error
     finally:
         training.train_loader.close()
         training.val_loader.close()
-    found = f"best AP {progress.best_ap:.3f} in epoch {progress.best_epoch + 1}; " if progress.best_epoch >= 0 else ""
-    log.note(f"finished: {found}everything is in {training.folder}")
-    return training.folder
 
 
 def start_step(training: Training, log: RunLog) -> StepGraphs | None:

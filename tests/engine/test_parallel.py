@@ -1,0 +1,234 @@
+"""Several real processes against one: the same run, its stops, its faults, and two launchers for two machines."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from samdetr.data.loader import Share, build_eval_loader, build_train_loader
+from samdetr.data.splits import build_dataset, load_splits
+from samdetr.engine.coco import CocoDetections
+from samdetr.engine.evaluate import gather_detections
+from samdetr.engine.parallel import World, micro_batches_of
+from samdetr.errors import RecipeError
+from tests.engine.runs import ROOT, MakeRecipe, Result, assert_same_weights, end, losses, metrics, weights
+
+ROUNDING = 1e-5  # relative; sums of float32 gradients in another order, through twelve steps
+PUBLISHED = ("--set", "model.backbone.norm=frozen", "--set", "train.micro_batch=1")
+
+
+def start(command: list[str], *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", *command, *options],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def train_in(processes: int, recipe: Path, folder: Path, *options: str) -> subprocess.Popen[str]:
+    options = (*PUBLISHED, "--set", f"run.folder={folder}", "--nproc", str(processes), *options)
+    return start(["samdetr", "train", str(recipe)], *options)
+
+
+def finished(process: subprocess.Popen[str]) -> Result:
+    result = end(process)
+    assert result.code == 0, result.err
+    return result
+
+
+def wait_for_steps(run: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or len(metrics(run, "train")) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def alone(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of twelve steps with dropout and augmentation, in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    finished(train_in(1, recipe_file, folder))
+    return folder / "tiny" / "1"
+
+
+@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (2, "fsdp"), (4, "ddp")])
+def test_the_run_does_not_depend_on_the_processes(
+    recipe_file: Path, tmp_path: Path, alone: Path, processes: int, strategy: str
+) -> None:
+    result = finished(train_in(processes, recipe_file, tmp_path, "--set", f"parallel.strategy={strategy}"))
+    assert result.out.count("epoch 1/2  step 1/12") == 1
+    assert f"{processes} processes ({strategy})" in result.out
+    run = tmp_path / "tiny" / "1"
+    assert [line["step"] for line in metrics(run, "train")] == list(range(1, 13))
+    assert np.allclose(losses(run), losses(alone), rtol=ROUNDING, atol=0)
+    for found, expected in zip(metrics(run, "eval"), metrics(alone, "eval"), strict=True):
+        assert found["AP50"] == pytest.approx(expected["AP50"], abs=1e-4)
+    one, other = weights(run), weights(alone)
+    assert one.keys() == other.keys()
+    for key in (key.removeprefix("model/") for key in one if key.startswith("model/")):
+        squares = other.get(f"optimizer/{key}:exp_avg_sq", torch.ones(()))
+        with_gradient = squares > 1e-12  # AdamW makes a step of mere rounding as large as any other
+        error = ((one[f"model/{key}"] - other[f"model/{key}"]).abs() * with_gradient).max()
+        assert error < 1e-4, key
+
+
+def test_a_stopped_run_goes_on_bit_for_bit_and_in_other_numbers(recipe_file: Path, tmp_path: Path) -> None:
+    four = ("--set", "train.epochs=4")
+    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+    process = train_in(2, recipe_file, stopped, *four)
+    run = stopped / "tiny" / "1"
+    wait_for_steps(run, 3)
+    process.send_signal(signal.SIGTERM)
+    result = end(process)
+    assert result.code == 143, result.err
+    said = re.findall(r"stopped after step (\d+); continue with", result.out)
+    assert len(said) == 1 and int(said[0]) < 24
+    finished(train_in(2, recipe_file, stopped, *four, "--resume", str(run)))
+    finished(train_in(2, recipe_file, straight, *four))
+    assert losses(run) == losses(straight / "tiny" / "1")
+    assert_same_weights(run, straight / "tiny" / "1")
+    # twelve steps in two processes, six in four, six in one
+    finished(train_in(4, recipe_file, straight, "--set", "train.epochs=5", "--resume", str(straight / "tiny" / "1")))
+    finished(train_in(1, recipe_file, straight, "--set", "train.epochs=6", "--resume", str(straight / "tiny" / "1")))
+    assert [line["step"] for line in metrics(straight / "tiny" / "1", "train")] == list(range(1, 37))
+
+
+def process_of_rank(launcher: int, rank: int) -> int:
+    """The launcher's child of a rank."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return next(
+        int(child)
+        for child in children
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "limit"),
+    [(signal.SIGKILL, 30.0), pytest.param(signal.SIGSTOP, 60.0, marks=pytest.mark.slow)],
+    ids=["killed", "hanging"],
+)
+def test_a_lost_process_ends_the_others_and_is_named(
+    recipe_file: Path, tmp_path: Path, number: signal.Signals, limit: float
+) -> None:
+    process = train_in(2, recipe_file, tmp_path, "--set", "train.epochs=500", "--set", "parallel.timeout=8")
+    run = tmp_path / "tiny" / "1"
+    wait_for_steps(run, 8)
+    os.kill(process_of_rank(process.pid, 1), number)
+    begin = time.monotonic()
+    result = end(process)
+    assert time.monotonic() - begin < limit
+    assert result.code == 1
+    found = re.search(r"error: a process does not answer \(silent: 1\) after step (\d+), in \w+: .*gloo", result.err)
+    assert found, result.err
+    assert int(found[1]) >= 8
+    assert f"samdetr-train --resume {run}" in result.err
+
+
+def test_a_bad_image_in_one_process_stops_all_with_everything_saved(recipe_file: Path, tmp_path: Path) -> None:
+    shapes = tmp_path / "shapes"
+    options = ("--set", f"data.shapes.folder={shapes}", "--set", "data.workers=1")
+    finished(train_in(1, recipe_file, tmp_path / "first", *options, "--set", "train.epochs=1"))
+    victim = sorted(shapes.rglob("train*/*.png"))[13]
+    victim.write_bytes(victim.read_bytes()[:200])
+    result = end(train_in(2, recipe_file, tmp_path / "runs", *options))
+    assert result.code == 1
+    assert result.err.count(victim.name) == 1, result.err
+    assert "Traceback" not in result.err
+    run = tmp_path / "runs" / "tiny" / "1"
+    steps = len(metrics(run, "train")) if (run / "metrics.jsonl").exists() else 0  # the bad image's place is by chance
+    assert (run / "checkpoints" / "last").resolve().name == f"epoch-0000-step-{steps:06d}"
+
+
+def test_two_launchers_share_a_run(recipe_file: Path, tmp_path: Path, alone: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=7"]
+    launcher += [f"--rdzv-endpoint=127.0.0.1:{port}", "-m", "samdetr", "train", str(recipe_file)]
+    options = (*PUBLISHED, "--set", f"run.folder={tmp_path}", "--set", "parallel.strategy=hsdp")
+    machines = [start(launcher, *options) for _ in range(2)]
+    results = [finished(machine) for machine in machines]
+    assert sum(result.out.count("2 processes (hsdp)") for result in results) == 1
+    assert np.allclose(losses(tmp_path / "tiny" / "1"), losses(alone), rtol=ROUNDING, atol=0)
+
+
+def test_a_step_that_cannot_be_shared_is_refused_once(recipe_file: Path, tmp_path: Path) -> None:
+    result = end(train_in(3, recipe_file, tmp_path, "--set", "train.total_batch=12", "--set", "train.micro_batch=3"))
+    assert result.code == 2
+    assert result.err.splitlines() == [
+        "train.total_batch = 12 makes 4 micro-batches of 3 images, which 3 processes cannot share equally: "
+        "set train.micro_batch to 2."
+    ]
+    assert micro_batches_of(World(0, 4), total_batch=12, micro_batch=3) == 1
+    with pytest.raises(RecipeError, match="use another number of processes"):
+        micro_batches_of(World(0, 5), total_batch=12, micro_batch=3)
+
+
+@pytest.mark.parametrize("batching", ["random", "buckets"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_shares_are_the_whole(make_recipe: MakeRecipe, batching: str, ranks: int) -> None:
+    recipe = make_recipe("train.micro_batch=1", f"data.batching={batching}")
+    splits = load_splits(recipe.data, num_queries=12, num_classes=8)
+    train, val = (
+        build_dataset(data, splits.categories, recipe.data, recipe.augment, seed=7, training=training)
+        for data, training in ((splits.train, True), (splits.val, False))
+    )
+    shapes = [(96, 96)] if batching == "buckets" else None
+
+    def train_loader(share: Share):  # type: ignore[no-untyped-def]
+        return build_train_loader(
+            train, total_batch=4, micro_batch=1, workers=0, seed=7, pin_memory=False, shapes=shapes, share=share
+        )
+
+    whole = list(train_loader(Share()).epoch(1, start_step=2))
+    parts = [list(train_loader(Share(rank, ranks)).epoch(1, start_step=2)) for rank in range(ranks)]
+    for step, batches in enumerate(whole):
+        shared = [parts[place % ranks][step][place // ranks] for place in range(4)]
+        for one, other in zip(batches, shared, strict=True):
+            assert torch.equal(one.images, other.images) and torch.equal(one.image_ids, other.image_ids)
+        ids = [int(batch.image_ids) for batch in batches]
+        assert train_loader(Share(1, ranks)).image_ids(1, 2 + step) == ids
+
+    loaders = [
+        build_eval_loader(val, batch=2, workers=0, pin_memory=False, share=Share(rank, ranks)) for rank in range(ranks)
+    ]
+    counts = {len(list(loader)) for loader in loaders}
+    assert counts == {-(-3 // ranks)} == {len(loader) for loader in loaders}
+    seen = [int(number) for loader in loaders for batch in loader for number in batch.image_ids]
+    assert set(seen) == set(splits.val.image_ids.tolist())
+
+
+def test_gathered_detections_are_in_order_and_counted_once() -> None:
+    class Gathering(World):
+        """Its own detections, and another process's, which ran image 5 again and image 9."""
+
+        def gather(self, rows: torch.Tensor) -> torch.Tensor:
+            theirs = {1: [9, 9, 5], 2: [3, 4, 1], 3: [0.5, 0.25, 0.75], 4: [1, 1, 1]}
+            self_call.append(1)
+            place = len(self_call)
+            if rows.dim() == 2:
+                return torch.cat((rows, torch.arange(12.0, dtype=rows.dtype).view(3, 4)))
+            return torch.cat((rows, torch.tensor(theirs[place if place < 3 else place - 1], dtype=rows.dtype)))
+
+    self_call: list[int] = []
+    found = CocoDetections(np.array([5, 7]), np.array([1, 2]), np.ones((2, 4)), np.array([0.75, 0.125]))
+    whole = gather_detections(found, Gathering(0, 2), np.array([9, 7, 5]))
+    assert whole is not None
+    assert whole.image_ids.tolist() == [9, 9, 7, 5]
+    assert whole.category_ids.tolist() == [3, 4, 2, 1]
+    assert whole.scores.tolist() == [0.5, 0.25, 0.125, 0.75]
+    assert whole.boxes[:2].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
