@@ -33,7 +33,11 @@ def train(
     ] = None,
     nproc: Annotated[
         int | None,
-        typer.Option("--nproc", min=1, help="Processes on this machine; by default one for each visible GPU."),
+        typer.Option(
+            "--nproc",
+            min=1,
+            help="Processes on this machine; by default one for each visible GPU, as far as they can share a step.",
+        ),
     ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Profile steps 10 to 15: a trace and a table in the run's folder profile.")
@@ -47,11 +51,11 @@ def train(
     if print_recipe:
         sys.stdout.write(dump_recipe(resolved))
         return
-    from samdetr.engine.launch import launch, processes_wanted
+    from samdetr.engine.launch import launch, processes_wanted, visible_gpus
     from samdetr.engine.parallel import is_launched
     from samdetr.engine.train import train as run_training
 
-    processes = 1 if is_launched() else processes_wanted(nproc, resolved.run.device)
+    processes = 1 if is_launched() else processes_wanted(nproc, resolved, visible_gpus(resolved))
     if processes > 1:
         sys.exit(launch(processes, _as_typed(recipe, overrides or [], resume, profile)))
     run_training(resolved, resume=resume, profile=profile)

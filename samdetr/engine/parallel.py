@@ -12,6 +12,7 @@ process divides its loss by the number of boxes of the whole step.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -141,7 +142,9 @@ def joined(device: torch.device, section: ParallelSection) -> Iterator[World]:
     )
     try:
         yield world
+        world.most(0)  # nobody leaves while another still needs its answer
     finally:
+        gc.collect()  # sharded modules hold groups in cycles, and groups must go before the interpreter does
         dist.destroy_process_group()
 
 

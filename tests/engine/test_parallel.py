@@ -19,8 +19,9 @@ from samdetr.data.loader import Share, build_eval_loader, build_train_loader
 from samdetr.data.splits import build_dataset, load_splits
 from samdetr.engine.coco import CocoDetections
 from samdetr.engine.evaluate import gather_detections
+from samdetr.engine.launch import processes_wanted
 from samdetr.engine.parallel import World, micro_batches_of
-from samdetr.errors import RecipeError
+from samdetr.errors import RecipeError, SamdetrError
 from tests.engine.runs import ROOT, MakeRecipe, Result, assert_same_weights, end, losses, metrics, weights
 
 ROUNDING = 1e-5  # relative; sums of float32 gradients in another order, through twelve steps
@@ -176,6 +177,21 @@ def test_a_step_that_cannot_be_shared_is_refused_once(recipe_file: Path, tmp_pat
     assert micro_batches_of(World(0, 4), total_batch=12, micro_batch=3) == 1
     with pytest.raises(RecipeError, match="use another number of processes"):
         micro_batches_of(World(0, 5), total_batch=12, micro_batch=3)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "micro", "expected"), [(0, 1, 1), (1, 4, 1), (3, 1, 2), (4, 1, 4), (8, 4, 1), (8, 1, 4)]
+)
+def test_as_many_processes_as_can_share_a_step(
+    make_recipe: MakeRecipe, capfd: pytest.CaptureFixture[str], gpus: int, micro: int, expected: int
+) -> None:
+    recipe = make_recipe(f"train.micro_batch={micro}")  # of a total of 4
+    assert processes_wanted(None, recipe, gpus) == expected
+    said = capfd.readouterr().out
+    assert said.startswith(f"using {expected} of {gpus} GPUs: ") if expected < gpus else said == ""
+    assert processes_wanted(2, recipe, 0) == 2
+    with pytest.raises(SamdetrError, match="--nproc 9, but there are 8 GPUs"):
+        processes_wanted(9, recipe, 8)
 
 
 @pytest.mark.parametrize("batching", ["random", "buckets"])
