@@ -274,6 +274,9 @@ class OptimSection(Section):
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     drop_epochs: tuple[PositiveInt, ...] = Field((40,), description="schedule step: epochs after which the rates drop")
     drop_factor: float = Field(0.1, gt=0.0, le=1.0, description="the factor of each drop")
+    ema_decay: Probability = Field(
+        0.0, description="decay a step of the moving average of the weights, which is then evaluated; 0: no average"
+    )
 
     @field_validator("drop_epochs")
     @classmethod

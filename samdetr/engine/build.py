@@ -14,6 +14,7 @@ from torch import nn
 from samdetr.data.checks import raise_for_errors
 from samdetr.data.loader import EvalLoader, Share, TrainLoader, build_eval_loader, build_train_loader
 from samdetr.data.splits import Splits, batch_shapes, build_dataset, load_splits
+from samdetr.engine.average import WeightAverage
 from samdetr.engine.checkpoint import (
     LAST,
     Progress,
@@ -24,6 +25,7 @@ from samdetr.engine.checkpoint import (
     optimizer_tensors,
     restore_links,
     save_checkpoint,
+    whole_tensors,
 )
 from samdetr.engine.coco import Evaluator, choose_evaluator
 from samdetr.engine.compile import Compute, choose_compute
@@ -64,6 +66,7 @@ class Training:
     replica: nn.Module  # what to call for a forward pass in training: the model itself, in a process alone
     criterion: SetCriterion
     optimizer: GuardedAdamW
+    average: WeightAverage | None
     train_loader: TrainLoader
     val_loader: EvalLoader
     evaluator: Evaluator
@@ -86,18 +89,21 @@ class Training:
         self.progress.epoch_sums = self.epoch_meter.to_json()
         self.progress.interval_sums = self.interval_meter.to_json()
         model, optimizer = model_tensors(self.model), optimizer_tensors(self.model, self.optimizer)
+        average = whole_tensors(self.average.averages) if self.average else None
         if not self.world.is_main:
             return
         save_checkpoint(
             self.folder / CHECKPOINTS,
             model=model,
             optimizer=optimizer,
+            average=average,
             progress=self.progress,
             meta={
                 "recipe": self.recipe.model_dump_json(),
                 "categories": self.splits.categories.to_json(),
                 "data": self.splits.fingerprint(),
                 "environment": self.environment,
+                "averaged_steps": self.average.count if self.average else 0,
             },
         )
 
@@ -139,6 +145,7 @@ def build_training(
         note = load_initial_weights(model, recipe)
         replica = distribute(model.to(device), recipe.parallel, world, device)
         optimizer = build_optimizer(model, recipe.optim)
+        average = build_average(model, recipe)
         folder = world.from_main(lambda: new_run(recipe, environment))
     else:
         with world.machine_first():
@@ -149,10 +156,13 @@ def build_training(
                 f"--resume: the training split is not the one that {folder} was trained on "
                 "(other images, boxes or categories): start a new run with init.checkpoint instead."
             )
-        load_model_state(model, checkpoint)
+        load_model_state(model, checkpoint, averaged=False)
         replica = distribute(model.to(device), recipe.parallel, world, device)
         optimizer = build_optimizer(model, recipe.optim)
         load_optimizer_state(model, optimizer, checkpoint)
+        average = build_average(model, recipe)
+        if average:
+            average.load(checkpoint.average, checkpoint.meta["averaged_steps"])
         progress = replace(checkpoint.progress, finished=False)
         if world.is_main:
             write_environment(folder, environment, step=progress.step)
@@ -174,6 +184,7 @@ def build_training(
         replica=replica,
         criterion=build_criterion(recipe),
         optimizer=optimizer,
+        average=average,
         train_loader=train_loader,
         val_loader=val_loader,
         evaluator=evaluator,
@@ -184,6 +195,11 @@ def build_training(
         console=console,
         stop=StopSignal(speaks=world.is_main),
     )
+
+
+def build_average(model: SAMDETR, recipe: Recipe) -> WeightAverage | None:
+    """The average that ``optim.ema_decay`` asks for."""
+    return WeightAverage(model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
 
 
 def build_loaders(recipe: Recipe, splits: Splits, device: torch.device, world: World) -> tuple[TrainLoader, EvalLoader]:

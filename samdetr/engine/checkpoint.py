@@ -1,6 +1,6 @@
 """Checkpoints: a folder of safetensors files and a JSON, complete or absent, with a checksum of every file.
 
-    checkpoints/epoch-0003/{model.safetensors, optimizer.safetensors, meta.json}
+    checkpoints/epoch-0003/{model.safetensors, optimizer.safetensors, [average.safetensors], meta.json}
     checkpoints/last -> epoch-0003      checkpoints/best -> epoch-0002
 
 A checkpoint is written beside its place and renamed; the links move after it is on disk, and only then are
@@ -28,6 +28,7 @@ from samdetr.errors import CheckpointError
 from samdetr.models.state import differences, first_of
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
+AVERAGE_FILE = "average.safetensors"  # where the run averages its weights
 LAST, BEST = "last", "best"
 _OWN_CHECKSUM = "sha256_of_the_rest"  # of meta.json, in itself
 _OTHER = "use another checkpoint, or train again."
@@ -56,7 +57,13 @@ class Checkpoint:
     path: Path
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    average: dict[str, Tensor]  # of the parameters; empty where the run has none
     meta: dict[str, Any]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What to evaluate and to use: the averaged parameters where there are any."""
+        return {**self.model, **self.average}
 
     @property
     def progress(self) -> Progress:
@@ -69,12 +76,13 @@ def save_checkpoint(
     *,
     model: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
+    average: Mapping[str, Tensor] | None = None,
     progress: Progress,
     meta: Mapping[str, object],
 ) -> Path:
     """Write ``folder/epoch-<n>`` [-step-<m>] and point ``folder/last`` at it. Returns its path.
 
-    model, optimizer: what `model_tensors` and `optimizer_tensors` return.
+    model, optimizer: what `model_tensors` and `optimizer_tensors` return. average: of the parameters, on the CPU.
 
     Raises CheckpointError when the disk refuses; what was there before stays whole.
     """
@@ -85,14 +93,15 @@ def save_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(dict(model), temporary / MODEL_FILE)
-        save_file(dict(optimizer), temporary / OPTIMIZER_FILE)
-        files = {file: _checksum(temporary / file) for file in (MODEL_FILE, OPTIMIZER_FILE)}
+        parts = {MODEL_FILE: model, OPTIMIZER_FILE: optimizer, **({AVERAGE_FILE: average} if average else {})}
+        for file, tensors in parts.items():
+            save_file(dict(tensors), temporary / file)
+        files = {file: _checksum(temporary / file) for file in parts}
         _write_meta(temporary / META_FILE, {**meta, "progress": asdict(progress), "sha256": files})
-        for file in temporary.iterdir():
+        for place in temporary.iterdir():
             # safetensors writes for the owner alone; colleagues may read what the umask lets them
-            file.chmod((temporary / META_FILE).stat().st_mode)
-            _sync(file)
+            place.chmod((temporary / META_FILE).stat().st_mode)
+            _sync(place)
         _sync(temporary)
         target = _free_place(folder / name)
         temporary.rename(target)
@@ -147,9 +156,9 @@ def find_checkpoint(path: str | Path) -> Path:
 def load_checkpoint(path: Path, *, with_optimizer: bool) -> Checkpoint:
     """Read a checkpoint folder and verify its checksums. Raises CheckpointError naming the file that is bad."""
     meta = read_meta(path / META_FILE)
-    wanted = [MODEL_FILE, *([OPTIMIZER_FILE] if with_optimizer else [])]
-    tensors = [_read_tensors(path / file, meta["sha256"][file]) for file in wanted]
-    return Checkpoint(path, tensors[0], tensors[1] if with_optimizer else {}, meta)
+    wanted = [MODEL_FILE, AVERAGE_FILE, *([OPTIMIZER_FILE] if with_optimizer else [])]
+    tensors = {file: _read_tensors(path / file, meta["sha256"][file]) for file in wanted if file in meta["sha256"]}
+    return Checkpoint(path, tensors[MODEL_FILE], tensors.get(OPTIMIZER_FILE, {}), tensors.get(AVERAGE_FILE, {}), meta)
 
 
 def _read_tensors(file: Path, checksum: str) -> dict[str, Tensor]:
@@ -175,13 +184,15 @@ def read_meta(file: Path) -> dict[str, Any]:
     return meta
 
 
-def load_model_state(model: nn.Module, checkpoint: Checkpoint, *, remake_class_heads: bool = False) -> int:
-    """Load the weights strictly.
+def load_model_state(
+    model: nn.Module, checkpoint: Checkpoint, *, averaged: bool = True, remake_class_heads: bool = False
+) -> int:
+    """Load the weights strictly: `Checkpoint.weights`, or without ``averaged`` those that training goes on from.
 
     remake_class_heads: leave the class heads as they are where the checkpoint has another number of classes.
     Returns that number, 0 where nothing was left out. Raises CheckpointError naming the first key that does not fit.
     """
-    own, state, remade = model.state_dict(), dict(checkpoint.model), 0
+    own, state, remade = model.state_dict(), checkpoint.weights if averaged else dict(checkpoint.model), 0
     if remake_class_heads:
         for key in [key for key in state if key.startswith("class_heads.") and key in own]:
             if state[key].shape[0] != own[key].shape[0]:
@@ -225,12 +236,12 @@ def _named_optimizer_parameters(model: nn.Module, optimizer: torch.optim.Optimiz
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's state, whole and on the CPU. Where it is shared among processes all of them must ask."""
-    return _contiguous(model.state_dict())
+    return whole_tensors(model.state_dict())
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by ``<parameter>:<field>``, as `model_tensors`."""
-    return _contiguous(
+    return whole_tensors(
         {
             f"{name}:{key}": value
             for name, parameter in _named_optimizer_parameters(model, optimizer)
@@ -239,7 +250,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     )
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU. Where they are shared among processes all of them must ask."""
     return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
 
 

@@ -197,6 +197,13 @@ def local_gradients(model: nn.Module, *, keep: bool) -> AbstractContextManager[o
     return nullcontext()
 
 
+def drop_gathered(model: nn.Module) -> None:
+    """Forget gathered layers, after their shares were changed."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with the shares of all processes; each of them must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

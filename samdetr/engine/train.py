@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -237,6 +237,8 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
             world=training.world,
             seeds=[step_seed(recipe.run.seed, progress.step, place) for place in places],
         )
+        if training.average:
+            training.average.update()
         step = Step(progress.step + 1, epoch, progress.step_in_epoch, recipe.optim.lr * factor)
         training.readings.add(step, result.values)
         progress.step += 1
@@ -304,15 +306,16 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
             training.leave()  # the epoch's steps are saved; its evaluation is done when the run continues
 
     watch = Stopwatch()
-    found = detect(
-        training.model,
-        training.val_loader,
-        training.splits.categories,
-        device=training.device,
-        top_k=recipe.eval.top_k,
-        precision=training.compute.precision,
-        after_batch=after_batch,
-    )
+    with training.average.in_place() if training.average else nullcontext():
+        found = detect(
+            training.model,
+            training.val_loader,
+            training.splits.categories,
+            device=training.device,
+            top_k=recipe.eval.top_k,
+            precision=training.compute.precision,
+            after_batch=after_batch,
+        )
     results = gather_detections(found, training.world, training.splits.val.image_ids)
     ap = training.world.from_main(
         lambda: report_evaluation(training, log, results, watch) if results is not None else -1.0
