@@ -28,8 +28,7 @@ from perf.train_step import StepRow, wait
 from samdetr.engine.compile import Compute, choose_compute, compile_regions, computing_in
 from samdetr.errors import SamdetrError
 from samdetr.loss import build_criterion
-from samdetr.models.aligner import MapGeometry
-from samdetr.models.position import sine_map, valid_mask
+from samdetr.models.position import MapGeometry, sine_map, valid_mask
 from samdetr.recipe import Recipe, load_recipe
 from samdetr.structures import Batch
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.config import JsonDict
 
 from samdetr.errors import RecipeError
 from samdetr.recipe_messages import explain, keys_named
@@ -25,6 +26,23 @@ class Section(BaseModel):
     """Base of every section: unknown keys are errors, values are frozen, no type is coerced."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*")
+    @classmethod
+    def _means_something(cls, value: object, info: ValidationInfo) -> object:
+        """A key keeps its default where it has no meaning (see `only_with`)."""
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(field.json_schema_extra, dict) and value != field.default:
+            for key, choices in field.json_schema_extra.items():
+                chosen = info.data.get(key.rpartition(".")[2])
+                if isinstance(choices, list) and chosen is not None and chosen not in choices:
+                    raise ValueError(f'has no meaning with {key} = "{chosen}": leave it out')
+        return value
+
+
+def only_with(key: str, *choices: str) -> JsonDict:
+    """For a field that has a meaning only where an earlier key of its section has one of these values."""
+    return {key: list(choices)}
 
 
 class RunSection(Section):
@@ -215,12 +233,26 @@ class BackboneSection(Section):
 
 
 class ModelSection(Section):
-    system: Literal["sam_detr"] = Field("sam_detr", description="which detector")
-    num_classes: PositiveInt = Field(91, description="class logits (91: raw COCO category ids)")
+    system: Literal["sam_detr", "detr"] = Field("sam_detr", description="which detector")
+    num_classes: PositiveInt = Field(
+        91, description="class logits (91: raw COCO category ids); with softmax the last one is no object"
+    )
     num_queries: PositiveInt = Field(300, description="object queries; the most objects an image can have")
-    smca: bool = Field(False, description="add the spatially modulated (Gaussian) term to cross-attention")
+    class_prior: Probability = Field(
+        0.01,
+        description="initial probability of every class, for the focal loss; 0: torch's own start (softmax). "
+        "All other systems have 0.01",
+        json_schema_extra=only_with("model.system", "detr"),
+    )
+    smca: bool = Field(
+        False,
+        description="add the spatially modulated (Gaussian) term to cross-attention",
+        json_schema_extra=only_with("model.system", "sam_detr"),
+    )
     smca_initial_scale: NonNegative = Field(
-        0.0, description="initial Gaussian scale, 2 / sigma in map cells; 0: published, the term starts flat"
+        0.0,
+        description="initial Gaussian scale, 2 / sigma in map cells; 0: published, the term starts flat",
+        json_schema_extra=only_with("model.system", "sam_detr"),
     )
     width: int = Field(256, ge=32, multiple_of=8, description="channels of the transformer")
     heads: PositiveInt = Field(8, description="attention heads and salient points; divides width")
@@ -230,10 +262,11 @@ class ModelSection(Section):
     dropout: Probability = Field(0.1, description="dropout in attention, residuals and feed-forward blocks")
     input_norm: Literal["group_norm", "none"] = Field(
         "group_norm",
-        description="after the input projection: GroupNorm(32) (12-epoch schedules, multi-scale) or none",
+        description="after the input projection: GroupNorm(32) (SAM-DETR in 12 epochs, multi-scale) or none",
     )
     padding: Literal["published", "masked"] = Field(
-        "published", description="published: RoIAlign samples padded cells; masked: they are zero"
+        "published",
+        description="published: padded cells reach the result through convolutions and RoIAlign; masked: they are zero",
     )
     backbone: BackboneSection = BackboneSection()
 
@@ -253,14 +286,30 @@ class ModelSection(Section):
 
 
 class LossSection(Section):
-    class_weight: NonNegative = Field(2.0, description="weight of the focal classification loss")
+    classification: Literal["focal", "softmax"] = Field(
+        "focal", description="focal: a sigmoid for each class; softmax: cross-entropy over the classes and no object"
+    )
+    class_weight: NonNegative = Field(2.0, description="weight of the classification loss")
     l1_weight: NonNegative = Field(5.0, description="weight of the L1 box loss")
     giou_weight: NonNegative = Field(2.0, description="weight of the generalised IoU loss")
     class_cost: NonNegative = Field(2.0, description="weight of the class term in matching")
     l1_cost: NonNegative = Field(5.0, description="weight of the L1 term in matching")
     giou_cost: NonNegative = Field(2.0, description="weight of the generalised IoU term in matching")
-    focal_alpha: float = Field(0.25, ge=0.0, le=1.0, description="alpha of the focal loss")
-    focal_gamma: NonNegative = Field(2.0, description="gamma of the focal loss")
+    focal_alpha: float = Field(
+        0.25,
+        ge=0.0,
+        le=1.0,
+        description="alpha of the focal loss",
+        json_schema_extra=only_with("loss.classification", "focal"),
+    )
+    focal_gamma: NonNegative = Field(
+        2.0, description="gamma of the focal loss", json_schema_extra=only_with("loss.classification", "focal")
+    )
+    no_object_weight: Positive = Field(
+        0.1,
+        description="weight of queries without an object in the softmax loss",
+        json_schema_extra=only_with("loss.classification", "softmax"),
+    )
 
 
 class OptimSection(Section):
@@ -303,7 +352,7 @@ class TrainSection(Section):
 class EvalSection(Section):
     every: PositiveInt = Field(1, description="epochs between two evaluations; the last epoch always has one")
     batch: PositiveInt = Field(1, description="images of one forward pass")
-    top_k: PositiveInt = Field(100, description="detections kept of each image, over all query-class scores")
+    top_k: PositiveInt = Field(100, description="detections kept of each image, by score")
     evaluator: Literal["auto", "fast", "pycocotools"] = Field(
         "auto", description="COCO numbers; fast: hotcoco, with pycocotools' own numbers; auto: fast where installed"
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Targets(NamedTuple):
@@ -57,6 +57,13 @@ class Outputs(NamedTuple):
 
     logits: Tensor  # [L, B, Q, K] raw class logits
     boxes: Tensor  # [L, B, Q, 4] (cx, cy, w, h) in [0, 1] of the valid image
+
+
+class Regions(NamedTuple):
+    """What of a model is compiled besides its backbone, each part one graph for maps of all sizes."""
+
+    layers: tuple[nn.Module, ...]  # of its stacks; layers of a stack run the same graph
+    methods: tuple[str, ...]  # names of methods around them
 
 
 class Losses(NamedTuple):

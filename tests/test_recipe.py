@@ -25,6 +25,15 @@ PUBLISHED = {  # epochs, drop epoch, total batch, norm of the input projection, 
     "r50_dc5_smca_12ep": (12, (10,), 8, "group_norm", True, True),
     "r50_dc5_smca_50ep": (50, (40,), 8, "none", True, True),
 }
+PUBLISHED_DETR = {  # epochs, drop epoch, total batch, queries, dilation
+    "detr_r50_500ep": (500, (400,), 64, 100, False),
+    "detr_r50_dc5_500ep": (500, (400,), 64, 100, True),
+    "detr_focal_r50_12ep": (12, (10,), 16, 300, False),
+    "detr_focal_r50_50ep": (50, (40,), 16, 300, False),
+    "detr_focal_r50_dc5_12ep": (12, (10,), 16, 300, True),
+    "detr_focal_r50_dc5_50ep": (50, (40,), 16, 300, True),
+}
+OURS = ("quickstart", "small_scratch")
 
 
 def write(folder: Path, text: str, name: str = "x.toml") -> Path:
@@ -125,6 +134,14 @@ model.backbone = {name = "resnet18", dilation = true} \
     | model.backbone.dilation: resnet18 cannot be dilated; use resnet50 or resnet101
 model.backbone = {stages = 3, dilation = true} \
     | model.backbone.stages: must be 4 with model.backbone.dilation, which changes the fourth stage (got 3)
+model = {system = "detr", smca = true} \
+    | model.smca: has no meaning with model.system = "detr": leave it out
+model = {system = "sam_detr", class_prior = 0.0} \
+    | model.class_prior: has no meaning with model.system = "sam_detr": leave it out
+loss = {classification = "softmax", focal_gamma = 1} \
+    | loss.focal_gamma: has no meaning with loss.classification = "softmax": leave it out
+loss.no_object_weight = 0.2 \
+    | loss.no_object_weight: has no meaning with loss.classification = "focal": leave it out
 init = {official = "a.pth", checkpoint = "b"} \
     | init.checkpoint: init.official is set too; a run starts from one of them
 zzzzzz = 1 \
@@ -303,15 +320,17 @@ def test_shipped_recipe_loads_and_round_trips(path: Path, tmp_path: Path) -> Non
     assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
     header = path.read_text().split("\n[")[0]
     assert f"samdetr-train recipes/{path.name}" in header
-    assert path.stem not in PUBLISHED or "AP published by the paper, not yet reproduced here" in header
+    assert path.stem in OURS or "AP published by the paper, not yet reproduced here" in header
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipe_states_its_schedule(path: Path) -> None:
-    """No key of the model, loss, optimizer or schedule is left to a default."""
+    """No key of the model, loss, optimizer or schedule is left to a default, and none without a meaning is there."""
     stated = set(key_lines(path.read_text()))
     sections = {"augment", "model", "loss", "optim", "train", "eval"}
-    assert not [keys for keys, _ in keys_of(Recipe) if keys[0] in sections and keys not in stated]
+    meaningless = keys_without_meaning(load_recipe(path))
+    assert not meaningless & stated
+    assert not [keys for keys, _ in keys_of(Recipe) if keys[0] in sections and keys not in stated | meaningless]
     assert {("run", "seed"), ("data", "format"), ("data", "class_index"), ("data", "on_bad")} <= stated
 
 
@@ -339,6 +358,35 @@ def test_published_schedules(name: str) -> None:
     assert recipe.loss == Recipe().loss
     assert (optim.lr, optim.backbone_lr, optim.weight_decay, optim.clip_norm) == (1e-4, 1e-5, 1e-4, 0.1)
     assert (model.num_classes, model.num_queries, model.width, model.ffn) == (91, 300, 256, 2048)
+
+
+def keys_without_meaning(recipe: Recipe) -> set[tuple[str, ...]]:
+    found = set()
+    for name in ("model", "loss"):
+        section = getattr(recipe, name)
+        for key, field in type(section).model_fields.items():
+            for other, choices in (field.json_schema_extra or {}).items():
+                if getattr(section, other.rpartition(".")[2]) not in choices:
+                    found.add((name, key))
+    return found
+
+
+@pytest.mark.parametrize("name", PUBLISHED_DETR)
+def test_published_schedules_of_detr(name: str) -> None:
+    recipe = load_recipe(next(path for path in RECIPES if path.stem == name))
+    model, optim, train, loss = recipe.model, recipe.optim, recipe.train, recipe.loss
+    found = (train.epochs, optim.drop_epochs, train.total_batch, model.num_queries, model.backbone.dilation)
+    assert found == PUBLISHED_DETR[name]
+    assert (model.system, model.num_classes, model.input_norm, model.padding) == ("detr", 92, "none", "published")
+    assert (recipe.eval.batch, recipe.run.seed) == (1, 42)
+    if "focal" in name:
+        assert (loss, model.class_prior) == (Recipe().loss, 0.01)
+    else:
+        assert (loss.classification, loss.no_object_weight, model.class_prior) == ("softmax", 0.1, 0.0)
+        assert (loss.class_weight, loss.l1_weight, loss.giou_weight) == (1, 5, 2)
+        assert (loss.class_cost, loss.l1_cost, loss.giou_cost) == (1, 5, 2)
+    assert recipe.augment == Recipe().augment
+    assert (optim.lr, optim.backbone_lr, optim.weight_decay, optim.clip_norm) == (1e-4, 1e-5, 1e-4, 0.1)
 
 
 def test_every_key_is_described() -> None:

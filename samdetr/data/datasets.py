@@ -140,8 +140,12 @@ def positions(known: Ints | Sequence[int], wanted: Ints) -> Ints:
     return found
 
 
-def make_categories(train: CocoData, class_index: Literal["category_id", "contiguous"], num_classes: int) -> Categories:
+def make_categories(
+    train: CocoData, class_index: Literal["category_id", "contiguous"], num_classes: int, *, no_object: bool = False
+) -> Categories:
     """The class logit of every category of the training split: its raw id, or its rank among the ids.
+
+    no_object: the last of the ``num_classes`` logits is no category's.
 
     Raises:
         DataError: there are no categories, or they do not fit ``num_classes`` logits.
@@ -149,20 +153,22 @@ def make_categories(train: CocoData, class_index: Literal["category_id", "contig
     ids, file = train.category_ids, train.annotation_file
     if not ids:
         raise DataError(f"{file}: the file lists no categories")
+    beside = int(no_object)
+    also = ' and, with loss.classification = "softmax", no object' if no_object else ""
     if class_index == "contiguous":
-        if len(ids) != num_classes:
+        if len(ids) + beside != num_classes:
             raise DataError(
-                f"{file}: {len(ids)} categories do not fit model.num_classes = {num_classes} with "
-                f'data.class_index = "contiguous": set model.num_classes = {len(ids)}'
+                f"{file}: {len(ids)} categories{also} do not fit model.num_classes = {num_classes} with "
+                f'data.class_index = "contiguous": set model.num_classes = {len(ids) + beside}'
             )
         return Categories(ids=ids, names=train.category_names, indices=tuple(range(len(ids))))
-    contiguous = f'data.class_index = "contiguous" with model.num_classes = {len(ids)}'
+    contiguous = f'data.class_index = "contiguous" with model.num_classes = {len(ids) + beside}'
     if ids[0] < 0:
         raise DataError(f"{file}: category id {ids[0]} is negative, which no class logit is: set {contiguous}")
-    if ids[-1] >= num_classes:
+    if ids[-1] + beside >= num_classes:
         raise DataError(
-            f"{file}: category id {ids[-1]} ({train.category_names[-1]}) does not fit model.num_classes = "
-            f"{num_classes}: set model.num_classes = {ids[-1] + 1}, or {contiguous}"
+            f"{file}: category id {ids[-1]} ({train.category_names[-1]}){also} does not fit model.num_classes = "
+            f"{num_classes}: set model.num_classes = {ids[-1] + 1 + beside}, or {contiguous}"
         )
     return Categories(ids=ids, names=train.category_names, indices=ids)
 

@@ -38,16 +38,16 @@ class Splits:
         return content.hexdigest()
 
 
-def load_splits(section: DataSection, *, num_queries: int, num_classes: int) -> Splits:
+def load_splits(section: DataSection, *, num_queries: int, num_classes: int, no_object: bool = False) -> Splits:
     """Read and check the train and val split, generating the shapes data set on first use.
 
     Findings are in ``reports``; `samdetr.data.checks.raise_for_errors` turns errors among them into a DataError.
-    Raises DataError for what cannot be read, or categories that do not fit ``num_classes``.
+    Raises DataError for what cannot be read, or categories that do not fit ``num_classes`` (see `make_categories`).
     """
     _require_paths(section, "train", "val")
     train = read_split(section, "train")
     val = read_split(section, "val")
-    categories = make_categories(train, section.class_index, num_classes)
+    categories = make_categories(train, section.class_index, num_classes, no_object=no_object)
     checked_train, train_report = check_data(train, num_queries=num_queries, on_bad=section.on_bad, against=None)
     checked_val, val_report = check_data(
         val,

@@ -46,7 +46,7 @@ from samdetr.engine.run_folder import (
 from samdetr.engine.setup import load_initial_weights
 from samdetr.errors import CheckpointError
 from samdetr.loss import SetCriterion, build_criterion
-from samdetr.models import SAMDETR, build_model
+from samdetr.models import Detector, build_model
 
 if TYPE_CHECKING:
     from samdetr.recipe import Recipe
@@ -62,7 +62,7 @@ class Training:
     folder: Path
     splits: Splits
     world: World
-    model: SAMDETR
+    model: Detector
     replica: nn.Module  # what to call for a forward pass in training: the model itself, in a process alone
     criterion: SetCriterion
     optimizer: GuardedAdamW
@@ -128,7 +128,12 @@ def build_training(
     folder = None if resume is None else world.from_main(lambda: find_run(recipe, resume))
     watch = Stopwatch()
     with console.status("reading and checking the data"), world.machine_first():
-        splits = load_splits(recipe.data, num_queries=recipe.model.num_queries, num_classes=recipe.model.num_classes)
+        splits = load_splits(
+            recipe.data,
+            num_queries=recipe.model.num_queries,
+            num_classes=recipe.model.num_classes,
+            no_object=recipe.loss.classification == "softmax",
+        )
         print_findings(console, [row for report in splits.reports for row in report.rows()])
         raise_for_errors(splits.reports)
     console.print(
@@ -197,7 +202,7 @@ def build_training(
     )
 
 
-def build_average(model: SAMDETR, recipe: Recipe) -> WeightAverage | None:
+def build_average(model: Detector, recipe: Recipe) -> WeightAverage | None:
     """The average that ``optim.ema_decay`` asks for."""
     return WeightAverage(model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from samdetr.engine.parallel import share_like, whole
 from samdetr.errors import CheckpointError
-from samdetr.models.state import differences, first_of
+from samdetr.models.state import CLASS_HEADS, differences, first_of
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
 AVERAGE_FILE = "average.safetensors"  # where the run averages its weights
@@ -194,7 +194,7 @@ def load_model_state(
     """
     own, state, remade = model.state_dict(), checkpoint.weights if averaged else dict(checkpoint.model), 0
     if remake_class_heads:
-        for key in [key for key in state if key.startswith("class_heads.") and key in own]:
+        for key in [key for key in state if key.startswith(CLASS_HEADS) and key in own]:
             if state[key].shape[0] != own[key].shape[0]:
                 remade = state[key].shape[0]
                 state[key] = own[key]

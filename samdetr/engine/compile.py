@@ -3,7 +3,7 @@
 | region | sizes | why |
 |---|---|---|
 | backbone | static: one graph for every padded (H, W) | Inductor lays convolutions out channels-last only then |
-| `embed`, encoder and decoder layer, `predict` | dynamic: one graph for all maps | no convolution; only tokens vary |
+| the model's `regions`: layers, `embed`, ... | dynamic: one graph for all maps | no convolution; only tokens vary |
 | criterion | static: L, B, Q, K and T never change | one graph holds matching and all losses |
 
 The layers of a stack run the same graph. All regions are compiled with ``fullgraph=True``: a graph break, and so a
@@ -33,7 +33,7 @@ from samdetr.structures import Batch, Targets
 if TYPE_CHECKING:
     from samdetr.engine.optim import GuardedAdamW
     from samdetr.loss import SetCriterion
-    from samdetr.models import SAMDETR
+    from samdetr.models import Detector
     from samdetr.recipe import ComputeSection
 
 SPARE_GRAPHS = 16  # of one region beyond the shapes known: evaluation mode, another precision
@@ -87,15 +87,16 @@ def computing_in(precision: torch.dtype, device: torch.device) -> AbstractContex
     return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
 
 
-def compile_regions(model: SAMDETR, criterion: SetCriterion, *, shapes: int) -> None:
+def compile_regions(model: Detector, criterion: SetCriterion, *, shapes: int) -> None:
     """Mark the regions for compilation, which comes with their first call. shapes: padded shapes to expect."""
     # the limit is per region; beyond it fullgraph raises
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shapes + SPARE_GRAPHS)
     dynamic = shapes > 1
     model.backbone.compile(fullgraph=True, dynamic=False)
-    for layer in (*model.encoder.layers, *model.decoder):
+    layers, methods = model.regions()
+    for layer in layers:
         layer.compile(fullgraph=True, dynamic=dynamic)
-    for name in ("embed", "predict"):
+    for name in methods:
         setattr(model, name, torch.compile(getattr(model, name), fullgraph=True, dynamic=dynamic))
     criterion.compile(fullgraph=True, dynamic=False)
 
@@ -119,7 +120,7 @@ class ForwardBackward(Protocol):
 
 
 def prepare_step(
-    model: SAMDETR,
+    model: Detector,
     criterion: SetCriterion,
     optimizer: GuardedAdamW,
     forward_backward: ForwardBackward,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -24,27 +24,34 @@ from samdetr.engine.parallel import World
 from samdetr.engine.setup import choose_device, load_trained
 from samdetr.errors import RecipeError
 from samdetr.loss.boxes import cxcywh_to_xyxy
-from samdetr.models import build_model
+from samdetr.models import Detector, build_model
 from samdetr.models.official import load_official, read_official
 from samdetr.recipe import override_recipe
 from samdetr.structures import Categories, Detections, Outputs
 
 if TYPE_CHECKING:
-    from samdetr.models import SAMDETR
     from samdetr.recipe import Recipe
 
 
-def best_detections(outputs: Outputs, original_sizes: Tensor, top_k: int) -> Detections:
-    """The ``top_k`` best of all query-class scores of the final layer, in pixels of the original images.
+def best_detections(
+    outputs: Outputs, original_sizes: Tensor, top_k: int, classification: Literal["focal", "softmax"] = "focal"
+) -> Detections:
+    """The ``top_k`` best scores of the final layer, in pixels of the original images, best first.
 
-    original_sizes: [B, 2] (h, w). Returns N = min(top_k, Q * K) detections an image, best first.
+    original_sizes: [B, 2] (h, w). "focal": of all query-class scores, N = min(top_k, Q * K) detections an image.
+    "softmax": of each query's best class that is not the last, no object: N = min(top_k, Q).
     """
     logits, boxes = outputs.logits[-1].float(), outputs.boxes[-1].float()
-    classes = logits.shape[-1]
-    scores, index = logits.sigmoid().flatten(1).topk(min(top_k, logits[0].numel()), dim=1)
-    chosen = boxes.gather(1, (index // classes)[..., None].expand(-1, -1, 4))
+    if classification == "softmax":
+        best, classes = logits.softmax(-1)[..., :-1].max(-1)
+        scores, query = best.topk(min(top_k, best.shape[1]), dim=1)
+        labels = classes.gather(1, query)
+    else:
+        scores, index = logits.sigmoid().flatten(1).topk(min(top_k, logits[0].numel()), dim=1)
+        query, labels = index // logits.shape[-1], index % logits.shape[-1]
+    chosen = boxes.gather(1, query[..., None].expand(-1, -1, 4))
     scale = original_sizes.flip(-1).repeat(1, 2)[:, None].to(chosen)
-    return Detections(scores, index % classes, cxcywh_to_xyxy(chosen) * scale)
+    return Detections(scores, labels, cxcywh_to_xyxy(chosen) * scale)
 
 
 @torch.no_grad()
@@ -55,6 +62,7 @@ def detect(
     *,
     device: torch.device,
     top_k: int,
+    classification: Literal["focal", "softmax"] = "focal",
     precision: torch.dtype = torch.float32,
     after_batch: Callable[[int], None] | None = None,
 ) -> CocoDetections:
@@ -71,7 +79,8 @@ def detect(
         for done, (batch,) in enumerate(prefetch(([batch] for batch in loader), device), start=1):
             with eagerly(), computing_in(precision, device):  # images of any size: nothing to compile
                 outputs = model(batch.images, batch.image_sizes)
-            parts.append(best_detections(outputs, batch.original_sizes.to(device, non_blocking=True), top_k))
+            sizes = batch.original_sizes.to(device, non_blocking=True)
+            parts.append(best_detections(outputs, sizes, top_k, classification))
             image_ids += batch.image_ids.tolist()
             if after_batch:
                 after_batch(done)
@@ -119,13 +128,18 @@ def evaluate_official(path: str, recipe: Recipe) -> None:
     """Evaluate a published checkpoint with a recipe's model and val split, and print tables."""
     state = read_official(path)
     data = read_split(recipe.data, "val")
-    categories = make_categories(data, recipe.data.class_index, recipe.model.num_classes)
+    categories = make_categories(
+        data,
+        recipe.data.class_index,
+        recipe.model.num_classes,
+        no_object=recipe.loss.classification == "softmax",
+    )
     model = build_model(recipe.model)
     load_official(model, state)
     _evaluate_and_print(model, recipe, data, categories, title=path)
 
 
-def _evaluate_and_print(model: SAMDETR, recipe: Recipe, raw: CocoData, categories: Categories, *, title: str) -> None:
+def _evaluate_and_print(model: Detector, recipe: Recipe, raw: CocoData, categories: Categories, *, title: str) -> None:
     """raw: the val split, unchecked."""
     console = Console()
     device = choose_device(recipe.run.device, recipe.compute.kernels)
@@ -151,6 +165,7 @@ def _evaluate_and_print(model: SAMDETR, recipe: Recipe, raw: CocoData, categorie
             categories,
             device=device,
             top_k=recipe.eval.top_k,
+            classification=recipe.loss.classification,
             precision=choose_precision(recipe.compute.precision, device),
             after_batch=lambda done: bar.update(task, completed=done),
         )

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from samdetr.errors import RecipeError
 
 if TYPE_CHECKING:
-    from samdetr.models import SAMDETR
+    from samdetr.models import Detector
     from samdetr.recipe import ParallelSection
 
 T = TypeVar("T")
@@ -166,7 +166,7 @@ def micro_batches_of(world: World, *, total_batch: int, micro_batch: int) -> int
     return count // world.size
 
 
-def distribute(model: SAMDETR, section: ParallelSection, world: World, device: torch.device) -> nn.Module:
+def distribute(model: Detector, section: ParallelSection, world: World, device: torch.device) -> nn.Module:
     """The module to call for a forward pass of ``model``, which is on its device with its weights loaded.
 
     With sharding the model's parameters become DTensors: build the optimizer afterwards.
@@ -181,10 +181,10 @@ def distribute(model: SAMDETR, section: ParallelSection, world: World, device: t
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # fully_shard takes no channels-last filters
     mesh = _mesh(section.strategy, world, device)
-    for part in [model.backbone, *model.encoder.layers, *model.decoder, model]:
-        fully_shard(part, mesh=mesh, reshard_after_forward=section.reshard)
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
+    for part in [model.backbone, *model.regions().layers, model]:
+        sharded = fully_shard(part, mesh=mesh, reshard_after_forward=section.reshard)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
     return model
 
 

@@ -60,7 +60,7 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
         with computing_in(precision, device):
             outputs = model(image[None].to(device), torch.tensor([image.shape[-2:]], device=device))
         original = torch.tensor([pixels.shape[-2:]], device=device)
-        found = best_detections(outputs, original, recipe.eval.top_k)
+        found = best_detections(outputs, original, recipe.eval.top_k, recipe.loss.classification)
         every = coco_detections(found, [number], categories)
         kept = every.where(every.scores >= threshold)
         images.append({"id": number, "file_name": photo.name, "width": pixels.shape[2], "height": pixels.shape[1]})

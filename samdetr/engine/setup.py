@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import ValidationError
 
 from samdetr.engine.checkpoint import find_checkpoint, load_checkpoint, load_model_state
 from samdetr.errors import CheckpointError, SamdetrError
-from samdetr.models import build_model
+from samdetr.models import Detector, build_model
 from samdetr.models.backbone import load_backbone_weights
 from samdetr.models.official import load_official, read_official
 from samdetr.recipe import Recipe
 from samdetr.structures import Categories
 from samdetr_kernels import force_reference
 
-if TYPE_CHECKING:
-    from samdetr.models import SAMDETR
-
 
 class Trained(NamedTuple):
     """A trained model as its checkpoint has it."""
 
-    model: SAMDETR  # on the CPU
+    model: Detector  # on the CPU
     recipe: Recipe
     categories: Categories
     path: Path  # the checkpoint folder
@@ -42,7 +39,7 @@ def choose_device(name: str, kernels: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load_initial_weights(model: SAMDETR, recipe: Recipe) -> str:
+def load_initial_weights(model: Detector, recipe: Recipe) -> str:
     """Load what the recipe starts from, and return a sentence that says so.
 
     From another model (init.official, init.checkpoint) the class heads are taken over only if they have as many

@@ -313,6 +313,7 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
             training.splits.categories,
             device=training.device,
             top_k=recipe.eval.top_k,
+            classification=recipe.loss.classification,
             precision=training.compute.precision,
             after_batch=after_batch,
         )

@@ -1,16 +1,18 @@
-"""The set-prediction loss of SAM-DETR: focal, L1 and generalised IoU on every decoder layer."""
+"""The set-prediction loss of all systems: classification, L1 and generalised IoU on every decoder layer."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from samdetr.loss.boxes import cxcywh_to_xyxy, generalized_iou
-from samdetr.loss.matcher import UNMATCHED, match, matching_cost
+from samdetr.loss.matcher import UNMATCHED, focal_cost, match, matching_cost, softmax_cost
 from samdetr.structures import Losses, Outputs, Targets
 
 if TYPE_CHECKING:
@@ -20,8 +22,9 @@ if TYPE_CHECKING:
 class SetCriterion(nn.Module):
     """Matches every layer on its own and sums the three losses over all layers.
 
-    Weights and costs are those of the recipe's loss section; alpha and gamma those of the focal loss
-    (Lin et al., ICCV 2017).
+    Weights and costs are those of the recipe's loss section. classification: "focal", a sigmoid for each class with
+    alpha and gamma (Lin et al., ICCV 2017), or "softmax" over the classes and, the last logit, no object, which
+    weighs no_object_weight (DETR). step_images: images of an optimizer step, over all its micro-batches and devices.
     """
 
     def __init__(
@@ -33,24 +36,36 @@ class SetCriterion(nn.Module):
         class_cost: float = 2.0,
         l1_cost: float = 5.0,
         giou_cost: float = 2.0,
+        classification: Literal["focal", "softmax"] = "focal",
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
+        no_object_weight: float = 0.1,
+        step_images: int = 1,
     ) -> None:
         super().__init__()
         self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
         self.class_cost, self.l1_cost, self.giou_cost = class_cost, l1_cost, giou_cost
+        self.classification, self.no_object_weight, self.step_images = classification, no_object_weight, step_images
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
 
     def forward(self, outputs: Outputs, targets: Targets, num_boxes: Tensor | None = None) -> Losses:
         """num_boxes: what the sums are divided by (at least 1); default: the boxes of these targets.
 
-        An optimizer step over several micro-batches or devices passes the number of boxes of all of them.
+        An optimizer step over several micro-batches or devices passes the number of boxes of all of them. The softmax
+        loss is divided by the weights of all queries instead, then of ``step_images`` images.
         The total is NaN when a matching cost is NaN or infinite: reading it is up to the caller, nothing waits here.
         """
         indices, bad = self.match(outputs, targets)
-        count = targets.counts.sum() if num_boxes is None else num_boxes
-        count = count.to(outputs.boxes.dtype).clamp(min=1)
-        class_loss = self.class_loss(outputs.logits, targets.labels, indices) / count
+        boxes = targets.counts.sum() if num_boxes is None else num_boxes
+        boxes = boxes.to(outputs.boxes.dtype)
+        count = boxes.clamp(min=1)
+        if self.classification == "softmax":
+            images = len(targets.counts) if num_boxes is None else self.step_images
+            queries = images * outputs.logits.shape[2]
+            weights = boxes + self.no_object_weight * (queries - boxes)
+            class_loss = self.softmax_loss(outputs.logits, targets.labels, indices) / weights
+        else:
+            class_loss = self.focal_loss(outputs.logits, targets.labels, indices) / count
         l1_loss, giou_loss = (loss / count for loss in self.box_losses(outputs.boxes, targets.boxes, indices))
         total = (self.class_weight * class_loss + self.l1_weight * l1_loss + self.giou_weight * giou_loss).sum()
         total = total.masked_fill(bad.any(), math.nan)
@@ -71,18 +86,24 @@ class SetCriterion(nn.Module):
 
     def match(self, outputs: Outputs, targets: Targets) -> tuple[Tensor, Tensor]:
         """The query of each target, [L, B, T] int64, -1 where there is none; where a cost is not finite, [L, B]."""
-        cost = matching_cost(
-            outputs,
-            targets,
-            class_cost=self.class_cost,
-            l1_cost=self.l1_cost,
-            giou_cost=self.giou_cost,
-            focal_alpha=self.focal_alpha,
-            focal_gamma=self.focal_gamma,
-        )
-        return match(cost, targets.counts)
+        class_term: Callable[[Tensor, Tensor], Tensor] = softmax_cost
+        if self.classification == "focal":
+            class_term = partial(focal_cost, alpha=self.focal_alpha, gamma=self.focal_gamma)
+        weights = {"class_cost": self.class_cost, "l1_cost": self.l1_cost, "giou_cost": self.giou_cost}
+        return match(matching_cost(outputs, targets, class_term, **weights), targets.counts)
 
-    def class_loss(self, logits: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+    def softmax_loss(self, logits: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """Weighted cross-entropy summed over images and queries: [L]."""
+        layers, batch, queries, classes = logits.shape
+        # one more column takes the labels of targets without a query
+        target = labels.new_full((layers, batch, queries + 1), classes - 1)
+        column = torch.where(indices == UNMATCHED, queries, indices)
+        target = target.scatter(2, column, labels.expand(layers, -1, -1))[..., :-1]
+        log_probability = logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
+        weight = 1 - (1 - self.no_object_weight) * (target == classes - 1).to(logits.dtype)
+        return -(weight * log_probability).sum((1, 2))
+
+    def focal_loss(self, logits: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """Sigmoid focal loss summed over images, queries and classes: [L]."""
         layers, batch, queries, classes = logits.shape
         matched = (indices != UNMATCHED).to(logits.dtype)
@@ -132,6 +153,9 @@ def build_criterion(recipe: Recipe) -> SetCriterion:
         class_cost=section.class_cost,
         l1_cost=section.l1_cost,
         giou_cost=section.giou_cost,
+        classification=section.classification,
         focal_alpha=section.focal_alpha,
         focal_gamma=section.focal_gamma,
+        no_object_weight=section.no_object_weight,
+        step_images=recipe.train.total_batch,
     )

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from samdetr.models.detr import DETR, build_detr
 from samdetr.models.sam_detr import SAMDETR, build_sam_detr
 
 if TYPE_CHECKING:
     from samdetr.recipe import ModelSection
 
-__all__ = ["SAMDETR", "build_model"]
+__all__ = ["DETR", "SAMDETR", "Detector", "build_model"]
+
+Detector = SAMDETR | DETR  # what the engine needs: a call with images and sizes -> Outputs, a backbone, regions
 
 
-def build_model(section: ModelSection) -> SAMDETR:
+def build_model(section: ModelSection) -> Detector:
     """The detector of a recipe's model section, with random weights; needs no download and no GPU."""
-    return build_sam_detr(section)
+    match section.system:
+        case "sam_detr":
+            return build_sam_detr(section)
+        case "detr":
+            return build_detr(section)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from samdetr.models.layers import MLP, joint_linear
-from samdetr.models.position import sine_points
+from samdetr.models.position import MapGeometry, sine_points
 from samdetr_kernels import roi_align, salient_points
 
 ROI_SIZE = 7
@@ -30,14 +30,6 @@ class AlignedQueries(NamedTuple):
     points: Tensor  # [B, Q, P, 2] (x, y) in [-1, 1] of the reference box
     locations: Tensor  # [B, Q, P, 2] (x, y) in [0, 1] of the valid image
     scales: Tensor | None  # [B, Q, P, 2] (x, y), raw; SMCA only
-
-
-class MapGeometry(NamedTuple):
-    """Where an image lies in its feature map."""
-
-    valid: Tensor  # [B, 2] int64, valid (h, w) in cells
-    mask: Tensor  # [B, H, W] bool, True within the valid cells
-    sampling_limit: Tensor | None  # [B, 2] int64 if sampling stops at the valid cells, None if it sees padding
 
 
 class SemanticAligner(nn.Module):
@@ -74,6 +66,7 @@ class SemanticAligner(nn.Module):
         gates = joint_linear(x, self.content_gate, self.position_gate)
         content_gate, position_gate = (gate.sigmoid().unflatten(-1, (self.heads, width)) for gate in gates)
         content = content * content_gate
-        position = sine_points(locations, width).to(x.dtype) * position_gate
+        # constant for autograd, as published: points learn through what is sampled at them
+        position = sine_points(locations.detach(), width).to(x.dtype) * position_gate
         scales = numbers[:, :, 1] if numbers.shape[2] == 2 else None
         return AlignedQueries(content, position, points, locations, scales)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 INVERSE_SIGMOID_EPSILON = 1e-5
+GROUPS = 32  # of the norm after the input projection
+CLASS_PRIOR = 0.01  # initial probability of every class (focal loss paper, section 4.1)
 
 
 class ExactLinear(nn.Linear):
@@ -48,6 +51,83 @@ class MLP(nn.Sequential):
         return layer
 
 
+def class_head(width: int, num_classes: int, *, prior: float = CLASS_PRIOR) -> nn.Linear:
+    """Logits that begin at a probability of about ``prior``; at 0 they begin as torch's linear layers do."""
+    head = ExactLinear(width, num_classes)
+    if prior:
+        nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
+    return head
+
+
+def box_head(width: int) -> MLP:
+    """Box offsets (before the sigmoid) that begin at zero."""
+    head = MLP(width, width, width, 4, exact=True)
+    nn.init.zeros_(head.last.weight)
+    nn.init.zeros_(head.last.bias)
+    return head
+
+
+def initialise(*parts: nn.Module) -> None:
+    """Xavier's uniform start for every matrix of the parts, as DETR's transformer has it."""
+    for part in parts:
+        for parameter in part.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, heads: int, dropout: float = 0.0, mask: Tensor | None = None
+) -> Tensor:
+    """Softmax attention, channels split among heads: [B, Q, C], [B, S, C], [B, S, D] -> [B, Q, D].
+
+    mask: bool (True: attended) or added to the scores, broadcast to [B, heads, Q, S]. dropout: of the weights.
+    """
+    query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value))
+    attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    return attended.transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose query, key and value projections are one matrix, as torch's own layer has it."""
+
+    def __init__(self, *, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.in_proj = nn.Linear(width, 3 * width)  # one matrix: its Xavier range depends on it
+        self.out_proj = nn.Linear(width, width)
+        nn.init.zeros_(self.in_proj.bias)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """query [B, Q, width]; key, value [B, S, width]; mask as of `attend` -> [B, Q, width]."""
+        parts = zip((query, key, value), self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3), strict=True)
+        query, key, value = (functional.linear(x, weight, bias) for x, weight, bias in parts)
+        dropout = self.dropout if self.training else 0.0
+        return self.out_proj(attend(query, key, value, heads=self.heads, dropout=dropout, mask=mask))
+
+
+class PlacedSelfAttention(nn.Module):
+    """Attention among queries: content and position are projected apart and added."""
+
+    def __init__(self, *, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query_content = nn.Linear(width, width)
+        self.query_position = nn.Linear(width, width)
+        self.key_content = nn.Linear(width, width)
+        self.key_position = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """x, position [B, Q, width] -> [B, Q, width]."""
+        query, key, value = joint_linear(x, self.query_content, self.key_content, self.value)
+        query_position, key_position = joint_linear(position, self.query_position, self.key_position)
+        dropout = self.dropout if self.training else 0.0
+        return self.out(attend(query + query_position, key + key_position, value, heads=self.heads, dropout=dropout))
+
+
 class FeedForward(nn.Module):
     """The post-norm feed-forward block of a transformer layer: [..., width] -> [..., width]."""
 
@@ -78,6 +158,11 @@ class MapGroupNorm(nn.GroupNorm):
         variance = ((groups - mean).square() * weight).sum((1, 2, 4), keepdim=True) / count
         normalised = (groups - mean) * torch.rsqrt(variance + self.eps)
         return normalised.view(x.shape) * self.weight + self.bias
+
+
+def input_norm(name: str, width: int) -> MapGroupNorm | None:
+    """What ``model.input_norm`` names."""
+    return MapGroupNorm(GROUPS, width) if name == "group_norm" else None
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Published SAM-DETR checkpoints <-> our models, strict in both directions.
+"""Published checkpoints of each system <-> our models, strict in both directions.
 
-The two layouts differ in names, in 1x1 convolutions (ours are linear layers on channels-last maps) and in the
-order of the first point layer's inputs (theirs channel, row, column; ours row, column, channel). The published
-layout also stores every box head twice.
+The layouts differ from ours in names, in 1x1 convolutions (ours are linear layers on channels-last maps) and, for
+SAM-DETR, in the order of the first point layer's inputs (theirs channel, row, column; ours row, column, channel).
+SAM-DETR's layout also stores every box head twice.
 """
 
 from __future__ import annotations
@@ -10,27 +10,21 @@ from __future__ import annotations
 import argparse
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from samdetr.errors import CheckpointError
+from samdetr.models import DETR, SAMDETR, Detector
 from samdetr.models.aligner import ROI_SIZE
-from samdetr.models.sam_detr import SAMDETR
-from samdetr.models.state import first_of
+from samdetr.models.state import CLASS_HEADS, first_of
 
 # Our prefix -> published prefix; of several that fit, the first. A value that ends in "layers." is an MLP, whose
 # linear layers the published names count without the ReLUs between them.
-_WHOLE = {
-    "backbone.": "backbone.0.body.",
-    "input_proj.": "input_proj.0.0.",
-    "input_norm.": "input_proj.0.1.",
-    "reference_boxes": "query_embed.weight",
-    "class_heads.": "class_embed.",
-}
 _ENCODER_LAYER = {
     "in_proj.": "self_attn.in_proj_",
     "out_proj.": "self_attn.out_proj.",
@@ -38,43 +32,94 @@ _ENCODER_LAYER = {
     "feed_forward.norm.": "norm2.",
     "feed_forward.": "",
 }
+# What the decoder layers of all systems have, and below what those of some have.
 _DECODER_LAYER = {
+    "norm1.": "norm1.",
+    "norm2.": "norm2.",
+    "feed_forward.norm.": "norm3.",
+    "feed_forward.": "",
+}
+_PLACED_SELF_ATTENTION = {
     "self_attention.query_content.": "sa_qcontent_proj.",
     "self_attention.query_position.": "sa_qpos_proj.",
     "self_attention.key_content.": "sa_kcontent_proj.",
     "self_attention.key_position.": "sa_kpos_proj.",
     "self_attention.value.": "sa_v_proj.",
     "self_attention.out.": "self_attn.out_proj.",
-    "norm1.": "norm1.",
-    "aligner.reduce.": "point1.0.",
-    "aligner.point_mlp.": "point2.",
-    "aligner.content_gate.": "attn1.",
-    "aligner.position_gate.": "attn2.",
-    "cross_attention.query_content.": "ca_qcontent_proj.",
-    "cross_attention.query_position.": "ca_qpos_sine_proj.layers.",
-    "cross_attention.key_content.": "ca_kcontent_proj.",
-    "cross_attention.key_position.": "ca_kpos_sine_proj.layers.",
-    "cross_attention.value.": "ca_v_proj.",
-    "cross_attention.out.": "cross_attn.out_proj.",
-    "norm2.": "norm2.",
-    "feed_forward.norm.": "norm3.",
-    "feed_forward.": "",
+}
+_ATTENTION = {
+    "self_attention.in_proj.": "self_attn.in_proj_",
+    "self_attention.out_proj.": "self_attn.out_proj.",
+    "cross_attention.in_proj.": "multihead_attn.in_proj_",
+    "cross_attention.out_proj.": "multihead_attn.out_proj.",
 }
 _BOX_HEAD = {"": "layers."}
-# Our numbered parts: pattern, published prefix, names within.
-_NUMBERED = (
-    (r"encoder\.layers\.(\d+)\.(.+)", "transformer.encoder.layers", _ENCODER_LAYER),
-    (r"decoder\.(\d+)\.(.+)", "transformer.decoder.layers", _DECODER_LAYER),
-    (r"box_heads\.(\d+)\.(.+)", "bbox_embed", _BOX_HEAD),
+_SHARED_HEADS = {
+    "backbone.": "backbone.0.body.",
+    "input_proj.": "input_proj.",
+    "norm.": "transformer.decoder.norm.",
+    "query_positions": "query_embed.weight",
+    "class_head.": "class_embed.",
+    "box_head.": "bbox_embed.layers.",
+}
+
+
+class Layout(NamedTuple):
+    """The published names of one system."""
+
+    system: str  # of the recipe
+    landmark: str  # a key that its files have, and those of no layout before it
+    whole: Mapping[str, str]
+    decoder_layer: Mapping[str, str]
+
+
+_SAM_DETR = Layout(
+    system="sam_detr",
+    landmark="transformer.decoder.layers.0.ca_qpos_sine_proj.layers.0.weight",
+    whole={
+        "backbone.": "backbone.0.body.",
+        "input_proj.": "input_proj.0.0.",
+        "input_norm.": "input_proj.0.1.",
+        "reference_boxes": "query_embed.weight",
+        "class_heads.": "class_embed.",
+    },
+    decoder_layer={
+        **_DECODER_LAYER,
+        **_PLACED_SELF_ATTENTION,
+        "aligner.reduce.": "point1.0.",
+        "aligner.point_mlp.": "point2.",
+        "aligner.content_gate.": "attn1.",
+        "aligner.position_gate.": "attn2.",
+        "cross_attention.query_content.": "ca_qcontent_proj.",
+        "cross_attention.query_position.": "ca_qpos_sine_proj.layers.",
+        "cross_attention.key_content.": "ca_kcontent_proj.",
+        "cross_attention.key_position.": "ca_kpos_sine_proj.layers.",
+        "cross_attention.value.": "ca_v_proj.",
+        "cross_attention.out.": "cross_attn.out_proj.",
+    },
 )
-# Keys that every published SAM-DETR has, whatever its backbone, depth and prior.
-_LANDMARKS = ("backbone.0.body.conv1.weight", "input_proj.0.0.weight", "class_embed.0.weight")
-_DUPLICATE_PREFIX = "transformer.decoder."  # box heads stand in the published file with and without it
+_DETR = Layout(
+    system="detr",
+    landmark="transformer.decoder.layers.0.multihead_attn.in_proj_weight",
+    whole=_SHARED_HEADS,
+    decoder_layer=_DECODER_LAYER | _ATTENTION,
+)
+_LAYOUTS: dict[type[Detector], Layout] = {SAMDETR: _SAM_DETR, DETR: _DETR}
+_DUPLICATE_PREFIX = "transformer.decoder."  # SAM-DETR's box heads stand in the published file with and without it
 
 
-def official_name(name: str) -> str:
-    """The published key of one of our parameters or buffers. Raises CheckpointError where there is none."""
-    for pattern, prefix, names in _NUMBERED:
+def official_names(model: Detector) -> dict[str, str]:
+    """Our parameters and buffers -> their published keys. Raises CheckpointError where there is none."""
+    layout = _LAYOUTS[type(model)]
+    return {name: _official_name(name, layout) for name in model.state_dict()}
+
+
+def _official_name(name: str, layout: Layout) -> str:
+    for pattern, prefix, names in (
+        (r"encoder\.layers\.(\d+)\.(.+)", "transformer.encoder.layers", _ENCODER_LAYER),
+        (r"decoder\.(\d+)\.(.+)", "transformer.decoder.layers", layout.decoder_layer),
+        (r"box_heads\.(\d+)\.(.+)", "bbox_embed", _BOX_HEAD),
+    ):
         if found := re.fullmatch(pattern, name):
             return f"{prefix}.{found[1]}.{_renamed(found[2], names)}"
     if "num_batches_tracked" in name:
@@ -82,7 +127,12 @@ def official_name(name: str) -> str:
             f"{name} has no place in the published layout, which holds frozen BatchNorm only: "
             'set model.backbone.norm = "frozen".'
         )
-    return _renamed(name, _WHOLE)
+    if name.startswith("input_norm.") and "input_norm." not in layout.whole:
+        raise CheckpointError(
+            f"{name} has no place in the published layout of {layout.system}, which has no norm after its input "
+            'projection: set model.input_norm = "none".'
+        )
+    return _renamed(name, layout.whole)
 
 
 def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
@@ -94,17 +144,24 @@ def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
     return theirs + rest
 
 
-def load_official(model: SAMDETR, state_dict: Mapping[str, Tensor], *, remake_class_heads: bool = False) -> int:
+def layout_of(keys: Iterable[str]) -> Layout | None:
+    """The layout that has these keys."""
+    present = set(keys)
+    return next((layout for layout in _LAYOUTS.values() if layout.landmark in present), None)
+
+
+def load_official(model: Detector, state_dict: Mapping[str, Tensor], *, remake_class_heads: bool = False) -> int:
     """Load a published state dict; every key of it is used or named in an error.
 
     remake_class_heads: leave the class heads as they are where the file has another number of classes.
     Returns that number, 0 where nothing was left out.
-    Raises CheckpointError when keys or shapes do not fit, or the two copies of a box head differ.
+    Raises CheckpointError when the file is of another system, keys or shapes do not fit, or the two copies of a box
+    head differ.
     """
     own = model.state_dict()
-    names = {name: official_name(name) for name in own}
     remaining = dict(state_dict)
-    _check_input_norm(model, remaining)
+    _check_system(model, remaining)
+    names = official_names(model)
     for key in [key for key in remaining if key.startswith(f"{_DUPLICATE_PREFIX}bbox_embed.")]:
         copy, original = remaining.pop(key), state_dict.get(key.removeprefix(_DUPLICATE_PREFIX))
         if original is None or not torch.equal(copy, original):
@@ -117,7 +174,7 @@ def load_official(model: SAMDETR, state_dict: Mapping[str, Tensor], *, remake_cl
         if value is None:
             problems.append(f"{key} is missing")
             continue
-        if remake_class_heads and name.startswith("class_heads.") and value.shape[0] != own[name].shape[0]:
+        if remake_class_heads and name.startswith(CLASS_HEADS) and value.shape[0] != own[name].shape[0]:
             remade = value.shape[0]
             continue
         if value.numel() != own[name].numel() or value.shape[0] != own[name].shape[0]:
@@ -131,20 +188,18 @@ def load_official(model: SAMDETR, state_dict: Mapping[str, Tensor], *, remake_cl
     return remade
 
 
-def to_official(model: SAMDETR) -> dict[str, Tensor]:
-    """Our weights under the published keys and shapes, box heads repeated as there."""
-    state: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        state[official_name(name)] = _to_official_layout(name, value)
-    for key in [key for key in state if key.startswith("bbox_embed.")]:
-        state[_DUPLICATE_PREFIX + key] = state[key]
-    return state
+def to_official(model: Detector) -> dict[str, Tensor]:
+    """Our weights under the published keys and shapes, SAM-DETR's box heads repeated as there."""
+    names = official_names(model)
+    state = {names[name]: _to_official_layout(name, value) for name, value in model.state_dict().items()}
+    repeated = [names[name] for name in names if name.startswith("box_heads.")]
+    return state | {_DUPLICATE_PREFIX + key: state[key] for key in repeated}
 
 
 def read_official(path: str | Path) -> dict[str, Tensor]:
     """The state dict of a published .pth file. Only tensors, plain values and argparse.Namespace are unpickled.
 
-    Raises CheckpointError when the file is absent, holds anything else, or has no state dict of a SAM-DETR.
+    Raises CheckpointError when the file is absent, holds anything else, or has no state dict of a system.
     """
     path = Path(path)
     if not path.is_file():
@@ -162,10 +217,10 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
     state = content.get("model", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f'{path} holds no state dict (expected one under "model", as published).')
-    strange = [key for key in _LANDMARKS if key not in state]
-    if strange:
+    if layout_of(state) is None:
+        landmarks = " and no ".join(layout.landmark for layout in _LAYOUTS.values())
         raise CheckpointError(
-            f"{path} is not a published SAM-DETR: it has no {' and no '.join(strange)}. Use one that is, "
+            f"{path} is a published checkpoint of none of the systems: it has no {landmarks}. Use one that is, "
             "or for a backbone alone model.backbone.weights."
         )
     return dict(state)
@@ -177,7 +232,11 @@ def _is_legacy_pickle(path: Path) -> bool:
         return file.read(1) == b"\x80"
 
 
-def _check_input_norm(model: SAMDETR, state: Mapping[str, Tensor]) -> None:
+def _check_system(model: Detector, state: Mapping[str, Tensor]) -> None:
+    """Errors that say which key of the recipe fits the file."""
+    found = layout_of(state)
+    if found is not None and found is not _LAYOUTS[type(model)]:
+        raise CheckpointError(f'the published checkpoint is another system\'s: set model.system = "{found.system}".')
     has_norm = "input_proj.0.1.weight" in state
     if has_norm != (model.input_norm is not None):
         wanted = "group_norm" if has_norm else "none"

@@ -1,19 +1,28 @@
 """Sine codes of map cells and of points, and the number of valid cells of each image.
 
-The constants are those of SAM-DETR's published code: half of the channels for y, then half for x,
-alternating sine and cosine, temperature 10000. They are evaluated in float32 and in one fixed order, because at
-padded cells the published normalisation divides by about 1e-6 and its result depends on every rounding.
+The constants are DETR's: half of the channels for y, then half for x, alternating sine and cosine, temperature
+10000. They are evaluated in float32 and in one fixed order, because at padded cells SAM-DETR's normalisation divides
+by about 1e-6 and its result depends on every rounding.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 TEMPERATURE = 10000.0
 EPSILON = 1e-6
+
+
+class MapGeometry(NamedTuple):
+    """Where an image lies in its feature map."""
+
+    valid: Tensor  # [B, 2] int64, valid (h, w) in cells
+    mask: Tensor  # [B, H, W] bool, True within the valid cells
+    sampling_limit: Tensor | None  # [B, 2] int64 if sampling stops at the valid cells, None if it sees padding
 
 
 def valid_cells(image_sizes: Tensor, image_shape: tuple[int, int], map_shape: tuple[int, int]) -> Tensor:
@@ -41,12 +50,13 @@ def valid_mask(valid: Tensor, height: int, width: int) -> Tensor:
     return rows[:, :, None] & columns[:, None, :]
 
 
-def sine_map(valid: Tensor, height: int, width: int, channels: int) -> Tensor:
+def sine_map(valid: Tensor, height: int, width: int, channels: int, *, offset: float = 0.5) -> Tensor:
     """Position code of every map cell.
 
     valid: [B, 2] int (h, w) of the valid cells. Returns [B, height, width, channels] float32. Along an axis the
-    coordinate is ``(i - 0.5) / (n - 0.5 + 1e-6 + 0.5) * 2 pi`` with i the valid cells counted up to and including
-    this one and n all valid cells of its row or column; at padded cells both counts may be zero.
+    coordinate is ``(i - o) / (n - o + 1e-6 + o) * 2 pi`` with i the valid cells counted up to and including this one,
+    n all valid cells of its row or column and o the offset (SAM-DETR 0.5, DETR 0); at padded cells both counts may be
+    zero.
     """
     mask = valid_mask(valid, height, width).to(torch.float32)
     down, across = (
@@ -59,17 +69,13 @@ def sine_map(valid: Tensor, height: int, width: int, channels: int) -> Tensor:
         (down[:, :, None] * column_exists, down[:, -1:, None] * column_exists),
         (across[:, None, :] * row_exists, across[:, None, -1:] * row_exists),
     ):
-        coordinate = (count - 0.5) / ((last - 0.5) + EPSILON + 0.5) * (2 * math.pi)
+        coordinate = (count - offset) / ((last - offset) + EPSILON + offset) * (2 * math.pi)
         codes.append(_waves(coordinate, channels // 2))
     return torch.cat(codes, dim=-1)
 
 
-@torch.no_grad()
 def sine_points(points: Tensor, channels: int) -> Tensor:
-    """Position code of points (x, y) in [0, 1]: [..., 2] -> [..., channels] float32, y first.
-
-    Constant for autograd, as published: points learn through what is sampled at them.
-    """
+    """Position code of points (x, y) in [0, 1]: [..., 2] -> [..., channels] float32, y first."""
     x, y = (points.to(torch.float32) * (2 * math.pi)).unbind(-1)
     return torch.cat((_waves(y, channels // 2), _waves(x, channels // 2)), dim=-1)
 

@@ -2,55 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from samdetr.models.aligner import AlignedQueries, MapGeometry, SemanticAligner
+from samdetr.models.aligner import AlignedQueries, SemanticAligner
 from samdetr.models.backbone import Backbone, build_backbone
-from samdetr.models.encoder import Encoder
-from samdetr.models.layers import MLP, ExactLinear, FeedForward, MapGroupNorm, inverse_sigmoid, joint_linear
-from samdetr.models.position import covered_cells, sine_map, sine_points, valid_cells, valid_mask
-from samdetr.structures import Outputs
+from samdetr.models.encoder import Encoder, embed_map, encode_map
+from samdetr.models.layers import (
+    GROUPS,
+    MLP,
+    FeedForward,
+    MapGroupNorm,
+    PlacedSelfAttention,
+    box_head,
+    class_head,
+    initialise,
+    inverse_sigmoid,
+    joint_linear,
+)
+from samdetr.models.position import MapGeometry, sine_points
+from samdetr.structures import Outputs, Regions
 from samdetr_kernels import salient_cross_attention
 
 if TYPE_CHECKING:
     from samdetr.recipe import ModelSection
 
-CLASS_PRIOR = 0.01  # initial probability of every class (focal loss paper, section 4.1)
-GROUPS = 32
 SEEDS = 2**62  # from which a call of attention draws that of its dropout
-
-
-class SelfAttention(nn.Module):
-    """Attention among queries: content and reference position are projected apart and added."""
-
-    def __init__(self, *, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query_content = nn.Linear(width, width)
-        self.query_position = nn.Linear(width, width)
-        self.key_content = nn.Linear(width, width)
-        self.key_position = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """x, position [B, Q, width] -> [B, Q, width]."""
-        query, key, value = joint_linear(x, self.query_content, self.key_content, self.value)
-        query_position, key_position = joint_linear(position, self.query_position, self.key_position)
-        query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in (query + query_position, key + key_position, value)
-        )
-        attended = functional.scaled_dot_product_attention(
-            query, key, value, dropout_p=self.dropout if self.training else 0.0
-        )
-        return self.out(attended.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -100,7 +79,7 @@ class DecoderLayer(nn.Module):
         self, *, width: int, heads: int, ffn: int, dropout: float, smca: bool, smca_initial_scale: float
     ) -> None:
         super().__init__()
-        self.self_attention = SelfAttention(width=width, heads=heads, dropout=dropout)
+        self.self_attention = PlacedSelfAttention(width=width, heads=heads, dropout=dropout)
         self.norm1 = nn.LayerNorm(width)
         self.aligner = SemanticAligner(width=width, heads=heads, smca=smca, initial_scale=smca_initial_scale)
         self.cross_attention = CrossAttention(width=width, heads=heads, dropout=dropout)
@@ -112,26 +91,11 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, boxes: Tensor, memory: Tensor, memory_position: Tensor, geometry: MapGeometry
     ) -> Tensor:
         """x [B, Q, width]; boxes [B, Q, 4]; memory, memory_position [B, H, W, width] -> [B, Q, width]."""
-        box_position = sine_points(boxes[..., :2], x.shape[-1]).to(x.dtype)
+        box_position = sine_points(boxes[..., :2].detach(), x.shape[-1]).to(x.dtype)  # no gradient, as published
         x = self.norm1(x + self.dropout(self.self_attention(x, box_position)))
         aligned = self.aligner(x, boxes, memory, geometry)
         attended = self.cross_attention(aligned, memory, memory_position, geometry)
         return self.feed_forward(self.norm2(x + self.dropout(attended)))
-
-
-def class_head(width: int, num_classes: int) -> nn.Linear:
-    """Logits that begin at a probability of `CLASS_PRIOR`."""
-    head = ExactLinear(width, num_classes)
-    nn.init.constant_(head.bias, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
-    return head
-
-
-def box_head(width: int) -> MLP:
-    """Box offsets (before the sigmoid) that begin at zero."""
-    head = MLP(width, width, width, 4, exact=True)
-    nn.init.zeros_(head.last.weight)
-    nn.init.zeros_(head.last.bias)
-    return head
 
 
 class SAMDETR(nn.Module):
@@ -174,14 +138,7 @@ class SAMDETR(nn.Module):
         self.reference_boxes = nn.Parameter(torch.randn(num_queries, 4))
         self.class_heads = nn.ModuleList(class_head(width, num_classes) for _ in range(decoder_layers))
         self.box_heads = nn.ModuleList(box_head(width) for _ in range(decoder_layers))
-        self._initialise()
-
-    def _initialise(self) -> None:
-        for part in (self.encoder, self.decoder):
-            for parameter in part.parameters():
-                # this also overwrites the published zero start of the point branch's last weight: kept
-                if parameter.dim() > 1:
-                    nn.init.xavier_uniform_(parameter)
+        initialise(self.encoder, self.decoder)  # this also overwrites the zero start of the point branch, as published
         nn.init.xavier_uniform_(self.input_proj.weight)
         nn.init.zeros_(self.input_proj.bias)
 
@@ -194,48 +151,36 @@ class SAMDETR(nn.Module):
         reference = self.reference_boxes.expand(len(memory), -1, -1)
         x = torch.zeros(*reference.shape[:2], memory.shape[-1], dtype=memory.dtype, device=memory.device)
         logits, boxes = [], []
-        for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads, strict=True):
+        for layer, classify, locate in zip(self.decoder, self.class_heads, self.box_heads, strict=True):
             x = layer(x, reference.sigmoid(), memory, position, geometry)
-            layer_logits, layer_boxes, reference = self.predict(class_head, box_head, x, reference)
+            layer_logits, layer_boxes, reference = self.predict(classify, locate, x, reference)
             logits.append(layer_logits)
             boxes.append(layer_boxes)
         return Outputs(torch.stack(logits), torch.stack(boxes))
 
     @staticmethod
-    def predict(
-        class_head: nn.Module, box_head: nn.Module, x: Tensor, reference: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def predict(classify: nn.Module, locate: nn.Module, x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [B, Q, K], boxes [B, Q, 4] and the next layer's reference [B, Q, 4] before the sigmoid."""
-        offset = box_head(x)
+        offset = locate(x)
         boxes = (inverse_sigmoid(reference.sigmoid()) + offset).sigmoid()
-        return class_head(x), boxes, (reference + offset).detach()
+        return classify(x), boxes, (reference + offset).detach()
 
     def encode(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, MapGeometry]:
         """The encoded map [B, h, w, width], its position code of the same shape, and its geometry."""
-        features = self.backbone(images, image_sizes)
-        x, position, geometry = self.embed(features, image_sizes, (images.shape[2], images.shape[3]))
-        mask = geometry.mask
-        memory = self.encoder(x.flatten(1, 2), position.flatten(1, 2), mask.flatten(1)).view(x.shape)
-        memory = memory.to(features.dtype)  # under autocast norms return float32: twice the bytes to sample
+        memory, position, geometry = encode_map(self, images, image_sizes)
         if self.mask_padding:
-            memory = memory * mask[..., None].to(memory.dtype)
+            memory = memory * geometry.mask[..., None].to(memory.dtype)
         return memory, position, geometry
 
     def embed(
         self, features: Tensor, image_sizes: Tensor, image_shape: tuple[int, int]
     ) -> tuple[Tensor, Tensor, MapGeometry]:
-        """The backbone's map [B, C, h, w] -> the encoder's input and position code [B, h, w, width], and geometry."""
-        height, width = features.shape[2:]
-        if self.mask_padding:
-            valid = covered_cells(image_sizes, self.backbone.stride)
-        else:
-            valid = valid_cells(image_sizes, image_shape, (height, width))
-        mask = valid_mask(valid, height, width)
-        x = self.input_proj(features.permute(0, 2, 3, 1))
-        if self.input_norm is not None:
-            x = self.input_norm(x, mask if self.mask_padding else None)
-        position = sine_map(valid, height, width, x.shape[-1]).to(x.dtype)
-        return x, position, MapGeometry(valid, mask, valid if self.mask_padding else None)
+        """As `embed_map`."""
+        return embed_map(self, features, image_sizes, image_shape, offset=0.5)
+
+    def regions(self) -> Regions:
+        """What is compiled besides the backbone."""
+        return Regions((*self.encoder.layers, *self.decoder), ("embed", "predict"))
 
 
 def build_sam_detr(section: ModelSection) -> SAMDETR:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+CLASS_HEADS = ("class_head.", "class_heads.")  # where a model's logits come from: one head, or one of each layer
+
 
 def differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
     """What keeps ``given`` from being loaded into a module with the state dict ``own``, a sentence a key."""

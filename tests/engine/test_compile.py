@@ -30,6 +30,9 @@ from tests.engine.runs import MakeRecipe
 CPU = torch.device("cpu")
 SHAPES = [(64, 64), (96, 80)]
 PUBLISHED = ('model.padding="published"', 'model.backbone.norm="frozen"')  # the other of each is tiny's
+SYSTEMS = [
+    ("model.smca=false", 'model.system="detr"', "model.num_classes=9", 'loss.classification="softmax"'),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +144,20 @@ def test_a_hundred_compiled_steps_are_the_eager_ones(
     assert expected[99] < decrease * expected[0]
 
 
+@pytest.mark.parametrize("options", SYSTEMS)
+def test_compiled_steps_of_other_systems_are_the_eager_ones(make_recipe: MakeRecipe, options: tuple[str, ...]) -> None:
+    recipe = make_recipe("model.dropout=0.0", "optim.lr=1e-5", "optim.backbone_lr=1e-5", *options)
+    compiled, eager = Setup(recipe), Setup(recipe)
+    compile_regions(compiled.model, compiled.criterion, shapes=len(SHAPES))
+    losses = compiled.steps(4)
+    graphs = graphs_compiled()
+    torch.compiler.set_stance("fail_on_recompile")
+    losses += compiled.steps(4)
+    assert graphs_compiled() == graphs
+    torch.compiler.set_stance("force_eager")
+    assert losses == pytest.approx(eager.steps(4) + eager.steps(4), rel=2e-6)
+
+
 @pytest.mark.inductor
 def test_generated_code_gives_the_eager_losses(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("model.dropout=0.0", "optim.lr=1e-5", "optim.backbone_lr=1e-5", *PUBLISHED)
@@ -219,7 +236,7 @@ def test_a_failing_compilation_falls_back_aloud(make_recipe: MakeRecipe) -> None
     assert setup.steps(3) == eager.steps(3)
 
 
-@pytest.mark.parametrize("options", [(), PUBLISHED])
+@pytest.mark.parametrize("options", [(), PUBLISHED, *SYSTEMS])
 def test_nothing_of_the_step_is_read_back(
     make_recipe: MakeRecipe, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

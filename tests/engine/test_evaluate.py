@@ -92,6 +92,19 @@ def test_a_perfect_model_has_ap_1(make_recipe: MakeRecipe, class_index: str, cla
     assert coco_evaluate(splits.val, results, evaluator="hotcoco").stats["AP"] > 0.999
 
 
+def test_best_detections_of_a_softmax() -> None:
+    """Each query has one detection, of its best class; the last logit is no object and no class."""
+    logits = torch.tensor([[[[2.0, 1.0, 9.0], [0.0, 5.0, 4.0], [3.0, 3.5, 0.0]]]])
+    boxes = torch.tensor([[[[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0], [0.25, 0.5, 0.5, 1.0]]]])
+    found = best_detections(Outputs(logits, boxes), torch.tensor([[100, 200]]), 2, "softmax")
+    probability = logits[0, 0].softmax(-1)
+    assert found.labels.tolist() == [[1, 1]]
+    assert found.scores[0].tolist() == pytest.approx([probability[1, 1].item(), probability[2, 1].item()])
+    assert found.boxes_xyxy.tolist() == [[[0, 0, 200, 100], [0, 0, 100, 100]]]
+    everything = best_detections(Outputs(logits, boxes), torch.tensor([[100, 200]]), 100, "softmax")
+    assert everything.labels.tolist() == [[1, 1, 0]]
+
+
 def test_logits_without_a_category_are_left_out(tmp_path: Path) -> None:
     categories = Categories(ids=(2, 7), names=("two", "seven"), indices=(2, 7))
     logits = torch.arange(9.0).expand(1, 1, 1, 9)  # class 8, which no category has, is best

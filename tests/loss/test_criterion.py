@@ -22,7 +22,7 @@ def example(
     batch = len(counts)
     logits = torch.randn(layers, batch, queries, classes, generator=generator, dtype=torch.float64)
     boxes = torch.rand(layers, batch, queries, 4, generator=generator, dtype=torch.float64) * 0.4 + 0.2
-    labels = torch.randint(0, classes, (batch, padded), generator=generator)
+    labels = torch.randint(0, classes - 1, (batch, padded), generator=generator)  # the last may be no object
     wanted = torch.rand(batch, padded, 4, generator=generator) * 0.4 + 0.2
     exists = torch.arange(padded) < torch.tensor(counts)[:, None]
     targets = Targets(labels * exists, wanted * exists[..., None], torch.tensor(counts))
@@ -91,9 +91,34 @@ def test_loss_by_hand() -> None:
     assert losses.total.item() == pytest.approx(2 * focal + 5 * 0.1 + 2 * (2 / 3))
 
 
-def test_padding_of_targets_and_other_images_change_nothing() -> None:
+def test_softmax_loss_by_hand() -> None:
+    """Two classes and no object; the first query is matched, the second has no object."""
+    logits = torch.tensor([[[[1.0, 0.0, 0.0], [0.0, 0.0, 2.0]]]], dtype=torch.float64)
+    boxes = torch.tensor([[[[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]]]], dtype=torch.float64)
+    targets = Targets(torch.tensor([[0, 0]]), torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.0] * 4]]), torch.tensor([1]))
+    losses = SetCriterion(classification="softmax", no_object_weight=0.1)(Outputs(logits, boxes), targets)
+    matched, empty = -np.log(np.e / (np.e + 2)), -np.log(np.exp(2) / (np.exp(2) + 2))
+    assert losses.terms["loss_ce"].item() == pytest.approx((matched + 0.1 * empty) / 1.1)
+
+
+def test_softmax_loss_is_torchs_weighted_cross_entropy() -> None:
     outputs, targets = example([3, 0, 5])
-    criterion = SetCriterion()
+    criterion = SetCriterion(classification="softmax")
+    indices, _ = criterion.match(outputs, targets)
+    losses = criterion(outputs, targets)
+    weight = torch.tensor([1.0, 1.0, 1.0, 0.1], dtype=torch.float64)
+    for layer, name in enumerate(("loss_ce_0", "loss_ce_1", "loss_ce")):
+        wanted = torch.full(outputs.logits.shape[1:3], 3)
+        for image, count in enumerate(targets.counts.tolist()):
+            wanted[image, indices[layer, image, :count]] = targets.labels[image, :count]
+        expected = torch.nn.functional.cross_entropy(outputs.logits[layer].flatten(0, 1), wanted.flatten(), weight)
+        assert losses.terms[name].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+def test_padding_of_targets_and_other_images_change_nothing(classification: str) -> None:
+    outputs, targets = example([3, 0, 5])
+    criterion = SetCriterion(classification=classification, step_images=3)
     whole = criterion(outputs, targets, torch.tensor(8))
     pieces = [
         criterion(*part(outputs, targets, image, padded), torch.tensor(8)) for image, padded in enumerate((3, 1, 5))
@@ -105,9 +130,10 @@ def test_padding_of_targets_and_other_images_change_nothing() -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
 
 
-def test_images_without_objects_give_finite_losses_and_gradients() -> None:
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+def test_images_without_objects_give_finite_losses_and_gradients(classification: str) -> None:
     outputs, targets = example([0, 0])
-    losses = SetCriterion()(outputs, targets)
+    losses = SetCriterion(classification=classification)(outputs, targets)
     assert losses.terms["loss_bbox"].item() == 0
     assert losses.terms["loss_giou"].item() == 0
     assert losses.terms["loss_ce"].item() > 0
@@ -122,11 +148,12 @@ def test_terms_are_named_as_published() -> None:
     assert set(SetCriterion()(outputs, targets).terms) == expected
 
 
-def test_gradients_match_finite_differences() -> None:
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+def test_gradients_match_finite_differences(classification: str) -> None:
     outputs, targets = example([2, 1], queries=4, layers=1)
 
     def total(logits: Tensor, boxes: Tensor) -> Tensor:
-        return SetCriterion()(Outputs(logits, boxes), targets).total
+        return SetCriterion(classification=classification)(Outputs(logits, boxes), targets).total
 
     assert torch.autograd.gradcheck(total, tuple(outputs))
 

@@ -10,21 +10,21 @@ import torch
 from samdetr.models.position import covered_cells, sine_map, sine_points, valid_cells
 
 
-def test_sine_map_by_the_formula() -> None:
-    code = sine_map(torch.tensor([[3, 5]]), 4, 6, 16)
+@pytest.mark.parametrize("offset", [0.5, 0.0], ids=["SAM-DETR", "DETR"])
+def test_sine_map_by_the_formula(offset: float) -> None:
+    code = sine_map(torch.tensor([[3, 5]]), 4, 6, 16, offset=offset)
     for row, column in ((0, 0), (2, 4)):
         for half, (index, last) in enumerate(((row, 3), (column, 5))):
-            coordinate = (index + 1 - 0.5) / (last - 0.5 + 1e-6 + 0.5) * 2 * math.pi
+            coordinate = (index + 1 - offset) / (last - offset + 1e-6 + offset) * 2 * math.pi
             for channel in range(8):
                 wave = math.sin if channel % 2 == 0 else math.cos
                 expected = wave(coordinate / 10000 ** (2 * (channel // 2) / 8))
                 assert code[0, row, column, half * 8 + channel].item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_sine_points_is_y_then_x_and_constant() -> None:
-    point = torch.tensor([[0.25, 0.5]], requires_grad=True)
+def test_sine_points_is_y_then_x() -> None:
+    point = torch.tensor([[0.25, 0.5]])
     code = sine_points(point, 8)
-    assert not code.requires_grad
     assert code[0, 0].item() == pytest.approx(math.sin(math.pi), abs=1e-6)  # y
     assert code[0, 4].item() == pytest.approx(math.sin(math.pi / 2), abs=1e-6)  # x
 

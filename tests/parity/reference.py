@@ -16,16 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from samdetr.models import build_model
+from samdetr.models import Detector, build_model
 from samdetr.models.official import load_official
-from samdetr.models.sam_detr import SAMDETR
-from samdetr.recipe import load_recipe
+from samdetr.recipe import Recipe, load_recipe
 from samdetr.structures import Targets
 from tests.parity import fill
 
 FOLDER = Path(__file__).parent
 RECIPES = FOLDER.parents[1] / "recipes"
-RECIPE_OF = {
+RECIPE_OF = {  # SAM-DETR's
     "samdetr_r50_12ep": "r50_12ep",
     "samdetr_r50_50ep": "r50_50ep",
     "samdetr_r50_smca_50ep": "r50_smca_50ep",
@@ -33,6 +32,11 @@ RECIPE_OF = {
     "samdetr_r50_dc5_smca_12ep": "r50_dc5_smca_12ep",
 }
 MODELS = tuple(RECIPE_OF)
+RECIPE_OF_OTHER = {  # other systems'
+    "detr_r50": "detr_r50_500ep",
+    "detr_r50_dc5": "detr_r50_dc5_500ep",
+}
+OTHERS = tuple(RECIPE_OF_OTHER)
 
 
 class Inputs(NamedTuple):
@@ -61,9 +65,14 @@ def official_state_dict(name: str) -> dict[str, Tensor]:
     return fill.state_dict_from_keys(FOLDER / f"{name}.keys.txt", meta(name)["fill_seed"])
 
 
-def model_of(name: str) -> SAMDETR:
-    """Our model of the recipe that the fixture's command corresponds to, with the fixture's weights, in eval mode."""
-    model = build_model(load_recipe(RECIPES / f"{RECIPE_OF[name]}.toml").model)
+def recipe_of(name: str) -> Recipe:
+    """The recipe that the fixture's command corresponds to."""
+    return load_recipe(RECIPES / f"{(RECIPE_OF | RECIPE_OF_OTHER)[name]}.toml")
+
+
+def model_of(name: str) -> Detector:
+    """Our model of the fixture's recipe, with the fixture's weights, in eval mode."""
+    model = build_model(recipe_of(name).model)
     load_official(model, official_state_dict(name))
     return model.eval()
 

@@ -13,10 +13,10 @@ from samdetr.errors import CheckpointError
 from samdetr.models import build_model
 from samdetr.models.official import load_official, read_official, to_official
 from samdetr.recipe import load_recipe
-from tests.parity.reference import MODELS, RECIPE_OF, RECIPES, model_of, official_state_dict
+from tests.parity.reference import MODELS, OTHERS, RECIPE_OF, RECIPE_OF_OTHER, RECIPES, model_of, official_state_dict
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS + OTHERS)
 def test_round_trip_keeps_every_key_and_bit(name: str) -> None:
     state = official_state_dict(name)
     back = to_official(model_of(name))
@@ -26,7 +26,7 @@ def test_round_trip_keeps_every_key_and_bit(name: str) -> None:
         assert torch.equal(back[key], value), key
 
 
-LANDMARKS = ("backbone.0.body.conv1.weight", "input_proj.0.0.weight", "class_embed.0.weight")
+LANDMARK = "transformer.decoder.layers.0.ca_qpos_sine_proj.layers.0.weight"
 
 
 def model(name: str = "r50_12ep", *overrides: str):
@@ -59,6 +59,15 @@ def test_group_norm_is_detected(state: dict[str, torch.Tensor]) -> None:
         load_official(model(), official_state_dict("samdetr_r50_50ep"))
 
 
+def test_another_systems_checkpoint_is_named(state: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(CheckpointError, match=r'another system\'s: set model\.system = "sam_detr"'):
+        load_official(model("detr_r50_500ep"), state)
+    with pytest.raises(CheckpointError, match=r'another system\'s: set model\.system = "detr"'):
+        load_official(model(), official_state_dict("detr_r50"))
+    with pytest.raises(CheckpointError, match=r'no norm after its input .*: set model\.input_norm = "none"'):
+        to_official(model("detr_r50_500ep", 'model.input_norm="group_norm"'))
+
+
 def test_other_number_of_classes_remakes_the_heads_only(state: dict[str, torch.Tensor]) -> None:
     target = model("r50_12ep", "model.num_classes=4")
     before = target.class_heads[3].weight.clone()
@@ -77,10 +86,10 @@ def test_live_batch_norm_has_no_published_layout() -> None:
 
 
 def test_read_official_takes_the_published_file_layout(tmp_path: Path) -> None:
-    state = {key: torch.arange(3.0) for key in LANDMARKS}
+    state = {LANDMARK: torch.arange(3.0)}
     path = tmp_path / "published.pth"
     torch.save({"model": state, "epoch": 11, "args": argparse.Namespace(lr=1e-4, backbone="resnet50")}, path)
-    assert torch.equal(read_official(path)[LANDMARKS[0]], state[LANDMARKS[0]])
+    assert torch.equal(read_official(path)[LANDMARK], state[LANDMARK])
 
 
 class _Evil:
@@ -92,8 +101,8 @@ def test_a_state_dict_of_something_else_is_called_so(tmp_path: Path) -> None:
     """It gets no advice about the input's norm, which any other model lacks."""
     path = tmp_path / "resnet.pth"
     torch.save({"conv1.weight": torch.zeros(1), "input_proj.0.0.weight": torch.zeros(1)}, path)
-    missing = r"it has no backbone\.0\.body\.conv1\.weight and no class_embed\.0\.weight\. Use one"
-    with pytest.raises(CheckpointError, match=rf"resnet\.pth is not a published SAM-DETR: {missing}"):
+    missing = rf"it has no {LANDMARK} and no transformer\..*multihead_attn\.in_proj_weight\. Use one"
+    with pytest.raises(CheckpointError, match=rf"resnet\.pth is a published checkpoint of none .*: {missing}"):
         read_official(path)
 
 
@@ -115,4 +124,4 @@ def test_read_official_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_fixture_has_its_recipe() -> None:
-    assert all((RECIPES / f"{recipe}.toml").is_file() for recipe in RECIPE_OF.values())
+    assert all((RECIPES / f"{recipe}.toml").is_file() for recipe in (RECIPE_OF | RECIPE_OF_OTHER).values())

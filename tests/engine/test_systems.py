@@ -1,0 +1,89 @@
+"""Every recipe of a system other than SAM-DETR: its size, and two steps and an evaluation of a reduced version."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from samdetr.engine.train import train
+from samdetr.models import build_model
+from samdetr.recipe import Recipe, load_recipe
+from tests.engine.runs import metrics
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+FROZEN = 222_400  # parameters of the stem and layer1
+PARAMETERS = {
+    "detr_r50_500ep": 41_524_768,
+    "detr_r50_dc5_500ep": 41_524_768,
+    "detr_focal_r50_12ep": 41_575_968,
+    "detr_focal_r50_50ep": 41_575_968,
+    "detr_focal_r50_dc5_12ep": 41_575_968,
+    "detr_focal_r50_dc5_50ep": 41_575_968,
+}
+SHAPES_CLASSES = 8
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts(name: str) -> None:
+    file = RECIPES / f"{name}.toml"
+    with torch.device("meta"):
+        model = build_model(load_recipe(file).model)
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (total, trainable) == (PARAMETERS[name], PARAMETERS[name] - FROZEN)
+    assert f"{total:,} parameters, {trainable:,} of them trainable" in file.read_text()
+
+
+def reduced(name: str, folder: Path, shapes_folder: Path) -> Recipe:
+    """The recipe with a narrow, shallow model and a few small pictures; what it says of loss and system stays."""
+    file = RECIPES / f"{name}.toml"
+    no_object = load_recipe(file).loss.classification == "softmax"
+    numbers = {
+        "data.workers": 0,
+        "data.shapes.train_images": 8,
+        "data.shapes.val_images": 2,
+        "data.shapes.image_size": 64,
+        "data.shapes.max_objects": 5,
+        "data.buckets": 2,
+        "augment.train_sizes": [64],
+        "augment.max_size": 96,
+        "augment.crop": 0.0,
+        "augment.eval_size": 64,
+        "augment.eval_max_size": 96,
+        "model.num_classes": SHAPES_CLASSES + no_object,
+        "model.num_queries": 12,
+        "model.width": 32,
+        "model.heads": 4,
+        "model.encoder_layers": 1,
+        "model.decoder_layers": 2,
+        "model.ffn": 32,
+        "model.backbone.width": 8,
+        "train.epochs": 1,
+        "train.total_batch": 4,
+        "train.micro_batch": 2,
+        "train.log_every": 1,
+        "eval.every": 1,
+    }
+    words = {
+        "run.folder": str(folder),
+        "run.device": "cpu",
+        "compute.precision": "fp32",
+        "data.format": "shapes",
+        "data.class_index": "contiguous",
+        "data.shapes.folder": str(shapes_folder),
+        "model.backbone.weights": "none",
+    }
+    return load_recipe(file, [f"{key}={json.dumps(value)}" for key, value in (numbers | words).items()])
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_two_steps_and_an_evaluation(name: str, tmp_path: Path, shapes_folder: Path) -> None:
+    run = train(reduced(name, tmp_path, shapes_folder))
+    steps = metrics(run, "train")
+    assert [line["step"] for line in steps] == [1, 2]
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in steps)
+    assert [0 <= line["AP"] <= 1 for line in metrics(run, "eval")] == [True]

@@ -1,0 +1,120 @@
+"""What every system is compared in: the encoded map, predictions, matching, losses, gradients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from samdetr.loss import SetCriterion
+from samdetr.models.official import official_names
+from samdetr.structures import Losses, Outputs
+from tests.parity.reference import Inputs, arrays, first_image, meta
+
+
+class EncodedMap(NamedTuple):
+    """What the encoder half of a model made of a fixture's images."""
+
+    features: Tensor  # [B, C, h, w] of the backbone
+    source: Tensor  # [B, h, w, width] the encoder's input
+    memory: Tensor  # [B, h, w, width]
+    position: Tensor  # [B, h, w, width]
+    mask: Tensor  # [B, h, w] bool, True within the valid cells
+
+
+def close(ours: Tensor, reference: NDArray[np.generic], *, most: float, all_within: float, share: float = 0.99) -> None:
+    """``share`` of the elements within ``most``, all within ``all_within``."""
+    difference = np.abs(ours.detach().numpy().astype(np.float64) - reference)
+    assert difference.shape == reference.shape
+    assert np.quantile(difference, share) <= most
+    assert difference.max() <= all_within
+
+
+def check_parameter_counts(name: str, model: nn.Module) -> None:
+    facts = meta(name)
+    parameters = list(model.parameters())
+    assert sum(p.numel() for p in parameters) == facts["n_parameters"]
+    assert sum(p.numel() for p in parameters if p.requires_grad) == facts["n_parameters_requires_grad"]
+
+
+def check_encoded_map(name: str, found: EncodedMap) -> None:
+    reference = arrays(name)
+    assert np.array_equal(~found.mask.numpy(), reference["mask0"])
+    channels = reference["ch_idx"]
+    cells = found.mask.shape[1] * found.mask.shape[2]
+    step = -(-cells // 64)
+    position = found.position.flatten(1, 2)[:, ::step][..., channels].transpose(1, 2)
+    valid = found.mask.flatten(1)[:, ::step]
+    difference = (position - torch.from_numpy(reference["pos0"])).abs()
+    assert difference.transpose(1, 2)[valid].max() <= 2e-6
+    features = found.features.flatten(2)
+    close(features[:, :: features.shape[1] // 8, ::step], reference["backbone0"], most=5e-5, all_within=5e-5)
+    source = found.source.flatten(1, 2)[:, ::step][..., channels].transpose(1, 2)
+    close(source, reference["src0"], most=5e-5, all_within=5e-5)
+    memory = found.memory.flatten(1, 2)[:, :: -(-cells // 200)][..., channels]
+    close(memory, reference["memory"], most=1e-4, all_within=1e-4)
+
+
+def check_predictions(name: str, outputs: Outputs) -> None:
+    reference = arrays(name)
+    close(outputs.boxes, reference["pred_boxes"], most=5e-4, all_within=1e-2)
+    close(outputs.logits[:, :, reference["q_idx"]], reference["logits_sub"], most=5e-3, all_within=5e-2)
+    close(outputs.logits.mean(-1), reference["logits_qmean"], most=3e-3, all_within=2e-2)
+
+
+def check_losses(losses: Losses, reference: dict[str, NDArray[np.generic]], prefix: str) -> None:
+    names = [str(name) for name in reference[f"{prefix}loss_names"]]
+    assert set(losses.terms) == set(names)
+    values = np.array([losses.terms[name].item() for name in names])
+    np.testing.assert_allclose(values, reference[f"{prefix}loss_values"], rtol=2e-3)
+    assert losses.total.item() == pytest.approx(float(reference[f"{prefix}loss_total"]), rel=1e-4)
+
+
+def check_matching(
+    criterion: SetCriterion, outputs: Outputs, inputs: Inputs, reference: dict[str, NDArray[np.generic]], prefix: str
+) -> None:
+    indices = criterion.match(outputs, inputs.targets)[0].numpy()
+    ends = np.cumsum(reference[f"{prefix}match_counts"])
+    for image, (start, end) in enumerate(zip(ends - reference[f"{prefix}match_counts"], ends, strict=True)):
+        queries = reference[f"{prefix}match_src"][:, start:end]
+        targets = reference[f"{prefix}match_tgt"][:, start:end]
+        assert np.array_equal(np.take_along_axis(indices[:, image], targets, axis=1), queries)
+        assert (indices[:, image, end - start :] == -1).all()
+
+
+def check_gradients(
+    name: str,
+    model: nn.Module,
+    criterion: SetCriterion,
+    inputs: Inputs,
+    prefix: str,
+    *,
+    without_heads: tuple[str, ...] = (),
+) -> None:
+    """prefix: "solo_" for the clean image alone, "" for the batch. without_heads: parameters of another layout."""
+    reference, facts = arrays(name), meta(name)
+    inputs = first_image(inputs) if prefix else inputs
+    model.zero_grad()
+    outputs = model(inputs.images, inputs.image_sizes)
+    check_matching(criterion, outputs, inputs, reference, prefix)
+    losses = criterion(outputs, inputs.targets)
+    check_losses(losses, reference, prefix)
+    losses.total.backward()
+    names = official_names(model)
+    grads = {names[own]: p.grad for own, p in model.named_parameters() if p.grad is not None}
+    total = torch.stack([grad.norm() for grad in grads.values()]).norm().item()
+    assert total == pytest.approx(float(reference[f"{prefix}grad_total_norm"]), rel=5e-3)
+    for row, key in enumerate(map(str, reference[f"{prefix}grad_names"])):
+        grad, norm = grads[key], float(reference[f"{prefix}grad_norms"][row])
+        assert grad.norm().item() == pytest.approx(norm, rel=5e-3), key
+        if key.endswith(without_heads):
+            continue
+        head = reference[f"{prefix}grad_head"][row]
+        mine = grad.flatten()[:8].numpy()
+        assert np.abs(mine - head[: mine.size]).max() <= 0.1 * norm / grad.numel() ** 0.5, key
+    for key in facts["params_without_gradient"]:
+        assert grads[key].abs().max() == 0, key

@@ -1,0 +1,101 @@
+"""Systems other than SAM-DETR against their official implementations."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from samdetr.engine.evaluate import best_detections
+from samdetr.loss import build_criterion
+from samdetr.models import Detector
+from samdetr.models.encoder import encode_map
+from samdetr.structures import Outputs
+from tests.parity.checks import (
+    EncodedMap,
+    check_encoded_map,
+    check_gradients,
+    check_losses,
+    check_matching,
+    check_parameter_counts,
+    check_predictions,
+    close,
+)
+from tests.parity.reference import OTHERS, Inputs, arrays, inputs_of, model_of, recipe_of
+
+
+class Run(NamedTuple):
+    """One forward pass of the padded batch, with what the modules saw on the way."""
+
+    name: str
+    model: Detector
+    inputs: Inputs
+    outputs: Outputs
+    encoded: EncodedMap
+    normed: Tensor  # [L, B, Q, width] what the heads read
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def run(request: pytest.FixtureRequest) -> Run:
+    name: str = request.param
+    model, inputs = model_of(name), inputs_of(name)
+    recorded: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_hook(lambda _, __, out, key=key: recorded.update({key: out}))
+        for key, module in (("features", model.backbone), ("source", model.input_proj), ("normed", model.norm))
+    ]
+    with torch.no_grad():
+        outputs = model(inputs.images, inputs.image_sizes)
+        memory, position, geometry = encode_map(model, inputs.images, inputs.image_sizes)
+    for handle in handles:
+        handle.remove()
+    encoded = EncodedMap(recorded["features"], recorded["source"], memory, position, geometry.mask)
+    return Run(name, model, inputs, outputs, encoded, recorded["normed"])
+
+
+def test_parameter_counts(run: Run) -> None:
+    check_parameter_counts(run.name, run.model)
+
+
+def test_encoded_map(run: Run) -> None:
+    check_encoded_map(run.name, run.encoded)
+
+
+def test_what_the_heads_read(run: Run) -> None:
+    reference = arrays(run.name)
+    normed = run.normed[:, :, reference["q_idx"]][..., reference["ch_idx"]]
+    close(normed, reference["hs"], most=3e-3, all_within=2e-2)
+
+
+def test_logits_and_boxes_of_all_layers(run: Run) -> None:
+    check_predictions(run.name, run.outputs)
+
+
+def test_detections(run: Run) -> None:
+    reference = arrays(run.name)
+    classification = recipe_of(run.name).loss.classification
+    found = best_detections(run.outputs, run.inputs.original_sizes, 100, classification)
+    order = np.argsort(-reference["post_scores"], axis=1, kind="stable")  # DETR's stand in the order of the queries
+    scores, labels = (np.take_along_axis(reference[key], order, axis=1) for key in ("post_scores", "post_labels"))
+    boxes = np.take_along_axis(reference["post_boxes"], order[..., None], axis=1)
+    close(found.scores, scores, most=3e-3, all_within=3e-3)
+    gaps = np.abs(np.diff(scores, axis=1, prepend=np.inf, append=-np.inf))
+    clear = np.minimum(gaps[:, :-1], gaps[:, 1:]) > 3e-4  # the measured noise of scores is 1e-5
+    assert clear.mean() > 0.3
+    assert np.array_equal(found.labels.numpy()[clear], labels[clear])
+    difference = np.abs(found.boxes_xyxy.numpy() - boxes)[clear]
+    assert difference.max() <= 1e-2 * run.inputs.original_sizes.max()
+
+
+def test_matching_and_losses(run: Run) -> None:
+    criterion = build_criterion(recipe_of(run.name))
+    check_matching(criterion, run.outputs, run.inputs, arrays(run.name), "")
+    check_losses(criterion(run.outputs, run.inputs.targets), arrays(run.name), "")
+
+
+@pytest.mark.parametrize("prefix", ["solo_", ""])
+def test_gradients(run: Run, prefix: str) -> None:
+    check_gradients(run.name, run.model, build_criterion(recipe_of(run.name)), run.inputs, prefix)
