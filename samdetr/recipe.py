@@ -233,7 +233,9 @@ class BackboneSection(Section):
 
 
 class ModelSection(Section):
-    system: Literal["sam_detr", "detr"] = Field("sam_detr", description="which detector")
+    system: Literal["sam_detr", "detr", "conditional_detr", "smca_detr"] = Field(
+        "sam_detr", description="which detector"
+    )
     num_classes: PositiveInt = Field(
         91, description="class logits (91: raw COCO category ids); with softmax the last one is no object"
     )
@@ -253,6 +255,11 @@ class ModelSection(Section):
         0.0,
         description="initial Gaussian scale, 2 / sigma in map cells; 0: published, the term starts flat",
         json_schema_extra=only_with("model.system", "sam_detr"),
+    )
+    smca_stride: Literal["published", "feature"] = Field(
+        "published",
+        description="pixels a unit of SMCA-DETR's Gaussians: published, 32 also under DC5; feature: a cell of the map",
+        json_schema_extra=only_with("model.system", "smca_detr"),
     )
     width: int = Field(256, ge=32, multiple_of=8, description="channels of the transformer")
     heads: PositiveInt = Field(8, description="attention heads and salient points; divides width")

@@ -33,7 +33,19 @@ PUBLISHED_DETR = {  # epochs, drop epoch, total batch, queries, dilation
     "detr_focal_r50_dc5_12ep": (12, (10,), 16, 300, True),
     "detr_focal_r50_dc5_50ep": (50, (40,), 16, 300, True),
 }
-OURS = ("quickstart", "small_scratch")
+PUBLISHED_CONDITIONAL = {  # epochs, drop epoch, total batch, dilation
+    "conditional_detr_r50_12ep": (12, (10,), 16, False),
+    "conditional_detr_r50_50ep": (50, (40,), 16, False),
+    "conditional_detr_r50_dc5_12ep": (12, (10,), 8, True),
+    "conditional_detr_r50_dc5_50ep": (50, (40,), 8, True),
+}
+PUBLISHED_SMCA = {  # epochs, drop epoch, total batch, dilation
+    "smca_detr_r50_12ep": (12, (10,), 16, False),
+    "smca_detr_r50_50ep": (50, (40,), 16, False),
+    "smca_detr_r50_dc5_12ep": (12, (10,), 16, True),
+    "smca_detr_r50_dc5_50ep": (50, (40,), 16, True),
+}
+OURS = ("quickstart", "small_scratch", "smca_detr_r50_dc5_50ep")  # rows of no published table
 
 
 def write(folder: Path, text: str, name: str = "x.toml") -> Path:
@@ -138,6 +150,8 @@ model = {system = "detr", smca = true} \
     | model.smca: has no meaning with model.system = "detr": leave it out
 model = {system = "sam_detr", class_prior = 0.0} \
     | model.class_prior: has no meaning with model.system = "sam_detr": leave it out
+model.smca_stride = "feature" \
+    | model.smca_stride: has no meaning with model.system = "sam_detr": leave it out
 loss = {classification = "softmax", focal_gamma = 1} \
     | loss.focal_gamma: has no meaning with loss.classification = "softmax": leave it out
 loss.no_object_weight = 0.2 \
@@ -386,6 +400,20 @@ def test_published_schedules_of_detr(name: str) -> None:
         assert (loss.class_weight, loss.l1_weight, loss.giou_weight) == (1, 5, 2)
         assert (loss.class_cost, loss.l1_cost, loss.giou_cost) == (1, 5, 2)
     assert recipe.augment == Recipe().augment
+    assert (optim.lr, optim.backbone_lr, optim.weight_decay, optim.clip_norm) == (1e-4, 1e-5, 1e-4, 0.1)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED_CONDITIONAL, *PUBLISHED_SMCA])
+def test_published_schedules_of_other_systems(name: str) -> None:
+    recipe = load_recipe(next(path for path in RECIPES if path.stem == name))
+    model, optim, train = recipe.model, recipe.optim, recipe.train
+    found = (train.epochs, optim.drop_epochs, train.total_batch, model.backbone.dilation)
+    assert found == (PUBLISHED_CONDITIONAL | PUBLISHED_SMCA)[name]
+    smca = name in PUBLISHED_SMCA
+    assert (model.num_classes, model.num_queries, recipe.eval.top_k) == ((92, 300, 300) if smca else (91, 300, 100))
+    assert (model.system, model.input_norm) == ("smca_detr" if smca else "conditional_detr", "none")
+    assert (model.padding, model.smca_stride, recipe.eval.batch) == ("published", "published", 1)
+    assert (recipe.augment, recipe.loss) == (Recipe().augment, Recipe().loss)
     assert (optim.lr, optim.backbone_lr, optim.weight_decay, optim.clip_norm) == (1e-4, 1e-5, 1e-4, 0.1)
 
 

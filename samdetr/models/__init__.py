@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from samdetr.models.conditional_detr import ConditionalDETR, build_conditional_detr
 from samdetr.models.detr import DETR, build_detr
 from samdetr.models.sam_detr import SAMDETR, build_sam_detr
+from samdetr.models.smca_detr import SMCADETR, build_smca_detr
 
 if TYPE_CHECKING:
     from samdetr.recipe import ModelSection
 
-__all__ = ["DETR", "SAMDETR", "Detector", "build_model"]
+__all__ = ["DETR", "SAMDETR", "SMCADETR", "ConditionalDETR", "Detector", "build_model"]
 
-Detector = SAMDETR | DETR  # what the engine needs: a call with images and sizes -> Outputs, a backbone, regions
+# what the engine needs: a call with images and sizes -> Outputs, a backbone, regions
+Detector = SAMDETR | DETR | ConditionalDETR | SMCADETR
 
 
 def build_model(section: ModelSection) -> Detector:
@@ -22,3 +25,7 @@ def build_model(section: ModelSection) -> Detector:
             return build_sam_detr(section)
         case "detr":
             return build_detr(section)
+        case "conditional_detr":
+            return build_conditional_detr(section)
+        case "smca_detr":
+            return build_smca_detr(section)

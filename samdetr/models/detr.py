@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from samdetr.models.backbone import Backbone, build_backbone
-from samdetr.models.encoder import Encoder, build_encoder, embed_map, encode_map
-from samdetr.models.layers import MLP, Attention, FeedForward, MapGroupNorm, class_head, initialise, input_norm
-from samdetr.models.position import MapGeometry
-from samdetr.structures import Outputs, Regions
+from samdetr.models.encoder import EncoderHalf, MapDetector, build_encoder_half
+from samdetr.models.layers import MLP, Attention, FeedForward, class_head, initialise
+from samdetr.structures import Outputs
 
 if TYPE_CHECKING:
     from samdetr.recipe import ModelSection
@@ -38,26 +37,21 @@ class DecoderLayer(nn.Module):
         return self.feed_forward(self.norm2(x + self.dropout(attended)))
 
 
-class DETR(nn.Module):
+class DETR(MapDetector):
     """A detector whose queries are learned positions; one pair of heads reads every layer."""
 
     def __init__(
         self,
-        backbone: Backbone,
-        norm: MapGroupNorm | None,
-        encoder: Encoder,
-        decoder: list[DecoderLayer],
+        half: EncoderHalf,
+        layers: Sequence[DecoderLayer],
         *,
         width: int,
-        num_queries: int,
         num_classes: int,
+        num_queries: int,
         class_prior: float,
     ) -> None:
-        super().__init__()
-        self.backbone, self.mask_padding = backbone, backbone.mask_padding
-        self.input_proj, self.input_norm = nn.Linear(backbone.out_channels, width), norm
-        self.encoder = encoder
-        self.decoder = nn.ModuleList(decoder)
+        super().__init__(half)
+        self.decoder = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(width)
         self.query_positions = nn.Parameter(torch.randn(num_queries, width))
         self.class_head = class_head(width, num_classes, prior=class_prior)
@@ -66,7 +60,7 @@ class DETR(nn.Module):
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:
         """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
-        memory, position, geometry = encode_map(self, images, image_sizes)
+        memory, position, geometry = self.encode(images, image_sizes)
         memory, position, mask = memory.flatten(1, 2), position.flatten(1, 2), geometry.mask.flatten(1)
         key = memory + position
         x = memory.new_zeros(len(memory), *self.query_positions.shape)
@@ -81,27 +75,19 @@ class DETR(nn.Module):
         x = self.norm(x)
         return self.class_head(x), self.box_head(x).sigmoid()
 
-    def embed(
-        self, features: Tensor, image_sizes: Tensor, image_shape: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, MapGeometry]:
-        """As `embed_map`."""
-        return embed_map(self, features, image_sizes, image_shape, offset=0.0)
-
-    def regions(self) -> Regions:
-        """What is compiled besides the backbone."""
-        return Regions((*self.encoder.layers, *self.decoder), ("embed", "predict"))
-
 
 def build_detr(section: ModelSection) -> DETR:
-    """The model of a recipe with random weights; needs no download and no GPU."""
-    sizes = {"width": section.width, "heads": section.heads, "ffn": section.ffn}
+    """The model of a recipe with random weights."""
+    half = build_encoder_half(section)
+    layers = [
+        DecoderLayer(width=section.width, heads=section.heads, ffn=section.ffn, dropout=section.dropout)
+        for _ in range(section.decoder_layers)
+    ]
     return DETR(
-        build_backbone(section.backbone, padding=section.padding),
-        input_norm(section.input_norm, section.width),
-        build_encoder(section),
-        [DecoderLayer(**sizes, dropout=section.dropout) for _ in range(section.decoder_layers)],
+        half,
+        layers,
         width=section.width,
-        num_queries=section.num_queries,
         num_classes=section.num_classes,
+        num_queries=section.num_queries,
         class_prior=section.class_prior,
     )

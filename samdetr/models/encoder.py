@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from samdetr.models.backbone import Backbone
-from samdetr.models.layers import FeedForward, MapGroupNorm, attend
+from samdetr.models.backbone import Backbone, build_backbone
+from samdetr.models.layers import GROUPS, FeedForward, MapGroupNorm, attend
 from samdetr.models.position import MapGeometry, covered_cells, sine_map, valid_cells, valid_mask
+from samdetr.structures import Regions
 
 if TYPE_CHECKING:
     from samdetr.recipe import ModelSection
@@ -57,56 +58,75 @@ class Encoder(nn.Module):
         return x
 
 
-def build_encoder(section: ModelSection) -> Encoder:
-    """The encoder of a recipe."""
-    return Encoder(
-        layers=section.encoder_layers,
-        width=section.width,
-        heads=section.heads,
-        ffn=section.ffn,
-        dropout=section.dropout,
-    )
-
-
-class MapModel(Protocol):
-    """What `encode_map` and `embed_map` use of a detector."""
+class EncoderHalf(NamedTuple):
+    """The parts of a detector up to its encoded map."""
 
     backbone: Backbone
     input_proj: nn.Linear
     input_norm: MapGroupNorm | None
     encoder: Encoder
-    mask_padding: bool
+    mask_padding: bool  # whether padded cells are zero, so that an image's result does not depend on its padding
+
+
+class MapDetector(nn.Module):
+    """What the systems on one map have in common: images become an encoded map and its position code."""
+
+    code_offset = 0.0  # of `sine_map`
+    methods: tuple[str, ...] = ("embed", "predict")  # compiled regions around the layers
+    decoder: nn.ModuleList
+
+    def __init__(self, half: EncoderHalf) -> None:
+        super().__init__()
+        self.backbone, self.input_proj, self.input_norm, self.encoder, self.mask_padding = half
+
+    def encode(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, MapGeometry]:
+        """Images [B, 3, H, W] and sizes [B, 2] -> the encoded map [B, h, w, width], its position code, its geometry."""
+        features = self.backbone(images, image_sizes)
+        x, position, geometry = self.embed(features, image_sizes, (images.shape[2], images.shape[3]))
+        mask = geometry.mask
+        memory = self.encoder(x.flatten(1, 2), position.flatten(1, 2), mask.flatten(1)).view(x.shape)
+        memory = memory.to(features.dtype)  # under autocast norms return float32: twice the bytes to read
+        if self.mask_padding:
+            memory = memory * mask[..., None].to(memory.dtype)
+        return memory, position, geometry
 
     def embed(
         self, features: Tensor, image_sizes: Tensor, image_shape: tuple[int, int]
     ) -> tuple[Tensor, Tensor, MapGeometry]:
-        """`embed_map` with the model's offset; a region that is compiled."""
+        """The backbone's map [B, C, h, w] -> the encoder's input and position code [B, h, w, width], and geometry.
+
+        image_shape: padded (H, W) of the images.
+        """
+        height, width = features.shape[2:]
+        if self.mask_padding:
+            valid = covered_cells(image_sizes, self.backbone.stride)
+        else:
+            valid = valid_cells(image_sizes, image_shape, (height, width))
+        mask = valid_mask(valid, height, width)
+        x = self.input_proj(features.permute(0, 2, 3, 1))
+        if self.input_norm is not None:
+            x = self.input_norm(x, mask if self.mask_padding else None)
+        position = sine_map(valid, height, width, x.shape[-1], offset=self.code_offset).to(x.dtype)
+        return x, position, MapGeometry(valid, mask, valid if self.mask_padding else None)
+
+    def regions(self) -> Regions:
+        """What is compiled besides the backbone."""
+        return Regions((*self.encoder.layers, *self.decoder), self.methods)
 
 
-def encode_map(model: MapModel, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, MapGeometry]:
-    """Images [B, 3, H, W] and sizes [B, 2] -> the encoded map [B, h, w, width], its position code, its geometry."""
-    features = model.backbone(images, image_sizes)
-    x, position, geometry = model.embed(features, image_sizes, (images.shape[2], images.shape[3]))
-    memory = model.encoder(x.flatten(1, 2), position.flatten(1, 2), geometry.mask.flatten(1)).view(x.shape)
-    memory = memory.to(features.dtype)  # under autocast norms return float32: twice the bytes to read
-    return memory, position, geometry
-
-
-def embed_map(
-    model: MapModel, features: Tensor, image_sizes: Tensor, image_shape: tuple[int, int], *, offset: float
-) -> tuple[Tensor, Tensor, MapGeometry]:
-    """The backbone's map [B, C, h, w] -> the encoder's input and position code [B, h, w, width], and geometry.
-
-    image_shape: padded (H, W) of the images. offset: of `sine_map`.
-    """
-    height, width = features.shape[2:]
-    if model.mask_padding:
-        valid = covered_cells(image_sizes, model.backbone.stride)
-    else:
-        valid = valid_cells(image_sizes, image_shape, (height, width))
-    mask = valid_mask(valid, height, width)
-    x = model.input_proj(features.permute(0, 2, 3, 1))
-    if model.input_norm is not None:
-        x = model.input_norm(x, mask if model.mask_padding else None)
-    position = sine_map(valid, height, width, x.shape[-1], offset=offset).to(x.dtype)
-    return x, position, MapGeometry(valid, mask, valid if model.mask_padding else None)
+def build_encoder_half(section: ModelSection) -> EncoderHalf:
+    """Backbone, projection and encoder of a recipe, with random weights."""
+    backbone, width = build_backbone(section.backbone, padding=section.padding), section.width
+    return EncoderHalf(
+        backbone,
+        nn.Linear(backbone.out_channels, width),
+        MapGroupNorm(GROUPS, width) if section.input_norm == "group_norm" else None,
+        Encoder(
+            layers=section.encoder_layers,
+            width=width,
+            heads=section.heads,
+            ffn=section.ffn,
+            dropout=section.dropout,
+        ),
+        section.padding == "masked",
+    )

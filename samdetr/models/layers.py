@@ -160,11 +160,6 @@ class MapGroupNorm(nn.GroupNorm):
         return normalised.view(x.shape) * self.weight + self.bias
 
 
-def input_norm(name: str, width: int) -> MapGroupNorm | None:
-    """What ``model.input_norm`` names."""
-    return MapGroupNorm(GROUPS, width) if name == "group_norm" else None
-
-
 def inverse_sigmoid(x: Tensor) -> Tensor:
     """log(x / (1 - x)) of x in [0, 1], both sides clamped at 1e-5 (as published)."""
     x = x.clamp(0, 1)

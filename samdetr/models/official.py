@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from samdetr.errors import CheckpointError
-from samdetr.models import DETR, SAMDETR, Detector
+from samdetr.models import DETR, SAMDETR, SMCADETR, ConditionalDETR, Detector
 from samdetr.models.aligner import ROI_SIZE
 from samdetr.models.state import CLASS_HEADS, first_of
 
@@ -98,13 +98,51 @@ _SAM_DETR = Layout(
         "cross_attention.out.": "cross_attn.out_proj.",
     },
 )
+_CONDITIONAL_DETR = Layout(
+    system="conditional_detr",
+    landmark="transformer.decoder.ref_point_head.layers.0.weight",
+    whole={
+        **_SHARED_HEADS,
+        "reference_head.": "transformer.decoder.ref_point_head.layers.",
+        "place_scale.": "transformer.decoder.query_scale.layers.",
+    },
+    decoder_layer={
+        **_DECODER_LAYER,
+        **_PLACED_SELF_ATTENTION,
+        "cross_attention.query_content.": "ca_qcontent_proj.",
+        "cross_attention.query_position.": "ca_qpos_proj.",
+        "cross_attention.query_place.": "ca_qpos_sine_proj.",
+        "cross_attention.key_content.": "ca_kcontent_proj.",
+        "cross_attention.key_place.": "ca_kpos_proj.",
+        "cross_attention.value.": "ca_v_proj.",
+        "cross_attention.out.": "cross_attn.out_proj.",
+    },
+)
+_SMCA_DETR = Layout(
+    system="smca_detr",
+    landmark="transformer.decoder.layers.0.point3.weight",
+    whole=_SHARED_HEADS,
+    decoder_layer={
+        **_DECODER_LAYER,
+        **_ATTENTION,
+        "gaussian.norm.": "norm4.",
+        "gaussian.centre.": "point1.layers.",
+        "gaussian.offset.": "point2.",
+        "gaussian.scale.": "point3.",
+    },
+)
 _DETR = Layout(
     system="detr",
     landmark="transformer.decoder.layers.0.multihead_attn.in_proj_weight",
     whole=_SHARED_HEADS,
     decoder_layer=_DECODER_LAYER | _ATTENTION,
 )
-_LAYOUTS: dict[type[Detector], Layout] = {SAMDETR: _SAM_DETR, DETR: _DETR}
+_LAYOUTS: dict[type[Detector], Layout] = {
+    SAMDETR: _SAM_DETR,
+    ConditionalDETR: _CONDITIONAL_DETR,
+    SMCADETR: _SMCA_DETR,
+    DETR: _DETR,
+}
 _DUPLICATE_PREFIX = "transformer.decoder."  # SAM-DETR's box heads stand in the published file with and without it
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from samdetr.models.aligner import AlignedQueries, SemanticAligner
-from samdetr.models.backbone import Backbone, build_backbone
-from samdetr.models.encoder import Encoder, embed_map, encode_map
+from samdetr.models.encoder import EncoderHalf, MapDetector, build_encoder_half
 from samdetr.models.layers import (
-    GROUPS,
     MLP,
     FeedForward,
-    MapGroupNorm,
     PlacedSelfAttention,
     box_head,
     class_head,
@@ -23,7 +21,7 @@ from samdetr.models.layers import (
     joint_linear,
 )
 from samdetr.models.position import MapGeometry, sine_points
-from samdetr.structures import Outputs, Regions
+from samdetr.structures import Outputs
 from samdetr_kernels import salient_cross_attention
 
 if TYPE_CHECKING:
@@ -98,46 +96,19 @@ class DecoderLayer(nn.Module):
         return self.feed_forward(self.norm2(x + self.dropout(attended)))
 
 
-class SAMDETR(nn.Module):
+class SAMDETR(MapDetector):
     """A detector that refines learned reference boxes layer by layer, with semantic-aligned matching."""
 
+    code_offset = 0.5
+
     def __init__(
-        self,
-        *,
-        backbone: Backbone,
-        num_classes: int,
-        num_queries: int,
-        width: int,
-        heads: int,
-        encoder_layers: int,
-        decoder_layers: int,
-        ffn: int,
-        dropout: float,
-        smca: bool,
-        smca_initial_scale: float,
-        input_norm: bool,
-        mask_padding: bool,
+        self, half: EncoderHalf, layers: Sequence[DecoderLayer], *, width: int, num_classes: int, num_queries: int
     ) -> None:
-        super().__init__()
-        self.mask_padding = mask_padding
-        self.backbone = backbone
-        self.input_proj = nn.Linear(backbone.out_channels, width)
-        self.input_norm = MapGroupNorm(GROUPS, width) if input_norm else None
-        self.encoder = Encoder(layers=encoder_layers, width=width, heads=heads, ffn=ffn, dropout=dropout)
-        self.decoder = nn.ModuleList(
-            DecoderLayer(
-                width=width,
-                heads=heads,
-                ffn=ffn,
-                dropout=dropout,
-                smca=smca,
-                smca_initial_scale=smca_initial_scale,
-            )
-            for _ in range(decoder_layers)
-        )
+        super().__init__(half)
+        self.decoder = nn.ModuleList(layers)
         self.reference_boxes = nn.Parameter(torch.randn(num_queries, 4))
-        self.class_heads = nn.ModuleList(class_head(width, num_classes) for _ in range(decoder_layers))
-        self.box_heads = nn.ModuleList(box_head(width) for _ in range(decoder_layers))
+        self.class_heads = nn.ModuleList(class_head(width, num_classes) for _ in layers)
+        self.box_heads = nn.ModuleList(box_head(width) for _ in layers)
         initialise(self.encoder, self.decoder)  # this also overwrites the zero start of the point branch, as published
         nn.init.xavier_uniform_(self.input_proj.weight)
         nn.init.zeros_(self.input_proj.bias)
@@ -165,38 +136,19 @@ class SAMDETR(nn.Module):
         boxes = (inverse_sigmoid(reference.sigmoid()) + offset).sigmoid()
         return classify(x), boxes, (reference + offset).detach()
 
-    def encode(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, MapGeometry]:
-        """The encoded map [B, h, w, width], its position code of the same shape, and its geometry."""
-        memory, position, geometry = encode_map(self, images, image_sizes)
-        if self.mask_padding:
-            memory = memory * geometry.mask[..., None].to(memory.dtype)
-        return memory, position, geometry
-
-    def embed(
-        self, features: Tensor, image_sizes: Tensor, image_shape: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, MapGeometry]:
-        """As `embed_map`."""
-        return embed_map(self, features, image_sizes, image_shape, offset=0.5)
-
-    def regions(self) -> Regions:
-        """What is compiled besides the backbone."""
-        return Regions((*self.encoder.layers, *self.decoder), ("embed", "predict"))
-
 
 def build_sam_detr(section: ModelSection) -> SAMDETR:
     """The model of a recipe with random weights; needs no download and no GPU."""
-    return SAMDETR(
-        backbone=build_backbone(section.backbone, padding=section.padding),
-        num_classes=section.num_classes,
-        num_queries=section.num_queries,
-        width=section.width,
-        heads=section.heads,
-        encoder_layers=section.encoder_layers,
-        decoder_layers=section.decoder_layers,
-        ffn=section.ffn,
-        dropout=section.dropout,
-        smca=section.smca,
-        smca_initial_scale=section.smca_initial_scale,
-        input_norm=section.input_norm == "group_norm",
-        mask_padding=section.padding == "masked",
-    )
+    half = build_encoder_half(section)
+    layers = [
+        DecoderLayer(
+            width=section.width,
+            heads=section.heads,
+            ffn=section.ffn,
+            dropout=section.dropout,
+            smca=section.smca,
+            smca_initial_scale=section.smca_initial_scale,
+        )
+        for _ in range(section.decoder_layers)
+    ]
+    return SAMDETR(half, layers, width=section.width, num_classes=section.num_classes, num_queries=section.num_queries)

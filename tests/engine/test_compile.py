@@ -32,6 +32,8 @@ SHAPES = [(64, 64), (96, 80)]
 PUBLISHED = ('model.padding="published"', 'model.backbone.norm="frozen"')  # the other of each is tiny's
 SYSTEMS = [
     ("model.smca=false", 'model.system="detr"', "model.num_classes=9", 'loss.classification="softmax"'),
+    ("model.smca=false", 'model.system="conditional_detr"'),
+    ("model.smca=false", 'model.system="smca_detr"'),
 ]
 
 

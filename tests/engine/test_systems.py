@@ -23,6 +23,14 @@ PARAMETERS = {
     "detr_focal_r50_50ep": 41_575_968,
     "detr_focal_r50_dc5_12ep": 41_575_968,
     "detr_focal_r50_dc5_50ep": 41_575_968,
+    "conditional_detr_r50_12ep": 43_418_401,
+    "conditional_detr_r50_50ep": 43_418_401,
+    "conditional_detr_r50_dc5_12ep": 43_418_401,
+    "conditional_detr_r50_dc5_50ep": 43_418_401,
+    "smca_detr_r50_12ep": 41_760_482,
+    "smca_detr_r50_50ep": 41_760_482,
+    "smca_detr_r50_dc5_12ep": 41_760_482,
+    "smca_detr_r50_dc5_50ep": 41_760_482,
 }
 SHAPES_CLASSES = 8
 

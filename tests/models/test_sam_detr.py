@@ -47,7 +47,7 @@ def livened(model: SAMDETR) -> SAMDETR:
         for name, value in model.state_dict().items():
             if "running_mean" in name or (".bn" in name and name.endswith("bias")):
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
-            if name.startswith("box_heads") and name.endswith("4.weight"):
+            if name.startswith("box_head") and name.endswith("4.weight"):
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
     return model.double().eval()
 

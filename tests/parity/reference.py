@@ -35,6 +35,9 @@ MODELS = tuple(RECIPE_OF)
 RECIPE_OF_OTHER = {  # other systems'
     "detr_r50": "detr_r50_500ep",
     "detr_r50_dc5": "detr_r50_dc5_500ep",
+    "conditional_detr_r50": "conditional_detr_r50_50ep",
+    "conditional_detr_r50_dc5": "conditional_detr_r50_dc5_50ep",
+    "smca_detr_r50": "smca_detr_r50_50ep",
 }
 OTHERS = tuple(RECIPE_OF_OTHER)
 

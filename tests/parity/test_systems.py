@@ -12,7 +12,6 @@ from torch import Tensor
 from samdetr.engine.evaluate import best_detections
 from samdetr.loss import build_criterion
 from samdetr.models import Detector
-from samdetr.models.encoder import encode_map
 from samdetr.structures import Outputs
 from tests.parity.checks import (
     EncodedMap,
@@ -49,7 +48,7 @@ def run(request: pytest.FixtureRequest) -> Run:
     ]
     with torch.no_grad():
         outputs = model(inputs.images, inputs.image_sizes)
-        memory, position, geometry = encode_map(model, inputs.images, inputs.image_sizes)
+        memory, position, geometry = model.encode(inputs.images, inputs.image_sizes)
     for handle in handles:
         handle.remove()
     encoded = EncodedMap(recorded["features"], recorded["source"], memory, position, geometry.mask)
@@ -99,3 +98,24 @@ def test_matching_and_losses(run: Run) -> None:
 @pytest.mark.parametrize("prefix", ["solo_", ""])
 def test_gradients(run: Run, prefix: str) -> None:
     check_gradients(run.name, run.model, build_criterion(recipe_of(run.name)), run.inputs, prefix)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name.startswith("conditional")])
+def test_reference_points_of_conditional_detr(name: str) -> None:
+    points, _ = model_of(name).refer(torch.float32)
+    close(points.expand(2, -1, -1), arrays(name)["ref_points"], most=1e-4, all_within=1e-4)
+
+
+def test_gaussians_of_smca_detr() -> None:
+    name = "smca_detr_r50"
+    model, inputs, reference = model_of(name), inputs_of(name), arrays(name)
+    recorded: list[tuple[Tensor, ...]] = []
+    for layer in model.decoder:
+        layer.gaussian.register_forward_hook(lambda _, __, out: recorded.append(out[1:]))
+    with torch.no_grad():
+        model(inputs.images, inputs.image_sizes)
+    centres, offsets, scales = (torch.stack(values) for values in zip(*recorded, strict=True))
+    for centre in centres:
+        close(centre, reference["ref_points_logit"], most=1e-4, all_within=1e-4)
+    for ours, key in ((offsets, "point_offset"), (scales, "gauss_scale")):
+        close(ours[:, :, reference["q_idx"]], reference[key], most=3e-3, all_within=2e-2)

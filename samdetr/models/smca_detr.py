@@ -1,0 +1,161 @@
+"""SMCA-DETR (ICCV 2021), single scale: DETR whose cross-attention is modulated by learned Gaussians."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from samdetr.models.encoder import EncoderHalf, MapDetector, build_encoder_half
+from samdetr.models.layers import MLP, Attention, ExactLinear, FeedForward, class_head, initialise
+from samdetr.structures import Outputs
+
+if TYPE_CHECKING:
+    from samdetr.recipe import ModelSection
+
+SMOOTHNESS = 8.0  # what squared distances are divided by
+PUBLISHED_STRIDE = 32  # pixels a unit of the Gaussians, also where the map's stride is 16 (DC5)
+
+
+class Gaussian(nn.Module):
+    """What each query and head adds to the scores of the map's cells: minus a scaled squared distance from a point.
+
+    The points of a query lie around its centre, which the first layer predicts and all others are given.
+    """
+
+    def __init__(self, *, width: int, heads: int, first: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.centre = MLP(width, width, width, 2, exact=True) if first else None
+        self.offset = ExactLinear(width, 2 * heads)
+        self.scale = ExactLinear(width, 2 * heads)
+        nn.init.ones_(self.scale.bias)
+
+    def forward(
+        self, placed: Tensor, centre: Tensor | None, extent: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """placed [B, Q, width] queries with their positions; centre [B, Q, 2] (x, y) before the sigmoid, None for the
+        first layer; extent [B, 2] (w, h) of the valid image, in units; mask [B, h, w] bool, True: attended.
+
+        Returns the bias [B, heads, Q, h * w], the centre, and offsets and raw scales [B, Q, heads, 2] (x, y), units.
+        """
+        x = self.norm(placed)
+        if self.centre is not None:
+            centre = self.centre(x)
+        assert centre is not None
+        offset, scale = (head(x).unflatten(-1, (self.heads, 2)) for head in (self.offset, self.scale))
+        points = (centre.sigmoid() * extent[:, None])[:, :, None] + offset
+        across, down = (  # [B, heads, Q, w] and [B, heads, Q, h]
+            (coordinate[..., None] - torch.arange(cells, device=x.device)).square() * weight.square()[..., None]
+            for coordinate, weight, cells in zip(
+                points.transpose(1, 2).unbind(-1),
+                scale.transpose(1, 2).unbind(-1),
+                (mask.shape[2], mask.shape[1]),
+                strict=True,
+            )
+        )
+        bias = (down[..., None] + across[..., None, :]) / -SMOOTHNESS
+        bias = bias.masked_fill(~mask[:, None, None], float("-inf"))
+        return bias.flatten(3), centre, offset, scale
+
+
+class DecoderLayer(nn.Module):
+    """DETR's decoder layer with a Gaussian in its cross-attention."""
+
+    def __init__(self, *, width: int, heads: int, ffn: int, dropout: float, first: bool) -> None:
+        super().__init__()
+        self.gaussian = Gaussian(width=width, heads=heads, first=first)
+        self.self_attention = Attention(width=width, heads=heads, dropout=dropout)
+        self.norm1 = nn.LayerNorm(width)
+        self.cross_attention = Attention(width=width, heads=heads, dropout=dropout)
+        self.norm2 = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        centre: Tensor | None,
+        query_position: Tensor,
+        key: Tensor,
+        memory: Tensor,
+        mask: Tensor,
+        extent: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, Q, width]; query_position [Q, width]; key (memory with its position code), memory [B, h * w, width];
+        centre, mask and extent as of `Gaussian`. Returns the new x and the centre."""
+        placed = x + query_position
+        bias, centre, _, _ = self.gaussian(placed, centre, extent, mask)
+        x = self.norm1(x + self.dropout(self.self_attention(placed, placed, x)))
+        attended = self.cross_attention(x + query_position, key, memory, bias)
+        return self.feed_forward(self.norm2(x + self.dropout(attended))), centre
+
+
+class SMCADETR(MapDetector):
+    """A detector whose queries are learned positions that look around a centre; one pair of heads reads every layer.
+
+    unit: pixels a unit of the Gaussians.
+    """
+
+    def __init__(
+        self,
+        half: EncoderHalf,
+        layers: Sequence[DecoderLayer],
+        *,
+        width: int,
+        num_classes: int,
+        num_queries: int,
+        unit: int,
+    ) -> None:
+        super().__init__(half)
+        self.unit = unit
+        self.decoder = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(width)
+        self.query_positions = nn.Parameter(torch.randn(num_queries, width))
+        self.class_head = class_head(width, num_classes)
+        self.box_head = MLP(width, width, width, 4, exact=True)
+        initialise(self.encoder, self.decoder)
+        for layer in layers:
+            nn.init.zeros_(layer.gaussian.scale.weight)  # all Gaussians begin equally wide
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:
+        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
+        memory, position, geometry = self.encode(images, image_sizes)
+        memory, position = memory.flatten(1, 2), position.flatten(1, 2)
+        key = memory + position
+        extent = image_sizes.flip(-1).to(self.query_positions.dtype) / self.unit
+        x, centre = memory.new_zeros(len(memory), *self.query_positions.shape), None
+        layers = []
+        for layer in self.decoder:
+            x, centre = layer(x, centre, self.query_positions, key, memory, geometry.mask, extent)
+            layers.append(x)
+        assert centre is not None
+        return Outputs(*self.predict(torch.stack(layers), centre))
+
+    def predict(self, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layers give, x [L, B, Q, width], centre [B, Q, 2] -> logits [L, B, Q, K] and boxes [L, B, Q, 4]."""
+        x = self.norm(x)
+        boxes = self.box_head(x) + torch.cat((centre, torch.zeros_like(centre)), dim=-1)
+        return self.class_head(x), boxes.sigmoid()
+
+
+def build_smca_detr(section: ModelSection) -> SMCADETR:
+    """The model of a recipe with random weights."""
+    half = build_encoder_half(section)
+    layers = [
+        DecoderLayer(
+            width=section.width, heads=section.heads, ffn=section.ffn, dropout=section.dropout, first=number == 0
+        )
+        for number in range(section.decoder_layers)
+    ]
+    return SMCADETR(
+        half,
+        layers,
+        width=section.width,
+        num_classes=section.num_classes,
+        num_queries=section.num_queries,
+        unit=PUBLISHED_STRIDE if section.smca_stride == "published" else half.backbone.stride,
+    )
