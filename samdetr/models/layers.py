@@ -71,6 +71,7 @@ class MapGroupNorm(nn.GroupNorm):
         if mask is None:
             return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         batch, height, width, channels = x.shape
+        x = x.float() if x.dtype == torch.bfloat16 else x  # as autocast does for torch's own norms
         weight = mask[..., None, None].to(x.dtype)
         groups = x.view(batch, height, width, self.num_groups, channels // self.num_groups)
         count = weight.sum((1, 2, 3, 4), keepdim=True) * groups.shape[-1]

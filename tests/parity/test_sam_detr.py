@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from samdetr.engine.compile import compile_regions, graphs_compiled
 from samdetr.engine.evaluate import best_detections
 from samdetr.loss import SetCriterion
 from samdetr.models.official import official_name
@@ -164,16 +166,33 @@ def test_matching_and_losses(run: Run) -> None:
 
 @pytest.mark.parametrize("prefix", ["solo_", ""])
 def test_gradients(run: Run, prefix: str) -> None:
-    reference, facts = arrays(run.name), meta(run.name)
-    inputs = first_image(run.inputs) if prefix else run.inputs
-    criterion = SetCriterion()
-    run.model.zero_grad()
-    outputs = run.model(inputs.images, inputs.image_sizes)
+    check_gradients(run.name, run.model, SetCriterion(), run.inputs, prefix)
+
+
+@pytest.mark.parametrize("name", ["samdetr_r50_50ep", "samdetr_r50_dc5_smca_12ep"])
+def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The regions as torch.compile captures and differentiates them; generating code of them is left to others."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model, criterion = model_of(name), SetCriterion()
+    compile_regions(model, criterion, shapes=2)
+    before = graphs_compiled()
+    check_gradients(name, model, criterion, inputs_of(name), "")
+    assert graphs_compiled() > before
+    torch.compiler.reset()
+
+
+def check_gradients(name: str, model: SAMDETR, criterion: SetCriterion, inputs: Inputs, prefix: str) -> None:
+    """A whole step: matching, losses, and the gradient of every parameter."""
+    reference, facts = arrays(name), meta(name)
+    inputs = first_image(inputs) if prefix else inputs
+    model.zero_grad()
+    outputs = model(inputs.images, inputs.image_sizes)
     check_matching(criterion, outputs, inputs, reference, prefix)
     losses = criterion(outputs, inputs.targets)
     check_losses(losses, reference, prefix)
     losses.total.backward()
-    grads = {official_name(name): p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+    grads = {official_name(name): p.grad for name, p in model.named_parameters() if p.grad is not None}
     total = torch.stack([grad.norm() for grad in grads.values()]).norm().item()
     assert total == pytest.approx(float(reference[f"{prefix}grad_total_norm"]), rel=5e-3)
     for row, name in enumerate(reference[f"{prefix}grad_names"]):
