@@ -385,7 +385,7 @@ def _constants(query: Tensor, value: Tensor, points: Tensor | None, dropout: flo
         "E": head_width,
         "HAS_SMCA": points is not None,
         "HAS_DROPOUT": dropout > 0,
-        "PRECISION": float32_precision() if width <= 256 else "ieee",
+        "PRECISION": float32_precision(query.dtype) if width <= 256 else "ieee",
         "BLOCK_D": max(16, next_power_of_2(width)),
         "BLOCK_E": max(16, next_power_of_2(head_width)),
     }

@@ -72,7 +72,7 @@ def test_examples_cover_the_dtypes_and_both_precisions():
     exact = [x.constants["PRECISION"] for x in launches if x.arguments[0].dtype == torch.float32]
     assert set(exact) == {"ieee", "tf32"}
     assert {x.constants["PRECISION"] for x in launches if x.arguments[0].dtype == torch.bfloat16} == {"ieee"}
-    assert torch.get_float32_matmul_precision() == "highest" and float32_precision() == "ieee"
+    assert torch.get_float32_matmul_precision() == "highest" and float32_precision(torch.float32) == "ieee"
 
 
 def test_occupancy_by_each_limit():
