@@ -41,7 +41,7 @@ from samdetr_kernels.salient_cross_attention_kernels import (
     salient_cross_attention_forward_triton,
 )
 
-MAX_WIDTH, MAX_HEAD_WIDTH = 512, 128
+MAX_WIDTH, MAX_HEAD_WIDTH = 512, 64
 
 
 def _offsets(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -383,7 +383,7 @@ def salient_cross_attention(
 ) -> Tensor:
     """Attention of every query and head to the valid cells of its image's map.
 
-    query: [B, N, M, D] floating. key: [B, S, D], shared by the heads. value: [B, S, M, E]. S = H * map_width cells,
+    query: [B, N, M, D] floating, D at most 512. key: [B, S, D], shared by the heads. value: [B, S, M, E], E at most 64. S = H * map_width cells,
     row by row. valid_sizes: [B, 2] integer (h, w); cells at or beyond it do not exist (whatever they hold, NaN
     included), and an image without any gives zeros. points, scales: [B, N, M, 2] floating (x, y), both or none: centre
     in cells and raw inverse width of the Gaussian prior. softmax_scale: D ** -0.5 by default. dropout: share of weights
@@ -404,7 +404,8 @@ def example_launches() -> None:
     cases = [(16, 25, 38, 256, 32, half, smca, dropout) for smca in (True, False) for dropout in (0.0, 0.1)]
     cases += [(batch, 50, 76, 256, 32, torch.float16, True, 0.1) for batch in (16, 4)]
     cases += [(4, 25, 38, 256, 32, dtype, True, 0.1) for dtype in (half, full)]
-    cases += [(16, 50, 76, width, width // 8, dtype, True, 0.1) for width in (96, 256, 512) for dtype in (half, full)]
+    widths = ((96, 12), (256, 32), (512, 64), (64, 32), (128, 32), (64, 64), (256, 64))
+    cases += [(16, 50, 76, *pair, dtype, True, 0.1) for pair in widths for dtype in (half, full)]
     for batch, height, width, channels, head_width, dtype, smca, dropout in cases:
         query = torch.empty(batch, 300, 8, channels, dtype=dtype, device="meta")
         key = torch.empty(batch, height * width, channels, dtype=dtype, device="meta")

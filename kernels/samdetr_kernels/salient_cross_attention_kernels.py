@@ -359,7 +359,7 @@ def _tile(queries: int, cells: int, warps: int) -> Tile:
     return Tile({"BLOCK_N": queries, "BLOCK_S": cells}, warps)
 
 
-# Keyed by (bytes of an element, largest D = 8 E). Timed on no GPU yet: chosen by the compiler's report for sm_80, sm_90
+# Keyed by (bytes of an element, largest D and 8 E). Timed on no GPU yet: chosen by the compiler's report for sm_80, sm_90
 # and sm_100 (`example_launches`): no spills, at most 110 KB of shared memory and then as many queries and cells as fit.
 _TILES = {
     (2, 128): _Tiles(_tile(64, 64, 4), _tile(64, 32, 8), _tile(32, 64, 8)),  # reported at D = 96, E = 12
@@ -372,9 +372,13 @@ _TILES = {
 _PROGRAMS = 128  # fewer programs of the key-value kernel than this: split the heads
 
 
+def _largest(query: Tensor, value: Tensor) -> int:
+    """The width of the table's row whose tiles were reported at widths no less than these."""
+    return next(width for width in (128, 256, 512) if query.shape[3] <= width and 8 * value.shape[3] <= width)
+
+
 def _tiles(query: Tensor, value: Tensor) -> _Tiles:
-    width = max(query.shape[3], 4 * value.shape[3])
-    return _TILES[query.element_size(), next(largest for largest in (128, 256, 512) if width <= largest)]
+    return _TILES[query.element_size(), _largest(query, value)]
 
 
 def _constants(query: Tensor, value: Tensor, points: Tensor | None, dropout: float) -> dict[str, int | bool | str]:
@@ -385,7 +389,7 @@ def _constants(query: Tensor, value: Tensor, points: Tensor | None, dropout: flo
         "E": head_width,
         "HAS_SMCA": points is not None,
         "HAS_DROPOUT": dropout > 0,
-        "PRECISION": float32_precision(query.dtype) if width <= 256 else "ieee",
+        "PRECISION": float32_precision(query.dtype) if _largest(query, value) < 512 else "ieee",
         "BLOCK_D": max(16, next_power_of_2(width)),
         "BLOCK_E": max(16, next_power_of_2(head_width)),
     }

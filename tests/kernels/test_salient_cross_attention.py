@@ -475,7 +475,7 @@ def test_bad_inputs_are_named():
     refuses(r"query must be a floating .* D <= 512", query=torch.zeros(3, 5, 3, 513))
     refuses(r"key must be a torch.float32 \[3, S, 32\], got torch.float16", key=inputs.key.half())
     refuses(r"value must be a torch.float32 \[3, 35, 3, E\]", value=inputs.value[:, :-1])
-    refuses(r"value's width must be 1 to 128, got 129", value=torch.zeros(3, 35, 3, 129))
+    refuses(r"value's width must be 1 to 64, got 65", value=torch.zeros(3, 35, 3, 65))
     refuses(r"S must be a multiple of map_width .* got S = 35, map_width = 6", map_width=6)
     refuses(r"valid_sizes must be an integer \[3, 2\]", valid_sizes=torch.ones(3, 2))
     refuses(r"points and scales must be given together", scales=None)
