@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from perf.gate import Args, Case, Variant, Work
+from perf.gate import Args, Case, Variant, Work, total
 from perf.harness import BOTH, FORWARD, Options, main
 from perf.inputs import HEADS, QUERIES, WIDTH, between_kinks, element_bytes, generator, normal, to_fp32, uniform
 from samdetr_kernels.deformable_attention import deformable_attention, deformable_attention_reference
@@ -48,14 +48,25 @@ def published(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tenso
     return out.view(batch, heads * width, queries).transpose(1, 2)
 
 
-def work(args: Args, dtype: torch.dtype) -> dict[str, Work]:
-    """Value, locations, weights and result once (backward: and their gradients)."""
+def forward_work(args: Args, dtype: torch.dtype) -> Work:
+    """Value, locations and weights read, the result written."""
+    inputs, result, operations = _sizes(args, dtype)
+    return Work(inputs + result, operations, vector=True)
+
+
+def backward_work(args: Args, dtype: torch.dtype) -> Work:
+    """The same read again, and the result's gradient; the gradients of value, locations and weights written."""
+    inputs, result, operations = _sizes(args, dtype)
+    return Work(2 * inputs + result, 3 * operations, vector=True)
+
+
+def _sizes(args: Args, dtype: torch.dtype) -> tuple[int, int, float]:
+    """Bytes of the inputs and of the result, operations of the forward."""
     value, _, _, weights = args
     batch, _, heads, width = value.shape
-    result = batch * weights.shape[1] * heads * width
-    read = (value.numel() + result) * element_bytes(dtype) + 12 * weights.numel()
-    operations = 8.0 * weights.numel() * width
-    return {FORWARD: Work(read, operations, vector=True), BOTH: Work(3 * read, 4 * operations, vector=True)}
+    inputs = value.numel() * element_bytes(dtype) + 12 * weights.numel()
+    result = batch * weights.shape[1] * heads * width * element_bytes(dtype)
+    return inputs, result, 8.0 * weights.numel() * width
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -86,6 +97,7 @@ def cases(options: Options) -> Iterator[Case]:
                     logits.softmax(-1).view(shape),
                 )
 
+            work = forward_work(make(0), dtype)
             yield Case(
                 name=f"{name} {len(levels)} levels of {cells} cells batch {batch} queries {queries or cells}",
                 dtype=dtype,
@@ -99,7 +111,7 @@ def cases(options: Options) -> Iterator[Case]:
                 ),
                 reference=deformable_attention_reference,
                 eager=deformable_attention_reference,
-                work=work(make(0), dtype),
+                work={FORWARD: work, BOTH: total(work, backward_work(make(0), dtype))},
                 wanted=(0, 2, 3),
                 images=(0, batch - 1),
                 compiled=number == 0,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from perf.gate import Args, Case, Variant, Work
+from perf.gate import Args, Case, Variant, Work, total
 from perf.harness import BOTH, FORWARD, Options, main
 from perf.inputs import SHAPES, Shape, boxes_in_cells, covered, element_bytes, generator, normal, to_fp32
 from samdetr_kernels.roi_align import roi_align, roi_align_reference
@@ -35,6 +35,11 @@ def forward_work(shape: Shape, boxes: Tensor, channels: int, dtype: torch.dtype)
     return Work((cells + bins) * channels * size + boxes.numel() * 4, operations)
 
 
+def backward_work(shape: Shape, boxes: Tensor, channels: int, dtype: torch.dtype) -> Work:
+    """The bins' gradient read, the map's written: as much as forward; the boxes get none."""
+    return forward_work(shape, boxes, channels, dtype)
+
+
 def cases(options: Options) -> Iterator[Case]:
     """Maps of 64 channels, which the decoder aligns, and once of 256, as published."""
     shapes = [(shape, REDUCED) for shape in SHAPES[options.shapes]]
@@ -49,7 +54,8 @@ def cases(options: Options) -> Iterator[Case]:
                 features = normal(random, shape.batch, shape.height, shape.width, channels, dtype=dtype)
                 return features, boxes_in_cells(random, shape)
 
-            work = forward_work(shape, make(0)[1], channels, dtype)
+            sizes = (shape, make(0)[1], channels, dtype)
+            work = forward_work(*sizes)
             yield Case(
                 name=f"{shape} channels {channels}",
                 dtype=dtype,
@@ -62,7 +68,7 @@ def cases(options: Options) -> Iterator[Case]:
                 ),
                 reference=roi_align_reference,
                 eager=roi_align_reference,
-                work={FORWARD: work, BOTH: Work(2 * work.bytes, 2 * work.operations)},
+                work={FORWARD: work, BOTH: total(work, backward_work(*sizes))},
                 wanted=(0,),
                 images=(0, shape.batch - 1),
                 compiled=(shape, channels) == shapes[0],

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from perf.bench_roi_align import SIZE, published
-from perf.gate import Args, Case, Variant, Work
+from perf.gate import Args, Case, Variant, Work, total
 from perf.harness import BOTH, FORWARD, Options, main
 from perf.inputs import (
     HEADS,
@@ -49,6 +49,13 @@ def forward_work(shape: Shape, boxes: Tensor, points: int, channels: int, dtype:
     return Work((cells + places) * channels * element_bytes(dtype) + 4 * (boxes.numel() + 2 * places), operations)
 
 
+def backward_work(shape: Shape, boxes: Tensor, points: int, channels: int, dtype: torch.dtype) -> Work:
+    """Map, points and upstream gradient read, the gradients of map and points written; one product for each of them."""
+    forward, places = forward_work(shape, boxes, points, channels, dtype), boxes.shape[0] * boxes.shape[1] * points
+    cells = shape.batch * shape.height * shape.width
+    return Work(forward.bytes + cells * channels * element_bytes(dtype) + 8 * places, 2 * forward.operations)
+
+
 def cases(options: Options) -> Iterator[Case]:
     """Eight points in every box of a 256-channel map."""
     channels = 16 if options.shapes == "small" else WIDTH
@@ -60,7 +67,8 @@ def cases(options: Options) -> Iterator[Case]:
                 features = normal(random, shape.batch, shape.height, shape.width, channels, dtype=dtype)
                 return features, boxes_in_cells(random, shape), points_in_boxes(random, shape, HEADS, SIZE)
 
-            work = forward_work(shape, make(0)[1], HEADS, channels, dtype)
+            sizes = (shape, make(0)[1], HEADS, channels, dtype)
+            work = forward_work(*sizes)
             yield Case(
                 name=f"{shape} channels {channels}",
                 dtype=dtype,
@@ -73,7 +81,7 @@ def cases(options: Options) -> Iterator[Case]:
                 ),
                 reference=salient_points_reference,
                 eager=salient_points_reference,
-                work={FORWARD: work, BOTH: Work(3 * work.bytes, 3 * work.operations)},
+                work={FORWARD: work, BOTH: total(work, backward_work(*sizes))},
                 wanted=(0, 2),
                 images=(0, shape.batch - 1),
                 compiled=shape == SHAPES[options.shapes][0],
