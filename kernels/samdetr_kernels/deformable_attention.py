@@ -31,11 +31,11 @@ import triton.language as tl
 from torch import Tensor
 
 from samdetr_kernels.axis_weights import compute_dtype
+from samdetr_kernels.checks import DTYPES, check_devices
 from samdetr_kernels.launch import Tile, launch, next_power_of_2, reference_forced
 
 SpatialShapes = Sequence[tuple[int, int]]
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_LEVELS = 8
 MAX_CHANNELS = 128
 MAX_SIZE = (1 << 15) - 1  # of a map: both sizes fit one int32
@@ -248,7 +248,7 @@ def _deformable_attention_backward_kernel(  # type: ignore[no-untyped-def]
                 b_dy += (i_corner // 2 * 2 - 1) * b_x * b_along
                 b_added = (b_weight * b_x * b_y)[:, None] * b_grad
                 if scale is not None:
-                    b_added = (b_added * b_scale).to(tl.int64)
+                    b_added = (b_added * b_scale).to(tl.int64)  # toward zero: off by less than one unit
                 tl.atomic_add(grad_value + o_cell, b_added, mask=m_tile, sem="relaxed")
             p_location = grad_locations + i_sample * 2
             tl.store(p_location, (b_dx * b_weight * width).to(grad_locations.dtype.element_ty), mask=m_q)
@@ -322,7 +322,7 @@ def deformable_attention_backward_triton(
     batch, cells, heads, channels = value.shape
     grad_value = value.new_empty(value.shape)
     scale, unit = _fixed_point(inputs[0].view(*weights.shape[:3], channels), weights)
-    at_once = max(FIXED_POINT_BYTES // (8 * cells * heads * channels), 1)
+    at_once = max(FIXED_POINT_BYTES // max(8 * cells * heads * channels, 1), 1)
     total = value.new_empty(min(at_once, batch), cells, heads, channels, dtype=torch.int64)
     for first in range(0, batch, at_once):
         images = slice(first, min(first + at_once, batch))
@@ -433,7 +433,7 @@ def deformable_attention(
     spatial_shapes: (H, W) of every level, at most 8; S is the sum of H * W. locations: [B, Q, M, L, P, 2] floating
     (x, y), 0 and 1 are the map's edges. weights: [B, Q, M, L, P] floating. deterministic: whether the gradient of
     value has the same bits in every run; None follows ``torch.are_deterministic_algorithms_enabled()``.
-    Returns [B, Q, M * D] in the dtype of ``value``. Raises ValueError when shapes or dtypes do not fit.
+    Returns [B, Q, M * D] in the dtype of ``value``. Raises ValueError when shapes, dtypes or devices do not fit.
     """
     _check_inputs(value, spatial_shapes, locations, weights)
     if deterministic is None:
@@ -464,3 +464,4 @@ def _check_inputs(value: Tensor, spatial_shapes: SpatialShapes, locations: Tenso
         raise ValueError(
             f"{op}: value, locations and weights must be fp16, bf16 or fp32 each, or all fp64, got {dtypes}"
         )
+    check_devices(op, value, {"locations": locations, "weights": weights})

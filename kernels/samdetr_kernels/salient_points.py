@@ -36,6 +36,7 @@ from samdetr_kernels.axis_weights import (
     point_weight_and_slope,
     weighted_sum,
 )
+from samdetr_kernels.checks import DTYPES, check_devices, describe
 from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_of_2, outside_autocast, reference_forced
 
 # Chosen by registers and shared memory of the ahead-of-time report; not yet timed on a GPU.
@@ -109,7 +110,11 @@ def salient_points_backward_reference(
     return grad_features.to(features.dtype), grad_points.to(points.dtype)
 
 
-@triton.jit
+# these change with every batch of multi-scale training: one compilation serves all
+_UNSPECIALIZED = ["N", "P", "H", "W"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _salient_points_forward_kernel(  # type: ignore[no-untyped-def]
     features,  # [B, H, W, C]
     boxes,  # [B, N, 4]
@@ -161,7 +166,7 @@ def _salient_points_forward_kernel(  # type: ignore[no-untyped-def]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_p[:, None] & m_c[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _salient_points_features_kernel(  # type: ignore[no-untyped-def]
     grad,  # [B, N, P, C]
     boxes,  # [B, N, 4]
@@ -225,7 +230,7 @@ def _salient_points_features_kernel(  # type: ignore[no-untyped-def]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=((y < H) & (x < W))[:, None] & m_c[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _salient_points_points_kernel(  # type: ignore[no-untyped-def]
     grad,  # [B, N, P, C]
     features,  # [B, H, W, C]
@@ -450,12 +455,13 @@ def salient_points(
     features: [B, H, W, C] floating. boxes: [B, N, 4] floating (x0, y0, x1, y1) in map cells, constant for
     autograd. points: [B, N, P, 2] floating (x, y), -1 and 1 are the box's edges. output_size: bins of the
     RoIAlign grid per axis. valid_sizes: [B, 2] integer (h, w); cells at or beyond it count as absent.
-    Returns [B, N, P, C] in the dtype of ``features``. Raises ValueError when shapes or dtypes do not fit.
+    Returns [B, N, P, C] in the dtype of ``features``. Raises ValueError when shapes, dtypes or devices do not fit.
     """
     check_inputs("salient_points", features, boxes, valid_sizes, output_size)
-    if points.dim() != 4 or points.shape[:2] != boxes.shape[:2] or points.shape[3] != 2:
-        raise ValueError(
-            f"salient_points: points must be [{boxes.shape[0]}, {boxes.shape[1]}, P, 2], got {list(points.shape)}"
-        )
+    shaped = points.dim() == 4 and points.shape[:2] == boxes.shape[:2] and points.shape[3] == 2
+    if not shaped or points.dtype not in DTYPES:
+        expected = f"[{boxes.shape[0]}, {boxes.shape[1]}, P, 2]"
+        raise ValueError(f"salient_points: points must be a floating {expected} tensor, got {describe(points)}")
+    check_devices("salient_points", features, {"points": points})
     out: Tensor = _salient_points(features, boxes, points, output_size, valid_sizes)
     return out

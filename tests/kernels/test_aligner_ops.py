@@ -241,7 +241,25 @@ def test_bad_shapes_are_named():
         roi_pool(features, boxes, mode="sum")
     with pytest.raises(ValueError, match=r"output_size must be between 1 and 64, got 0"):
         roi_align(features, boxes, 0)
-    with pytest.raises(ValueError, match=r"points must be \[2, 60, P, 2\]"):
+    with pytest.raises(ValueError, match=r"points must be a floating \[2, 60, P, 2\]"):
         salient_points(features, boxes, points[:, :5])
     with pytest.raises(ValueError, match=r"valid_sizes must be an integer \[2, 2\]"):
         roi_align(features, boxes, 7, torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"points must be a floating \[2, 60, P, 2\] tensor, got torch.int64"):
+        salient_points(features, boxes, points.long())
+    with pytest.raises(ValueError, match=r"features must be a floating .* got torch.float8_e5m2"):
+        roi_align(features.to(torch.float8_e5m2), boxes)
+    for dtype in (torch.bool, torch.complex64):
+        with pytest.raises(ValueError, match=r"valid_sizes must be an integer \[2, 2\]"):
+            roi_pool(features, boxes, 7, torch.ones(2, 2).to(dtype))
+
+
+def test_a_tensor_on_another_device_is_named():
+    features, boxes, points = inputs(7, 5)
+    for op in (roi_align, roi_pool, lambda *given: salient_points(*given[:2], points, *given[2:])):
+        with pytest.raises(ValueError, match=r"boxes must be on cpu, got .* on meta"):
+            op(features, boxes.to("meta"))
+        with pytest.raises(ValueError, match=r"valid_sizes must be on cpu, got .* on meta"):
+            op(features, boxes, 7, torch.ones(2, 2, dtype=torch.int64, device="meta"))
+    with pytest.raises(ValueError, match=r"salient_points: points must be on cpu, got .* on meta"):
+        salient_points(features, boxes, points.to("meta"))

@@ -371,6 +371,16 @@ def test_bad_inputs_are_named():
         r"fp16, bf16 or fp32 each, or all fp64, got \[torch.float64, torch.float32", locations=inputs.locations.float()
     )
     refuses(r"fp16, bf16 or fp32 each", weights=inputs.weights.long())
+    for name in ("locations", "weights"):
+        refuses(f"{name} must be on cpu, got .* on meta", **{name: getattr(inputs, name).to("meta")})
+
+
+def test_no_heads(kernel_device):
+    case = SMALL._replace(heads=0)
+    inputs, upstream = case.inputs(torch.float32, torch.float32), case.upstream(torch.float32)
+    for deterministic in (False, True):
+        grads = backward(inputs, upstream, kernel_device, deterministic)
+        assert [grad.shape for grad in grads] == [part.shape for part in inputs.tensors()]
 
 
 @pytest.mark.gpu

@@ -320,7 +320,7 @@ def test_heads_are_split_by_a_rule_of_the_shape():
         with record_launches() as launches:
             results = salient_cross_attention_forward_triton(*inputs, None)
             salient_cross_attention_backward_triton(torch.empty_like(results[0]), *inputs, None, *results)
-        assert launches[2].grid[1] == launches[2].constants["SPLIT"]
+        assert launches[2].grid[1] * launches[2].arguments[-1] == heads
         return launches[2].grid[1]
 
     # 30 programs an image and split: as few splits as reach 128 programs
@@ -484,6 +484,30 @@ def test_bad_inputs_are_named():
     refuses(r"dropout must be at least 0 and less than 1, got 1.0", dropout=1.0)
     refuses(r"dropout needs a seed, an int64 tensor of one element, got None", seed=None)
     refuses(r"dropout needs a seed", seed=torch.tensor([1.0]))
+    for scale in (math.inf, math.nan):
+        refuses("softmax_scale must be finite, got ", softmax_scale=scale)
+    refuses(r"query must be a floating", query=inputs.query.to(torch.float8_e5m2))
+    refuses(r"points must be a floating", points=inputs.points.long())
+    for dtype in (torch.bool, torch.complex64):
+        refuses(r"valid_sizes must be an integer \[3, 2\]", valid_sizes=inputs.valid_sizes.to(dtype))
+
+
+@pytest.mark.parametrize("name", ["key", "value", "valid_sizes", "points", "scales", "seed"])
+def test_a_tensor_on_another_device_is_named(name):
+    inputs = CASES[0].inputs(torch.float32)
+    inputs = inputs._replace(**{name: getattr(inputs, name).to("meta")})
+    with pytest.raises(ValueError, match=f"salient_cross_attention: {name} must be on cpu, got .* on meta"):
+        inputs.call(salient_cross_attention)
+
+
+def test_no_images():
+    inputs = CASES[0].inputs(torch.bfloat16)
+    parts = [part[:0] if isinstance(part, Tensor) and part is not inputs.seed else part for part in inputs]
+    inputs = Inputs(*parts).leaves()
+    out = inputs.call(salient_cross_attention)
+    assert out.shape == (0, 5, 36) and inputs.call(salient_cross_attention_reference).shape == out.shape
+    assert [grad.shape for grad in gradients(out, inputs)] == [part.shape for part in inputs.differentiable()]
+    assert [part.shape for part in run_kernels(inputs)[2]] == [part.shape for part in inputs.differentiable()]
 
 
 @pytest.mark.gpu
