@@ -341,22 +341,26 @@ def salient_points_backward_triton(
     points: Tensor,
     output_size: int = 7,
     valid_sizes: Tensor | None = None,
+    wanted: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor, Tensor]:
-    """d features [B, H, W, C] and d points [B, N, P, 2] from ``grad`` [B, N, P, C], by the Triton kernels."""
+    """d features [B, H, W, C] and d points [B, N, P, 2] from ``grad`` [B, N, P, C], by the Triton kernels.
+
+    One that is not ``wanted`` is empty.
+    """
     batch, height, width, channels = features.shape
     number, count = points.shape[1:3]
-    grad_features, grad_points = features.new_empty(features.shape), points.new_empty(points.shape)
+    grad_features, grad_points = _empty_gradients(features, points, *wanted)
     grad, features, boxes, points = grad.contiguous(), features.contiguous(), boxes.contiguous(), points.contiguous()
     valid_sizes = None if valid_sizes is None else valid_sizes.contiguous()
     sizes = (number, count, height, width, channels)
     constants = {"BINS": output_size, "PRECISION": float32_precision(features.dtype)}
 
-    tile = _blocks(FEATURES_TILE, channels)
-    windows = triton.cdiv(height, tile.blocks["BLOCK_H"]) * triton.cdiv(width, tile.blocks["BLOCK_W"])
-    grid: tuple[int, ...] = (batch * windows, triton.cdiv(channels, tile.blocks["BLOCK_C"]))
-    arguments: tuple[object, ...] = (grad, boxes, points, valid_sizes, grad_features, *sizes)
-    launch(_salient_points_features_kernel, grid, tile, arguments, **constants)
-
+    if grad_features.numel():
+        tile = _blocks(FEATURES_TILE, channels)
+        windows = triton.cdiv(height, tile.blocks["BLOCK_H"]) * triton.cdiv(width, tile.blocks["BLOCK_W"])
+        grid: tuple[int, ...] = (batch * windows, triton.cdiv(channels, tile.blocks["BLOCK_C"]))
+        arguments: tuple[object, ...] = (grad, boxes, points, valid_sizes, grad_features, *sizes)
+        launch(_salient_points_features_kernel, grid, tile, arguments, **constants)
     if grad_points.numel():
         tile = _blocks(POINTS_TILE, channels, count)
         grid = (batch * number, triton.cdiv(count, tile.blocks["BLOCK_P"]))
@@ -394,6 +398,25 @@ def _(features: Tensor, boxes: Tensor, points: Tensor, output_size: int, valid_s
     return features.new_empty(*points.shape[:3], features.shape[-1])
 
 
+def _empty_gradients(features: Tensor, points: Tensor, of_features: bool, of_points: bool) -> tuple[Tensor, Tensor]:
+    return features.new_empty(features.shape if of_features else 0), points.new_empty(points.shape if of_points else 0)
+
+
+def _backward_reference(
+    grad: Tensor,
+    features: Tensor,
+    boxes: Tensor,
+    points: Tensor,
+    output_size: int,
+    valid_sizes: Tensor | None,
+    of_features: bool,
+    of_points: bool,
+) -> tuple[Tensor, Tensor]:
+    found = salient_points_backward_reference(grad, features, boxes, points, output_size, valid_sizes)
+    none = _empty_gradients(features, points, False, False)
+    return found[0] if of_features else none[0], found[1] if of_points else none[1]
+
+
 @torch.library.custom_op("samdetr::salient_points_backward", mutates_args=(), device_types="cuda")
 def _salient_points_backward(
     grad: Tensor,
@@ -402,22 +425,16 @@ def _salient_points_backward(
     points: Tensor,
     output_size: int,
     valid_sizes: Tensor | None,
+    of_features: bool,
+    of_points: bool,
 ) -> tuple[Tensor, Tensor]:
     if reference_forced() or features.dtype == torch.float64:
-        return salient_points_backward_reference(grad, features, boxes, points, output_size, valid_sizes)
-    return salient_points_backward_triton(grad, features, boxes, points, output_size, valid_sizes)
+        return _backward_reference(grad, features, boxes, points, output_size, valid_sizes, of_features, of_points)
+    wanted = (of_features, of_points)
+    return salient_points_backward_triton(grad, features, boxes, points, output_size, valid_sizes, wanted)
 
 
-@_salient_points_backward.register_kernel("cpu")
-def _(
-    grad: Tensor,
-    features: Tensor,
-    boxes: Tensor,
-    points: Tensor,
-    output_size: int,
-    valid_sizes: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return salient_points_backward_reference(grad, features, boxes, points, output_size, valid_sizes)
+_salient_points_backward.register_kernel("cpu")(_backward_reference)
 
 
 @_salient_points_backward.register_fake
@@ -428,8 +445,10 @@ def _(
     points: Tensor,
     output_size: int,
     valid_sizes: Tensor | None,
+    of_features: bool,
+    of_points: bool,
 ) -> tuple[Tensor, Tensor]:
-    return features.new_empty(features.shape), points.new_empty(points.shape)
+    return _empty_gradients(features, points, of_features, of_points)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -440,8 +459,9 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     features, boxes, points, valid_sizes = ctx.saved_tensors
-    grad_features, grad_points = _salient_points_backward(grad, features, boxes, points, ctx.output_size, valid_sizes)
-    return grad_features, None, grad_points, None, None
+    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    found = _salient_points_backward(grad, features, boxes, points, ctx.output_size, valid_sizes, *wanted)
+    return found[0] if wanted[0] else None, None, found[1] if wanted[1] else None, None, None
 
 
 _salient_points.register_autograd(_backward, setup_context=_setup_context)

@@ -298,8 +298,9 @@ def test_opcheck(change, dtype):
     inputs, upstream = SMALL.inputs(dtype, torch.float32).map(change), change(SMALL.upstream(dtype))
     sizes = [size for shape in inputs.shapes for size in shape]
     value, locations, weights = inputs.tensors()
-    arguments = (upstream, value, sizes, locations, weights, True)
-    torch.library.opcheck(torch.ops.samdetr.deformable_attention_backward.default, arguments)
+    for of_value in (True, False):
+        arguments = (upstream, value, sizes, locations, weights, True, of_value)
+        torch.library.opcheck(torch.ops.samdetr.deformable_attention_backward.default, arguments)
     leaves = value.requires_grad_(), sizes, locations.requires_grad_(), weights.requires_grad_(), False
     torch.library.opcheck(torch.ops.samdetr.deformable_attention.default, leaves)
 
@@ -373,6 +374,24 @@ def test_bad_inputs_are_named():
     refuses(r"fp16, bf16 or fp32 each", weights=inputs.weights.long())
     for name in ("locations", "weights"):
         refuses(f"{name} must be on cpu, got .* on meta", **{name: getattr(inputs, name).to("meta")})
+
+
+def test_a_gradient_of_value_that_nobody_wants_is_not_computed(kernel_device, monkeypatch):
+    inputs, upstream = SMALL.inputs(torch.float32, torch.float32), SMALL.upstream(torch.float32)
+    on_device = inputs.map(lambda part: part.to(kernel_device))
+    expected = deformable_attention_backward_triton(upstream.to(kernel_device), *on_device)
+    found = deformable_attention_backward_triton(upstream.to(kernel_device), *on_device, of_value=False)
+    assert found[0].numel() == 0
+    assert all(torch.equal(one, other) for one, other in zip(found[1:], expected[1:], strict=True))
+
+    seen, op = [], MODULE._deformable_attention_backward
+    monkeypatch.setattr(MODULE, "_deformable_attention_backward", lambda *given: seen.append(given[-1]) or op(*given))
+    for wanted in (True, False):
+        leaves = inputs.leaves()
+        leaves.value.requires_grad_(wanted)
+        leaves.call(deformable_attention).backward(upstream)
+        assert (leaves.value.grad is not None) == wanted and leaves.weights.grad.abs().max() > 0
+    assert seen == [True, False]
 
 
 def test_no_heads(kernel_device):
