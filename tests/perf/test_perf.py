@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from perf import bench_roi_align, bench_salient_points, gate, gpu_check
 from perf.gate import Args, Case, Variant, Work
-from perf.gpu_check import Part
+from perf.gpu_check import Part, slug
 from perf.gpu_check import main as check
 from perf.harness import BOTH, FORWARD, floor_ms, main, measure, read_options
 from perf.inputs import Shape, between_kinks, boxes_in_cells, cast, generator
@@ -325,6 +327,21 @@ def test_the_deadline_of_the_whole(tmp_path, capsys, monkeypatch):
     content = json.loads((tmp_path / "results.json").read_text())
     assert [part["state"] for part in content["parts"]] == ["timed out", "not run"]
     assert "not run" in (tmp_path / "README.md").read_text() and "not run" in capsys.readouterr().out
+
+
+def test_all_parts_fit_the_deadline():
+    limits = sum(part.seconds for part in gpu_check.PARTS) + gpu_check.ENVIRONMENT_SECONDS
+    assert limits < 60 * 9 - 2 * gpu_check.TERMINATION_SECONDS == 536
+    assert len({slug(part.name) for part in gpu_check.PARTS}) == len(gpu_check.PARTS)
+
+
+def test_the_kernel_tests_of_the_check_exist():
+    command = [sys.executable, *gpu_check.PARTS[-1].command, "--collect-only"]
+    done = subprocess.run(
+        command, cwd=gpu_check.ROOT, env=gpu_check.child_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert len([line for line in done.stdout.splitlines() if "::" in line]) == 11
 
 
 def test_a_bench_runs_from_a_checkout_as_a_part(tmp_path):
