@@ -21,7 +21,7 @@ from perf.bench_roi_align import published as published_roi_align
 from perf.bench_salient_points import backward_work as points_backward_work
 from perf.bench_salient_points import forward_work as points_work
 from perf.bench_salient_points import sample
-from perf.gate import Args, Case, Variant, Work, total
+from perf.gate import Args, Case, Variant, Work, published_variants, total
 from perf.harness import BOTH, FORWARD, Options, main
 from perf.inputs import (
     HEADS,
@@ -33,7 +33,6 @@ from perf.inputs import (
     generator,
     normal,
     points_in_boxes,
-    to_fp32,
 )
 from samdetr_kernels.roi_align import roi_align, roi_align_reference
 from samdetr_kernels.salient_points import salient_points, salient_points_reference
@@ -120,14 +119,14 @@ def cases(options: Options) -> Iterator[Case]:
                 dtype=dtype,
                 make=make,
                 variants=(
-                    Variant("published (fp32)", published, prepare=to_fp32, tolerance=TF32_LOSS),
-                    Variant("published, RoIAlign once", published_once, prepare=to_fp32, tolerance=TF32_LOSS),
+                    *published_variants(dtype, published, tolerance=TF32_LOSS),
+                    *published_variants(dtype, published_once, "published, RoIAlign once", tolerance=TF32_LOSS),
                     Variant("reference eager", reference),
                     Variant("reference torch.compile", reference, compile=True),
                     Variant("ours", ours, ours=True),
                 ),
                 reference=reference,
-                eager=reference,
+                eager=reference if dtype == torch.float32 else published,  # whose convolution may be in TF32
                 work={FORWARD: work, BOTH: total(work, backward_work(*sizes))},
                 wanted=(0, 2, 3, 4),
                 shared=(3, 4),

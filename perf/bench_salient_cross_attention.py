@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as torch_dropout
 from torch.nn.functional import scaled_dot_product_attention
 
-from perf.gate import Args, Case, Run, Variant, Work, total
+from perf.gate import Args, Case, Run, Variant, Work, published_variants, total
 from perf.harness import BOTH, FORWARD, Options, main
 from perf.inputs import (
     HEADS,
@@ -26,7 +26,6 @@ from perf.inputs import (
     element_bytes,
     generator,
     normal,
-    to_fp32,
     uniform,
     valid_sizes,
 )
@@ -146,14 +145,12 @@ def _sizes(shape: Shape, sizes: Tensor, width: int, dtype: torch.dtype) -> tuple
 
 def _variants(dtype: torch.dtype, smca: bool, dropout: float) -> Iterator[Variant]:
     gate = partial(published, op_mask=True)
-    yield Variant("published (fp32)", published, prepare=to_fp32, gate=gate)
-    if dtype != torch.float32:
-        yield Variant("published (low precision)", published, gate=gate)
-    if not dropout:
-        # the reference goes image by image, the composition is what a compiler can fuse
-        yield Variant("published torch.compile", published, compile=True)
-    if not smca and not dropout:
-        yield Variant("torch SDPA", sdpa)
+    yield from published_variants(dtype, published, gate=gate)
+    # the reference goes image by image, the composition is what a compiler can fuse
+    yield Variant("published torch.compile", published, compile=True, gate=gate if dropout else None)
+    if not smca:
+        # its dropout draws numbers of its own: what the gate compares is SDPA in the cases without
+        yield Variant("torch SDPA", sdpa, gate=gate if dropout else None)
     yield Variant("reference eager", reference)
     yield Variant("ours", ours, ours=True)
 
@@ -199,7 +196,7 @@ def cases(options: Options) -> Iterator[Case]:
                     wanted=(0, 1, 2, 5, 6) if smca else (0, 1, 2),
                     shared=(8,),
                     images=(0, 1),  # the first: an image's dropout depends on its number
-                    compiled=not dropout and shape == SHAPES[options.shapes][0],
+                    compiled=shape == SHAPES[options.shapes][0],
                 )
 
 

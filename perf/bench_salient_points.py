@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from perf.bench_roi_align import SIZE, published
-from perf.gate import Args, Case, Variant, Work, total
+from perf.gate import Args, Case, Variant, Work, published_variants, total
 from perf.harness import BOTH, FORWARD, Options, main
 from perf.inputs import (
     HEADS,
@@ -23,7 +23,6 @@ from perf.inputs import (
     generator,
     normal,
     points_in_boxes,
-    to_fp32,
 )
 from samdetr_kernels.salient_points import salient_points, salient_points_reference
 
@@ -35,10 +34,10 @@ def published_points(features: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
 
 def sample(rois: Tensor, points: Tensor) -> Tensor:
     """grid_sample of RoI features [B, N, 7, 7, C] at [B, N, P, 2] -> [B, N, P, C]."""
-    nchw = rois.flatten(0, 1).permute(0, 3, 1, 2)
+    nchw = rois.flatten(0, 1).permute(0, 3, 1, 2).to(points.dtype)  # the wider of the two, as under autocast
     grid = points.flatten(0, 1)[:, :, None]
     out = grid_sample(nchw, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return out.squeeze(-1).transpose(1, 2).reshape(*points.shape[:3], -1)
+    return out.squeeze(-1).transpose(1, 2).reshape(*points.shape[:3], -1).to(rois.dtype)
 
 
 def forward_work(shape: Shape, boxes: Tensor, points: int, channels: int, dtype: torch.dtype) -> Work:
@@ -74,13 +73,13 @@ def cases(options: Options) -> Iterator[Case]:
                 dtype=dtype,
                 make=make,
                 variants=(
-                    Variant("published (fp32)", published_points, prepare=to_fp32),
+                    *published_variants(dtype, published_points),
                     Variant("reference eager", salient_points_reference),
                     Variant("reference torch.compile", salient_points_reference, compile=True),
                     Variant("ours", salient_points, ours=True),
                 ),
                 reference=salient_points_reference,
-                eager=salient_points_reference,
+                eager=published_points,
                 work={FORWARD: work, BOTH: total(work, backward_work(*sizes))},
                 wanted=(0, 2),
                 images=(0, shape.batch - 1),

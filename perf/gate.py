@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from perf.inputs import cast
+from perf.inputs import cast, to_fp32
 
 Args = tuple[Any, ...]
 Run = Callable[..., Any]  # arguments of the case -> a tensor or a tuple of tensors
@@ -48,6 +48,20 @@ class Variant(NamedTuple):
     tolerance: float | None = None  # for a baseline with roundings of its own: root mean square error of the result's
 
 
+def published_variants(
+    dtype: torch.dtype, run: Run, name: str = "published", gate: Run | None = None, tolerance: float | None = None
+) -> list[Variant]:
+    """The published code in fp32, in which it was published, and in the case's dtype, in which ours computes.
+
+    tolerance: of the first, whose convolutions may be in TF32.
+    """
+    variants = [Variant(f"{name} (fp32)", run, prepare=to_fp32, gate=gate, tolerance=tolerance)]
+    if dtype != torch.float32:
+        own = str(dtype).removeprefix("torch.")
+        variants.append(Variant(f"{name} ({own})", run, gate=gate))
+    return variants
+
+
 class Case(NamedTuple):
     """One op at one shape and dtype."""
 
@@ -56,7 +70,7 @@ class Case(NamedTuple):
     make: Callable[[int], Args]  # seed -> arguments on the device
     variants: Sequence[Variant]
     reference: Run  # exact in float64
-    eager: Run  # the plain composition whose loss in ``dtype`` is the unit of the error budget
+    eager: Run  # the published composition, whose loss in ``dtype`` is the unit of the error budget
     work: Mapping[str, Work]  # by direction
     wanted: tuple[int, ...] = ()  # positions of the arguments that get a gradient
     shared: tuple[int, ...] = ()  # positions of tensors without a batch dimension

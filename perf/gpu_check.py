@@ -150,18 +150,19 @@ class Record:
 
 
 def _summary(bench: Mapping[str, Any]) -> list[str]:
-    """For each case: the first variant's time, and of ours the time, how many times faster, share of the bound."""
+    """For each case: the first variant's name and time; of ours the time, how many times faster, share of the bound."""
     state = "" if bench["complete"] else ", unfinished"
     lines = [f"{bench['op']}{state}{', RED or failed' if bench['failed'] else ''}"]
     first: Mapping[str, Any] = {}
     for row in bench["rows"]:
         case = f"{row['case']} {row['dtype']} {row['direction']}"
-        if first.get("name") != case:
-            first = {"name": case, **row}
+        if not first or row["variant"] == first["variant"]:
+            first = row  # of the next case; a step's baseline has a dtype of its own
         if row["problem"] is not None:
             lines.append(f"  {case}: {row['variant']}: {row['problem'][:90]}")
         elif row["variant"].startswith("ours"):
-            before = "-" if first["ms"] is None else f"{first['ms']:.4g} ms"
+            named = first["variant"] if "(" in first["variant"] else f"{first['variant']} ({first['dtype']})"
+            before = named if first["ms"] is None else f"{named} {first['ms']:.4g} ms"
             faster = "" if row["times_faster"] is None else f", {row['times_faster']:.2f}x"
             share = "" if row["share"] is None else f", {row['share']:.0%}"
             lines.append(f"  {case}: {before} -> {row['variant']} {row['ms']:.4g} ms{faster}{share}{_counts(row)}")
