@@ -190,15 +190,63 @@ def test_ops_on_a_gpu_agree_with_the_reference_and_repeat_their_bits(dtype):
 
 
 @pytest.mark.gpu
-def test_ops_can_be_captured_in_a_cuda_graph():
+def test_ops_and_their_gradients_can_be_captured_in_a_cuda_graph():
     x = Inputs(CASES[5], torch.bfloat16)
-    features, boxes, points = x.clean.cuda(), x.boxes.cuda(), x.points.cuda()
-    expected = roi_align(features, boxes), salient_points(features, boxes, points)
+    features, boxes, points = x.clean.cuda().requires_grad_(), x.boxes.cuda(), x.points.cuda().requires_grad_()
+
+    def step() -> list[Tensor]:
+        pooled = roi_pool(features, boxes, mode="max")
+        outs = [roi_align(features, boxes), salient_points(features, boxes, points), pooled]
+        upstream = [torch.ones_like(out) for out in outs]
+        return [*outs, *torch.autograd.grad(outs, (features, points), upstream)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outs = roi_align(features, boxes), salient_points(features, boxes, points)
+        captured = step()
+    with torch.no_grad():
+        points.mul_(0.5)
+        features.mul_(-2)
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.gpu
+def test_tf32_loses_no_more_than_its_operands_rounding():
+    x = Inputs((25, 38, 64, 40, 7, False), torch.float32)
+    features, boxes, points = x.features.cuda(), x.boxes.cuda(), x.points.cuda()
+    wide = [part.double() for part in (x.clean, x.boxes, x.points)]
+    torch.set_float32_matmul_precision("high")
+    try:
+        out, sampled = (
+            roi_align_forward_triton(features, boxes)[0],
+            salient_points_forward_triton(features, boxes, points),
+        )
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    pairs = (
+        (out, roi_align_reference(*wide[:2]), roi_align_reference(wide[0].abs(), wide[1])),
+        (sampled, salient_points_reference(*wide), salient_points_reference(wide[0].abs(), *wide[1:])),
+    )
+    for found, exact, terms in pairs:
+        # weight and cell are each rounded (or cut) to 11 bits; beside it fp32 round-off
+        error = (found.cpu().double() - exact).abs()
+        assert (error <= 2 * 2**-10 * terms + 640 * torch.finfo(torch.float32).eps).all()
+        assert error.max() > 2**-16  # tensor cores were in TF32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_on_the_gpu_of_their_tensors():
+    x = Inputs(CASES[1], torch.float32)
+    first = salient_points(x.clean.cuda(0), x.boxes.cuda(0), x.points.cuda(0))
+    second = salient_points(x.clean.cuda(1), x.boxes.cuda(1), x.points.cuda(1))
+    assert torch.cuda.current_device() == 0 and second.device.index == 1
+    assert torch.equal(first.cpu(), second.cpu())
 
 
 def run_kernels(x: Inputs, device: torch.device) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from perf.gpu_check import Part, slug
 from perf.gpu_check import main as check
 from perf.harness import BOTH, FORWARD, floor_ms, main, measure, read_options
 from perf.inputs import Shape, between_kinks, boxes_in_cells, cast, generator
+from perf.report import Report, Row
 from samdetr_kernels import linear_assignment
 
 CPU = torch.device("cpu")
@@ -327,6 +329,26 @@ def test_the_deadline_of_the_whole(tmp_path, capsys, monkeypatch):
     content = json.loads((tmp_path / "results.json").read_text())
     assert [part["state"] for part in content["parts"]] == ["timed out", "not run"]
     assert "not run" in (tmp_path / "README.md").read_text() and "not run" in capsys.readouterr().out
+
+
+def test_the_summary_names_the_baseline_and_its_dtype():
+    report = Report("toy", {}, complete=True)
+    for dtype in ("bfloat16", "float32"):
+        report.rows += [
+            Row("toy", "case", dtype, FORWARD, "published (fp32)", ms=8.0, times_faster=1.0),
+            Row("toy", "case", dtype, FORWARD, "ours", ms=2.0, times_faster=4.0),
+        ]
+    assert gpu_check._summary(asdict(report)) == [
+        "toy",
+        "  case bfloat16 forward: published (fp32) 8 ms -> ours 2 ms, 4.00x",
+        "  case float32 forward: published (fp32) 8 ms -> ours 2 ms, 4.00x",
+    ]
+    step = [
+        Row("toy", "step", "float32", "step", "baseline", ms=9.0),
+        Row("toy", "step", "bfloat16", "step", "ours", ms=3.0, times_faster=3.0),
+    ]
+    summary = gpu_check._summary(asdict(Report("toy", {}, rows=step, complete=True)))
+    assert summary[1:] == ["  step bfloat16 step: baseline (float32) 9 ms -> ours 3 ms, 3.00x"]
 
 
 def test_all_parts_fit_the_deadline():
