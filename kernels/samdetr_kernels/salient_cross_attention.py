@@ -9,8 +9,8 @@ one salient point's feature, as wide as the key) with the prior of SMCA-DETR (IC
 over the cells s = (gy, gx) with gy < h and gx < w of the image's valid size: padded cells are never read. The prior and
 the dropout mask are made in registers; nothing of size N x S is written. Dropout is counter-based: a 32-bit hash
 (lowbias32, chained over seed, image, head and query, once more for the cell) is compared with p, so that forward,
-backward and reference agree whatever the tiles are. In fp16 and bf16 the forward also keeps what rounding took from its
-output: gradients of points and scales are sums of ``softmax * (d - sum(grad * out))``, small differences.
+backward and reference agree whatever the tiles are. In fp16 and bf16 the forward with a prior also keeps what rounding
+took from its output: gradients of points and scales are sums of ``softmax * (d - sum(grad * out))``, small differences.
 
 Gradients: query, key, value, points, scales. Determinism: no atomics, the same bits in every run.
 Dtypes: fp16, bf16, fp32 for query, key, value (one of them for all); any floating dtype for points and scales; scores,
@@ -129,7 +129,7 @@ def _forward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the op returns, image by image: N x S numbers fit the cache."""
     if len(query) == 0:
-        return empty_results(query, value)
+        return empty_results(query, value, points)
     outs, logsumexps = [], []
     for index in range(len(query)):
         image = _image(index, query, key, value, valid_sizes, map_width, points, scales, softmax_scale, dropout, seed)
@@ -143,7 +143,7 @@ def _forward_reference(
         logsumexps.append(logsumexp.masked_fill(image.empty, -math.inf))
     wide = torch.stack(outs)
     out = wide.to(query.dtype)
-    rest = wide.new_empty(0) if out is wide else (wide - out).detach().to(query.dtype)
+    rest = out.new_empty(0) if out is wide or points is None else (wide - out).detach().to(query.dtype)
     return out, torch.stack(logsumexps), rest
 
 
@@ -254,7 +254,7 @@ def _(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_results(query, value)
+    return empty_results(query, value, points)
 
 
 @torch.library.custom_op("samdetr::salient_cross_attention_backward", mutates_args=(), device_types="cuda")

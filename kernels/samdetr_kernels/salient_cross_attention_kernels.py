@@ -19,11 +19,11 @@ _ROOT = tl.constexpr(SMCA_WIDTH**-0.5)
 _GRADIENT = tl.constexpr(-2 / SMCA_WIDTH)
 
 
-def empty_results(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def empty_results(query: Tensor, value: Tensor, points: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     batch, queries, heads, _ = query.shape
     out = query.new_empty(batch, queries, heads * value.shape[3])
     wide = compute_dtype(query)
-    rest = query.new_empty(0 if query.dtype == wide else out.shape)
+    rest = query.new_empty(0 if query.dtype == wide or points is None else out.shape)
     return out, query.new_empty(batch, heads, queries, dtype=wide), rest
 
 
@@ -152,7 +152,7 @@ def _salient_cross_attention_forward_kernel(  # type: ignore[no-untyped-def]
     o_out, m_out = _places(o_n, m_n, HEADS * E, E, BLOCK_E)
     b_narrow = b_out.to(p_out.dtype.element_ty)
     tl.store(p_out + i_row * E + o_out, b_narrow, mask=m_out)
-    if p_out.dtype.element_ty != tl.float32:
+    if HAS_SMCA and p_out.dtype.element_ty != tl.float32:
         tl.store(p_rest + i_row * E + o_out, b_out - b_narrow.to(tl.float32), mask=m_out)
     tl.store(p_logsumexp + i_head * queries + o_n, b_max + tl.log(b_sum), mask=m_n)
 
@@ -205,7 +205,7 @@ def _salient_cross_attention_query_kernel(  # type: ignore[no-untyped-def]
     b_query = _load_rows(p_query + i_row * D, o_n, m_n, HEADS * D, D, BLOCK_D)
     b_grad = _load_rows(p_grad + i_row * E, o_n, m_n, HEADS * E, E, BLOCK_E)
     b_out = _load_rows(p_out + i_row * E, o_n, m_n, HEADS * E, E, BLOCK_E).to(tl.float32)
-    if p_out.dtype.element_ty != tl.float32:
+    if HAS_SMCA and p_out.dtype.element_ty != tl.float32:
         b_out += _load_rows(p_rest + i_row * E, o_n, m_n, HEADS * E, E, BLOCK_E).to(tl.float32)
     b_delta = tl.sum(b_grad.to(tl.float32) * b_out, 1)
     tl.store(p_delta + o_head, b_delta, mask=m_n)
@@ -414,11 +414,11 @@ def salient_cross_attention_forward_triton(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launcher: the output [B, N, M * E], the logsumexp [B, M, N] fp32 of the scores, and what rounding took from the
-    output (its shape and dtype; empty in fp32), which the gradient of the points needs."""
+    output (its shape and dtype; empty in fp32 and without points), which the gradient of the points needs."""
     tensors = [query, key, value, valid_sizes, points, scales, seed]
     tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     batch, queries, heads, _ = query.shape
-    out, logsumexp, rest = empty_results(query, value)
+    out, logsumexp, rest = empty_results(query, value, points)
     sizes = (queries, key.shape[1], map_width, softmax_scale, 1 / (1 - dropout), threshold_of(dropout))
     tile = _tiles(query, value).forward
     launch(

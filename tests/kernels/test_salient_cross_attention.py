@@ -501,6 +501,13 @@ def test_a_tensor_on_another_device_is_named(name):
         inputs.call(salient_cross_attention)
 
 
+def test_what_rounding_took_is_kept_for_the_gradient_of_points_only():
+    for case in (CASES[0], CASES[1]):
+        inputs = case.inputs(torch.bfloat16)
+        for results in (salient_cross_attention_forward_triton(*inputs), OP(*inputs)):
+            assert results[2].shape == (results[0].shape if case.smca else (0,))
+
+
 def test_no_images():
     inputs = CASES[0].inputs(torch.bfloat16)
     parts = [part[:0] if isinstance(part, Tensor) and part is not inputs.seed else part for part in inputs]
