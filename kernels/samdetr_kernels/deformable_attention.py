@@ -361,6 +361,7 @@ def example_launches() -> None:
             out = deformable_attention_forward_triton(value, shapes, locations, weights)
             for deterministic in (False, True):
                 deformable_attention_backward_triton(out, value, shapes, locations, weights, deterministic)
+            deformable_attention_backward_triton(out, value, shapes, locations, weights, of_value=False)
 
 
 def _pairs(sizes: Sequence[int]) -> list[tuple[int, int]]:

@@ -39,8 +39,8 @@ _MEAN, _MAX = tl.constexpr(MEAN), tl.constexpr(MAX)
 
 # Chosen by registers and shared memory of the ahead-of-time report; not yet timed on a GPU.
 FORWARD_TILES = {  # by bytes of an element
-    2: Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=8, stages=2),
-    4: Tile({"BLOCK_H": 4, "BLOCK_W": 8}, warps=8, stages=2),
+    2: Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=4, stages=2),
+    4: Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=8, stages=1),
 }
 BACKWARD_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=8, stages=2)
 BLOCK_ROWS = 64  # bins of a program's matrix product

@@ -42,7 +42,7 @@ from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_o
 # Chosen by registers and shared memory of the ahead-of-time report; not yet timed on a GPU.
 FORWARD_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=4, stages=2)
 FEATURES_TILE = Tile({"BLOCK_H": 4, "BLOCK_W": 8, "BLOCK_R": 32}, warps=8, stages=2)
-POINTS_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=8, stages=2)
+POINTS_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=4, stages=2)
 MAX_BLOCK_P = 32
 MAX_BLOCK_C = 64
 
