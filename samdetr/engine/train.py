@@ -275,7 +275,7 @@ def agreed_batches(training: Training, log: RunLog) -> Iterator[list[Batch]]:
             report_steps(training, log, training.readings.all())
             training.save()  # between two steps: nothing done is lost
             if failed:
-                raise failure or SamdetrError("another process met an image that cannot be used.")
+                raise failure or SystemExit(1)  # the process that met it says so
             training.leave()
         assert batch is not None
         yield batch

@@ -147,8 +147,7 @@ def test_a_bad_image_in_one_process_stops_all_with_everything_saved(recipe_file:
     victim.write_bytes(victim.read_bytes()[:200])
     result = end(train_in(2, recipe_file, tmp_path / "runs", *options))
     assert result.code == 1
-    assert result.err.count(victim.name) == 1, result.err
-    assert "Traceback" not in result.err
+    assert len(result.err.splitlines()) == result.err.count(victim.name) == 1, result.err
     run = tmp_path / "runs" / "tiny" / "1"
     steps = len(metrics(run, "train")) if (run / "metrics.jsonl").exists() else 0  # the bad image's place is by chance
     assert (run / "checkpoints" / "last").resolve().name == f"epoch-0000-step-{steps:06d}"
