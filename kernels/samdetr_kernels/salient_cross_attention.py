@@ -373,7 +373,8 @@ def _check(
 def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
     """The tensors in autocast's dtype where it is on; float64 stays, as everywhere under autocast."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # not on the meta device
+    # the meta device has no autocast; torch.compile of torch 2.11 cannot ask whether a device has
+    if tensors[0].is_meta or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
