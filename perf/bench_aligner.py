@@ -15,13 +15,25 @@ from torch import Tensor
 from torch.nn.functional import conv2d, linear, relu
 
 from perf.bench_roi_align import SIZE
+from perf.bench_roi_align import backward_work as align_backward_work
 from perf.bench_roi_align import forward_work as align_work
 from perf.bench_roi_align import published as published_roi_align
+from perf.bench_salient_points import backward_work as points_backward_work
 from perf.bench_salient_points import forward_work as points_work
 from perf.bench_salient_points import sample
-from perf.gate import Args, Case, Variant, Work
+from perf.gate import Args, Case, Variant, Work, published_variants, total
 from perf.harness import BOTH, FORWARD, Options, main
-from perf.inputs import HEADS, SHAPES, WIDTH, Shape, boxes_in_cells, generator, normal, points_in_boxes, to_fp32
+from perf.inputs import (
+    HEADS,
+    SHAPES,
+    WIDTH,
+    Shape,
+    boxes_in_cells,
+    element_bytes,
+    generator,
+    normal,
+    points_in_boxes,
+)
 from samdetr_kernels.roi_align import roi_align, roi_align_reference
 from samdetr_kernels.salient_points import salient_points, salient_points_reference
 
@@ -61,11 +73,27 @@ reference = _composed(roi_align_reference, salient_points_reference)
 
 
 def forward_work(shape: Shape, boxes: Tensor, channels: int, dtype: torch.dtype) -> Work:
-    """The two ops, with the map read once for both, and the projection of the map to a quarter of its channels."""
+    """The map read once for both ops, regions and content written once; the projected map need not go to memory."""
     align = align_work(shape, boxes, channels // 4, dtype)
     points = points_work(shape, boxes, HEADS, channels, dtype)
-    cells = shape.batch * shape.height * shape.width
-    return Work(align.bytes + points.bytes, align.operations + points.operations + cells * channels * channels / 2)
+    operations = align.operations + points.operations + _projection(shape, channels)
+    return Work(points.bytes + _region_bytes(boxes, channels, dtype), operations)
+
+
+def backward_work(shape: Shape, boxes: Tensor, channels: int, dtype: torch.dtype) -> Work:
+    """That of the points; the regions, for ReLU, and their gradient read; two products of the projection."""
+    align = align_backward_work(shape, boxes, channels // 4, dtype)
+    points = points_backward_work(shape, boxes, HEADS, channels, dtype)
+    operations = align.operations + points.operations + 2 * _projection(shape, channels)
+    return Work(points.bytes + 2 * _region_bytes(boxes, channels, dtype), operations)
+
+
+def _region_bytes(boxes: Tensor, channels: int, dtype: torch.dtype) -> int:
+    return boxes.shape[0] * boxes.shape[1] * SIZE * SIZE * (channels // 4) * element_bytes(dtype)
+
+
+def _projection(shape: Shape, channels: int) -> float:
+    return shape.batch * shape.height * shape.width * channels * channels / 2
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -84,21 +112,22 @@ def cases(options: Options) -> Iterator[Case]:
                     torch.tensor([BIAS, -BIAS], dtype=dtype, device=options.device).repeat(channels // 8),
                 )
 
-            work = forward_work(shape, make(0)[1], channels, dtype)
+            sizes = (shape, make(0)[1], channels, dtype)
+            work = forward_work(*sizes)
             yield Case(
                 name=f"{shape} channels {channels}",
                 dtype=dtype,
                 make=make,
                 variants=(
-                    Variant("published (fp32)", published, prepare=to_fp32, tolerance=TF32_LOSS),
-                    Variant("published, RoIAlign once", published_once, prepare=to_fp32, tolerance=TF32_LOSS),
+                    *published_variants(dtype, published, tolerance=TF32_LOSS),
+                    *published_variants(dtype, published_once, "published, RoIAlign once", tolerance=TF32_LOSS),
                     Variant("reference eager", reference),
                     Variant("reference torch.compile", reference, compile=True),
                     Variant("ours", ours, ours=True),
                 ),
                 reference=reference,
-                eager=reference,
-                work={FORWARD: work, BOTH: Work(3 * work.bytes, 3 * work.operations)},
+                eager=reference if dtype == torch.float32 else published,  # whose convolution may be in TF32
+                work={FORWARD: work, BOTH: total(work, backward_work(*sizes))},
                 wanted=(0, 2, 3, 4),
                 shared=(3, 4),
                 images=(0, shape.batch - 1),

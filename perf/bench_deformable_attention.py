@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from perf.gate import Args, Case, Variant, Work
+from perf.gate import Args, Case, Variant, Work, published_variants, total
 from perf.harness import BOTH, FORWARD, Options, main
-from perf.inputs import HEADS, QUERIES, WIDTH, between_kinks, element_bytes, generator, normal, to_fp32, uniform
+from perf.inputs import HEADS, QUERIES, WIDTH, between_kinks, element_bytes, generator, normal, uniform
 from samdetr_kernels.deformable_attention import deformable_attention, deformable_attention_reference
 
 POINTS = 4
@@ -33,29 +33,43 @@ PYRAMIDS: dict[str, tuple[Pyramid, ...]] = {
 
 
 def published(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """[B, S, M, D], [B, Q, M, L, P, 2], [B, Q, M, L, P] -> [B, Q, M D]; samples of all levels are written first."""
+    """[B, S, M, D], [B, Q, M, L, P, 2], [B, Q, M, L, P] -> [B, Q, M D]; samples of all levels are written first.
+
+    The samples are in the wider dtype of value and locations, as under autocast.
+    """
     batch, _, heads, width = value.shape
     queries = weights.shape[1]
     grids = 2 * locations - 1
     samples = []
     levels = value.split([height * columns for height, columns in shapes], dim=1)
     for level, (part, (height, columns)) in enumerate(zip(levels, shapes, strict=True)):
-        maps = part.flatten(2).transpose(1, 2).reshape(batch * heads, width, height, columns)
+        maps = part.flatten(2).transpose(1, 2).reshape(batch * heads, width, height, columns).to(grids.dtype)
         grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
         samples.append(grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
     by_head = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)
     out = (torch.stack(samples, dim=-2).flatten(-2) * by_head).sum(-1)
-    return out.view(batch, heads * width, queries).transpose(1, 2)
+    return out.view(batch, heads * width, queries).transpose(1, 2).to(value.dtype)
 
 
-def work(args: Args, dtype: torch.dtype) -> dict[str, Work]:
-    """Value, locations, weights and result once (backward: and their gradients)."""
+def forward_work(args: Args, dtype: torch.dtype) -> Work:
+    """Value, locations and weights read, the result written."""
+    inputs, result, operations = _sizes(args, dtype)
+    return Work(inputs + result, operations, vector=True)
+
+
+def backward_work(args: Args, dtype: torch.dtype) -> Work:
+    """The same read again, and the result's gradient; the gradients of value, locations and weights written."""
+    inputs, result, operations = _sizes(args, dtype)
+    return Work(2 * inputs + result, 3 * operations, vector=True)
+
+
+def _sizes(args: Args, dtype: torch.dtype) -> tuple[int, int, float]:
+    """Bytes of the inputs and of the result, operations of the forward."""
     value, _, _, weights = args
     batch, _, heads, width = value.shape
-    result = batch * weights.shape[1] * heads * width
-    read = (value.numel() + result) * element_bytes(dtype) + 12 * weights.numel()
-    operations = 8.0 * weights.numel() * width
-    return {FORWARD: Work(read, operations, vector=True), BOTH: Work(3 * read, 4 * operations, vector=True)}
+    inputs = value.numel() * element_bytes(dtype) + 12 * weights.numel()
+    result = batch * weights.shape[1] * heads * width * element_bytes(dtype)
+    return inputs, result, 8.0 * weights.numel() * width
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -86,20 +100,21 @@ def cases(options: Options) -> Iterator[Case]:
                     logits.softmax(-1).view(shape),
                 )
 
+            work = forward_work(make(0), dtype)
             yield Case(
                 name=f"{name} {len(levels)} levels of {cells} cells batch {batch} queries {queries or cells}",
                 dtype=dtype,
                 make=make,
                 variants=(
-                    Variant("published (fp32)", published, prepare=to_fp32),
+                    *published_variants(dtype, published),
                     Variant("reference eager", deformable_attention_reference),
                     Variant("reference torch.compile", deformable_attention_reference, compile=True),
                     Variant("ours", partial(deformable_attention, deterministic=False), ours=True),
                     Variant("ours deterministic", partial(deformable_attention, deterministic=True), ours=True),
                 ),
                 reference=deformable_attention_reference,
-                eager=deformable_attention_reference,
-                work=work(make(0), dtype),
+                eager=published,
+                work={FORWARD: work, BOTH: total(work, backward_work(make(0), dtype))},
                 wanted=(0, 2, 3),
                 images=(0, batch - 1),
                 compiled=number == 0,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from perf.gate import Args, Case, Variant, Work
+from perf.gate import Args, Case, Variant, Work, published_variants, total
 from perf.harness import BOTH, FORWARD, Options, main
-from perf.inputs import SHAPES, Shape, boxes_in_cells, covered, element_bytes, generator, normal, to_fp32
+from perf.inputs import SHAPES, Shape, boxes_in_cells, covered, element_bytes, generator, normal
 from samdetr_kernels.roi_align import roi_align, roi_align_reference
 
 SIZE = 7
@@ -19,9 +19,9 @@ REDUCED = 64  # channels that the decoder aligns
 
 
 def published(features: Tensor, boxes: Tensor) -> Tensor:
-    """[B, H, W, C] -> [B, N, 7, 7, C], a view of torchvision's [B N, C, 7, 7]."""
-    nchw = features.permute(0, 3, 1, 2).contiguous()
-    out = torchvision_roi_align(nchw, list(boxes), SIZE, aligned=True, sampling_ratio=-1)
+    """[B, H, W, C] -> [B, N, 7, 7, C], a view of torchvision's [B N, C, 7, 7], in fp32 inside as under autocast."""
+    nchw = features.permute(0, 3, 1, 2).contiguous().float()
+    out = torchvision_roi_align(nchw, list(boxes), SIZE, aligned=True, sampling_ratio=-1).to(features.dtype)
     return out.view(*boxes.shape[:2], -1, SIZE, SIZE).permute(0, 1, 3, 4, 2)
 
 
@@ -33,6 +33,11 @@ def forward_work(shape: Shape, boxes: Tensor, channels: int, dtype: torch.dtype)
     rows, columns = covered(boxes, shape)
     operations = 2 * channels * (rows * columns + SIZE * columns).sum().item()
     return Work((cells + bins) * channels * size + boxes.numel() * 4, operations)
+
+
+def backward_work(shape: Shape, boxes: Tensor, channels: int, dtype: torch.dtype) -> Work:
+    """The bins' gradient read, the map's written: as much as forward; the boxes get none."""
+    return forward_work(shape, boxes, channels, dtype)
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -49,20 +54,21 @@ def cases(options: Options) -> Iterator[Case]:
                 features = normal(random, shape.batch, shape.height, shape.width, channels, dtype=dtype)
                 return features, boxes_in_cells(random, shape)
 
-            work = forward_work(shape, make(0)[1], channels, dtype)
+            sizes = (shape, make(0)[1], channels, dtype)
+            work = forward_work(*sizes)
             yield Case(
                 name=f"{shape} channels {channels}",
                 dtype=dtype,
                 make=make,
                 variants=(
-                    Variant("published (fp32)", published, prepare=to_fp32),
+                    *published_variants(dtype, published),
                     Variant("reference eager", roi_align_reference),
                     Variant("reference torch.compile", roi_align_reference, compile=True),
                     Variant("ours", roi_align, ours=True),
                 ),
                 reference=roi_align_reference,
-                eager=roi_align_reference,
-                work={FORWARD: work, BOTH: Work(2 * work.bytes, 2 * work.operations)},
+                eager=published,
+                work={FORWARD: work, BOTH: total(work, backward_work(*sizes))},
                 wanted=(0,),
                 images=(0, shape.batch - 1),
                 compiled=(shape, channels) == shapes[0],

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as torch_dropout
 from torch.nn.functional import scaled_dot_product_attention
 
-from perf.gate import Args, Case, Run, Variant, Work
+from perf.gate import Args, Case, Run, Variant, Work, published_variants, total
 from perf.harness import BOTH, FORWARD, Options, main
 from perf.inputs import (
     HEADS,
@@ -26,7 +26,6 @@ from perf.inputs import (
     element_bytes,
     generator,
     normal,
-    to_fp32,
     uniform,
     valid_sizes,
 )
@@ -124,27 +123,34 @@ def _with_keywords(op: Run) -> Run:
 ours, reference = _with_keywords(salient_cross_attention), _with_keywords(salient_cross_attention_reference)
 
 
-def work(shape: Shape, sizes: Tensor, width: int, dtype: torch.dtype) -> dict[str, Work]:
-    """Query, key, value and result once (backward: and their gradients); products over valid cells, scores twice."""
-    head = width // HEADS
-    rows = shape.batch * shape.queries * HEADS
-    cells = shape.batch * shape.height * shape.width
-    size = (rows * (width + head) + cells * (width + HEADS * head)) * element_bytes(dtype)
-    pairs = 2 * shape.queries * HEADS * sizes.prod(1).sum().item()
-    forward = Work(size, pairs * (width + head))
-    return {FORWARD: forward, BOTH: Work(3 * size, forward.operations + pairs * (3 * width + 2 * head))}
+def forward_work(shape: Shape, sizes: Tensor, width: int, dtype: torch.dtype) -> Work:
+    """Query, key and value read, the result written; two products over the valid cells."""
+    inputs, result, pairs = _sizes(shape, sizes, width, dtype)
+    return Work(inputs + result, pairs * (width + width // HEADS))
+
+
+def backward_work(shape: Shape, sizes: Tensor, width: int, dtype: torch.dtype) -> Work:
+    """The same read again, and the result's gradient; three gradients written; the scores once more, four products."""
+    inputs, result, pairs = _sizes(shape, sizes, width, dtype)
+    return Work(2 * inputs + result, pairs * (3 * width + 2 * width // HEADS))
+
+
+def _sizes(shape: Shape, sizes: Tensor, width: int, dtype: torch.dtype) -> tuple[int, int, float]:
+    """Bytes of the inputs and of the result, operations for each channel of a product over the valid cells."""
+    rows, cells = shape.batch * shape.queries * HEADS, shape.batch * shape.height * shape.width
+    inputs = (rows + 2 * cells) * width * element_bytes(dtype)
+    result = rows * (width // HEADS) * element_bytes(dtype)
+    return inputs, result, 2.0 * shape.queries * HEADS * sizes.prod(1).sum().item()
 
 
 def _variants(dtype: torch.dtype, smca: bool, dropout: float) -> Iterator[Variant]:
     gate = partial(published, op_mask=True)
-    yield Variant("published (fp32)", published, prepare=to_fp32, gate=gate)
-    if dtype != torch.float32:
-        yield Variant("published (low precision)", published, gate=gate)
-    if not dropout:
-        # the reference goes image by image, the composition is what a compiler can fuse
-        yield Variant("published torch.compile", published, compile=True)
-    if not smca and not dropout:
-        yield Variant("torch SDPA", sdpa)
+    yield from published_variants(dtype, published, gate=gate)
+    # the reference goes image by image, the composition is what a compiler can fuse
+    yield Variant("published torch.compile", published, compile=True, gate=gate if dropout else None)
+    if not smca:
+        # its dropout draws numbers of its own: what the gate compares is SDPA in the cases without
+        yield Variant("torch SDPA", sdpa, gate=gate if dropout else None)
     yield Variant("reference eager", reference)
     yield Variant("ours", ours, ours=True)
 
@@ -178,6 +184,7 @@ def cases(options: Options) -> Iterator[Case]:
                         torch.tensor([(seed << 32) + 11], device=options.device) if dropout else None,
                     )
 
+                work = forward_work(shape, make(0)[3], width, dtype)
                 yield Case(
                     name=f"{shape} {'SMCA' if smca else 'plain'} dropout {dropout:g}",
                     dtype=dtype,
@@ -185,11 +192,11 @@ def cases(options: Options) -> Iterator[Case]:
                     variants=tuple(_variants(dtype, smca, dropout)),
                     reference=reference,
                     eager=partial(published, op_mask=True),
-                    work=work(shape, make(0)[3], width, dtype),
+                    work={FORWARD: work, BOTH: total(work, backward_work(shape, make(0)[3], width, dtype))},
                     wanted=(0, 1, 2, 5, 6) if smca else (0, 1, 2),
                     shared=(8,),
                     images=(0, 1),  # the first: an image's dropout depends on its number
-                    compiled=not dropout and shape == SHAPES[options.shapes][0],
+                    compiled=shape == SHAPES[options.shapes][0],
                 )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from perf.bench_roi_align import SIZE, published
-from perf.gate import Args, Case, Variant, Work
+from perf.gate import Args, Case, Variant, Work, published_variants, total
 from perf.harness import BOTH, FORWARD, Options, main
 from perf.inputs import (
     HEADS,
@@ -23,7 +23,6 @@ from perf.inputs import (
     generator,
     normal,
     points_in_boxes,
-    to_fp32,
 )
 from samdetr_kernels.salient_points import salient_points, salient_points_reference
 
@@ -35,10 +34,10 @@ def published_points(features: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
 
 def sample(rois: Tensor, points: Tensor) -> Tensor:
     """grid_sample of RoI features [B, N, 7, 7, C] at [B, N, P, 2] -> [B, N, P, C]."""
-    nchw = rois.flatten(0, 1).permute(0, 3, 1, 2)
+    nchw = rois.flatten(0, 1).permute(0, 3, 1, 2).to(points.dtype)  # the wider of the two, as under autocast
     grid = points.flatten(0, 1)[:, :, None]
     out = grid_sample(nchw, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return out.squeeze(-1).transpose(1, 2).reshape(*points.shape[:3], -1)
+    return out.squeeze(-1).transpose(1, 2).reshape(*points.shape[:3], -1).to(rois.dtype)
 
 
 def forward_work(shape: Shape, boxes: Tensor, points: int, channels: int, dtype: torch.dtype) -> Work:
@@ -47,6 +46,13 @@ def forward_work(shape: Shape, boxes: Tensor, points: int, channels: int, dtype:
     rows, columns = (side * 2 / SIZE + 1 for side in covered(boxes, shape))
     operations = 2 * channels * points * (rows * columns).sum().item()
     return Work((cells + places) * channels * element_bytes(dtype) + 4 * (boxes.numel() + 2 * places), operations)
+
+
+def backward_work(shape: Shape, boxes: Tensor, points: int, channels: int, dtype: torch.dtype) -> Work:
+    """Map, points and upstream gradient read, the gradients of map and points written; one product for each of them."""
+    forward, places = forward_work(shape, boxes, points, channels, dtype), boxes.shape[0] * boxes.shape[1] * points
+    cells = shape.batch * shape.height * shape.width
+    return Work(forward.bytes + cells * channels * element_bytes(dtype) + 8 * places, 2 * forward.operations)
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -60,20 +66,21 @@ def cases(options: Options) -> Iterator[Case]:
                 features = normal(random, shape.batch, shape.height, shape.width, channels, dtype=dtype)
                 return features, boxes_in_cells(random, shape), points_in_boxes(random, shape, HEADS, SIZE)
 
-            work = forward_work(shape, make(0)[1], HEADS, channels, dtype)
+            sizes = (shape, make(0)[1], HEADS, channels, dtype)
+            work = forward_work(*sizes)
             yield Case(
                 name=f"{shape} channels {channels}",
                 dtype=dtype,
                 make=make,
                 variants=(
-                    Variant("published (fp32)", published_points, prepare=to_fp32),
+                    *published_variants(dtype, published_points),
                     Variant("reference eager", salient_points_reference),
                     Variant("reference torch.compile", salient_points_reference, compile=True),
                     Variant("ours", salient_points, ours=True),
                 ),
                 reference=salient_points_reference,
-                eager=salient_points_reference,
-                work={FORWARD: work, BOTH: Work(3 * work.bytes, 3 * work.operations)},
+                eager=published_points,
+                work={FORWARD: work, BOTH: total(work, backward_work(*sizes))},
                 wanted=(0, 2),
                 images=(0, shape.batch - 1),
                 compiled=shape == SHAPES[options.shapes][0],

@@ -172,9 +172,10 @@ def count_syncs(call: Callable[[], object]) -> int:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+def peak_bytes(call: Callable[[], object], device: torch.device, *, reserved: bool = False) -> int:
     """Most bytes allocated at once during a call, above what was before it.
 
+    reserved: on a GPU all that torch holds, for calls that replay CUDA graphs, whose memory is allocated for good.
     On the CPU by torch's allocator, as its profiler reports it: without the libraries' own scratch memory.
     """
     if device.type == "cuda":
@@ -183,7 +184,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_reserved() if reserved else torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         call()
     assert profiler.profiler is not None

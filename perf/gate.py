@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from perf.inputs import cast
+from perf.inputs import cast, to_fp32
 
 Args = tuple[Any, ...]
 Run = Callable[..., Any]  # arguments of the case -> a tensor or a tuple of tensors
@@ -31,6 +31,11 @@ class Work(NamedTuple):
     vector: bool = False
 
 
+def total(forward: Work, backward: Work) -> Work:
+    """Of both directions together."""
+    return Work(forward.bytes + backward.bytes, forward.operations + backward.operations, forward.vector)
+
+
 class Variant(NamedTuple):
     """One way to compute the op."""
 
@@ -43,6 +48,20 @@ class Variant(NamedTuple):
     tolerance: float | None = None  # for a baseline with roundings of its own: root mean square error of the result's
 
 
+def published_variants(
+    dtype: torch.dtype, run: Run, name: str = "published", gate: Run | None = None, tolerance: float | None = None
+) -> list[Variant]:
+    """The published code in fp32, in which it was published, and in the case's dtype, in which ours computes.
+
+    tolerance: of the first, whose convolutions may be in TF32.
+    """
+    variants = [Variant(f"{name} (fp32)", run, prepare=to_fp32, gate=gate, tolerance=tolerance)]
+    if dtype != torch.float32:
+        own = str(dtype).removeprefix("torch.")
+        variants.append(Variant(f"{name} ({own})", run, gate=gate))
+    return variants
+
+
 class Case(NamedTuple):
     """One op at one shape and dtype."""
 
@@ -51,7 +70,7 @@ class Case(NamedTuple):
     make: Callable[[int], Args]  # seed -> arguments on the device
     variants: Sequence[Variant]
     reference: Run  # exact in float64
-    eager: Run  # the plain composition whose loss in ``dtype`` is the unit of the error budget
+    eager: Run  # the published composition, whose loss in ``dtype`` is the unit of the error budget
     work: Mapping[str, Work]  # by direction
     wanted: tuple[int, ...] = ()  # positions of the arguments that get a gradient
     shared: tuple[int, ...] = ()  # positions of tensors without a batch dimension
@@ -161,8 +180,10 @@ class _Comparison:
             if variant.tolerance is not None:
                 ratios.append(errors[1] / (variant.tolerance * right.square().mean().sqrt().item() + 1e-30))
                 continue
+            # what a judge compares is summed in float64 from the same numbers: only its own rounding is allowed
             epsilon = torch.finfo(self.case.dtype).eps + 16 * torch.finfo(torch.float32).eps
-            rounding = epsilon * right.abs().max().item() + 1e-30
+            epsilon, least = (1e-9, 1e-12) if self.case.judge else (epsilon, 1e-30)
+            rounding = epsilon * right.abs().max().item() + least
             ratios.append(errors[0] / (FACTOR * lost[0] + rounding))
             ratios.append(errors[1] / (FACTOR * lost[1] + rounding / 2))
         return max(ratio if math.isfinite(ratio) else math.inf for ratio in ratios)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL_LINES = 12
-ENVIRONMENT_SECONDS = 60
+ENVIRONMENT_SECONDS = 15
 TERMINATION_SECONDS = 2  # between asking a part to end and killing it
 COMMIT_VARIABLE = "PERF_COMMIT"
 
@@ -49,36 +49,52 @@ def _bench(op: str, seconds: float) -> Part:
 MEAN_SIZE = ("--height", "640", "--width", "864", "--device", "{device}")  # of the images of training, about
 
 
-def _train_step(recipe: str, batch: int, seconds: float, *options: str) -> Part:
+def _train_step(recipe: str, batch: int, seconds: float, how: str, *options: str) -> Part:
     command = ("perf/train_step.py", f"recipes/{recipe}.toml", *MEAN_SIZE, "--batch", str(batch), *options)
     return Part(
-        f"train step {recipe} batch {batch}",
-        (*command, "--json", f"{{out}}/train_step_{recipe}_b{batch}.json"),
+        f"train step {recipe} batch {batch} {how}",
+        (*command, "--json", f"{{out}}/train_step_{recipe}_b{batch}_{how}.json"),
         seconds,
         gpu_only=True,
     )
 
 
+def _kernel_tests() -> tuple[str, ...]:
+    """One small case of each op in fp32 and bf16; the gpu tests have fp16, and the CPU all cases."""
+    aligner, case = "tests/kernels/test_aligner_kernels.py::test", "7x5-C24-N7-bins7-padded"
+    deformable = "tests/kernels/test_deformable_attention.py::test_kernels"
+    attention = "tests/kernels/test_salient_cross_attention.py::test_kernels_lose_no_more_than_eager"
+    chosen = ["tests/kernels/test_linear_assignment.py::test_kernel_equals_scipy_at_the_size_of_training"]
+    for dtype in ("torch.float32", "torch.bfloat16"):
+        chosen += [f"{aligner}_{op}_kernels[{case}-{dtype}]" for op in ("roi_align", "salient_points")]
+        chosen += [f"{aligner}_roi_pool_kernels[{case}-{dtype}-max]", f"{deformable}[7x5-{dtype}]"]
+    return (*chosen, f"{attention}_float32[case0]", f"{attention}_half[case0-dtype0]")
+
+
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5")
+NO_COMPILE = ("--set", "compute.compile=off")  # beside the baseline: compiling takes about a minute
+OURS_ALONE = ("--no-baseline", "--group", "1")
 PARTS = (
-    Part("gpu tests", (*PYTEST, "-m", "gpu", "tests/kernels"), 60, gpu_only=True),
-    _train_step("r50_12ep", 4, 60),
-    _train_step("r50_dc5_12ep", 4, 70, "--group", "2"),
-    _train_step("r50_12ep", 16, 35, "--no-baseline", "--group", "1"),
-    _train_step("r50_dc5_12ep", 16, 40, "--no-baseline", "--group", "1"),
+    Part("gpu tests", (*PYTEST, "-m", "gpu", "tests"), 56, gpu_only=True),
+    _train_step("r50_12ep", 4, 45, "eager", "--group", "2", "--steps", "10", *NO_COMPILE),
+    _train_step("r50_dc5_12ep", 4, 55, "eager", "--group", "1", "--steps", "10", *NO_COMPILE),
+    _train_step("r50_12ep", 16, 75, "compiled", *OURS_ALONE),
+    _train_step("r50_dc5_12ep", 16, 75, "compiled", *OURS_ALONE),
+    # from here on the cache of compiled code is warm
+    _train_step("r50_12ep", 16, 40, "graph", *OURS_ALONE, "--set", "compute.cuda_graph=on"),
     Part(
         "profile r50_12ep",
-        ("perf/profile_step.py", "recipes/r50_12ep.toml", *MEAN_SIZE, "--batch", "4", "--out", "{out}/profile"),
+        ("perf/profile_step.py", "recipes/r50_12ep.toml", *MEAN_SIZE, "--batch", "16", "--out", "{out}/profile"),
         30,
         gpu_only=True,
     ),
-    _bench("aligner", 40),
-    _bench("salient_cross_attention", 50),
-    _bench("linear_assignment", 25),
-    _bench("roi_align", 35),
-    _bench("salient_points", 35),
-    _bench("deformable_attention", 40),
-    Part("kernel tests on the GPU", (*PYTEST, "--maxfail=20", "tests/kernels"), 120, gpu_only=True),
+    _bench("aligner", 30),
+    _bench("salient_cross_attention", 30),
+    _bench("linear_assignment", 15),
+    _bench("roi_align", 10),
+    _bench("salient_points", 15),
+    _bench("deformable_attention", 20),
+    Part("kernel tests on the GPU", (*PYTEST, "--maxfail=20", *_kernel_tests()), 24, gpu_only=True),
 )
 
 
@@ -134,18 +150,19 @@ class Record:
 
 
 def _summary(bench: Mapping[str, Any]) -> list[str]:
-    """For each case: the first variant's time, and of ours the time, how many times faster, share of the bound."""
+    """For each case: the first variant's name and time; of ours the time, how many times faster, share of the bound."""
     state = "" if bench["complete"] else ", unfinished"
     lines = [f"{bench['op']}{state}{', RED or failed' if bench['failed'] else ''}"]
     first: Mapping[str, Any] = {}
     for row in bench["rows"]:
         case = f"{row['case']} {row['dtype']} {row['direction']}"
-        if first.get("name") != case:
-            first = {"name": case, **row}
+        if not first or row["variant"] == first["variant"]:
+            first = row  # of the next case; a step's baseline has a dtype of its own
         if row["problem"] is not None:
             lines.append(f"  {case}: {row['variant']}: {row['problem'][:90]}")
         elif row["variant"].startswith("ours"):
-            before = "-" if first["ms"] is None else f"{first['ms']:.4g} ms"
+            named = first["variant"] if "(" in first["variant"] else f"{first['variant']} ({first['dtype']})"
+            before = named if first["ms"] is None else f"{named} {first['ms']:.4g} ms"
             faster = "" if row["times_faster"] is None else f", {row['times_faster']:.2f}x"
             share = "" if row["share"] is None else f", {row['share']:.0%}"
             lines.append(f"  {case}: {before} -> {row['variant']} {row['ms']:.4g} ms{faster}{share}{_counts(row)}")

@@ -132,7 +132,7 @@ def measure_ceilings(device: torch.device, repeats: int = 20) -> dict[str, float
     elements, side = (1 << 28, 8192) if cuda else (1 << 24, 256)
     source = torch.rand(elements, device=device)
     target = torch.empty_like(source)
-    found = {"copy_gb_per_s": _best(lambda _: target.copy_(source), device, repeats, 8e-6 * elements)}
+    found = {"copy_gb_per_s": _median_rate(lambda _: target.copy_(source), device, repeats, 8e-6 * elements)}
     before = torch.get_float32_matmul_precision()
     for name, dtype, precision in (
         ("bfloat16_tflops", torch.bfloat16, "highest"),
@@ -142,7 +142,7 @@ def measure_ceilings(device: torch.device, repeats: int = 20) -> dict[str, float
         torch.set_float32_matmul_precision(precision)
         left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(left)
-        found[name] = _best(partial(_product, left, right, out), device, repeats, 2e-9 * side**3)
+        found[name] = _median_rate(partial(_product, left, right, out), device, repeats, 2e-9 * side**3)
     torch.set_float32_matmul_precision(before)
     return found
 
@@ -151,7 +151,7 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, turn: i
     torch.mm(left, right, out=out)
 
 
-def _best(call: Callable[[int], object], device: torch.device, repeats: int, amount: float) -> float:
+def _median_rate(call: Callable[[int], object], device: torch.device, repeats: int, amount: float) -> float:
     """``amount`` for each millisecond of the median call."""
     timing = measure({"ceiling": call}, device, repeats)["ceiling"]
     if isinstance(timing, str):
@@ -259,7 +259,7 @@ def read_options(op: str, argv: Sequence[str] | None) -> Options:
         shapes=shapes,
         dtypes=tuple(DTYPES[name] for name in (given.dtypes or DEFAULT_DTYPES[shapes]).split(",")),
         repeats=given.repeats,
-        seconds=given.seconds or (45.0 if shapes == "gpu" else float("inf")),
+        seconds=(45.0 if shapes == "gpu" else float("inf")) if given.seconds is None else given.seconds,
         compile=given.compile or given.device == "cuda",
         out=given.out,
     )

@@ -17,6 +17,7 @@ import torch
 
 from perf.inputs import training_batch
 from perf.sides import build_baseline, build_model_on, build_ours
+from samdetr.engine.compile import choose_compute
 from samdetr.engine.profile import StepProfiler
 from samdetr.errors import SamdetrError
 from samdetr.recipe import load_recipe
@@ -45,15 +46,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         training_batch(options.batch, options.height, options.width, classes=recipe.model.num_classes, seed=seed)
         for seed in range(BATCHES)
     ]
-    build = build_ours if options.side == "ours" else build_baseline
-    side = build(recipe, build_model_on(recipe, device), batches, device)
+    model, way = build_model_on(recipe, device), "as published"
+    if options.side == "ours":
+        compute = choose_compute(recipe.compute, device, buckets=True)
+        side, way = build_ours(recipe, model, batches, device, compute=compute), str(compute)
+    else:
+        side = build_baseline(recipe, model, batches, device)
     with StepProfiler(options.out, print, first=WARM_UPS + 1, last=WARM_UPS + options.steps) as profiler:
         for turn in range(WARM_UPS + options.steps):
             side.step(turn)
             if device.type == "cuda":
                 torch.cuda.synchronize()  # a step's kernels belong to its range
             profiler.step()
-    print(f"{recipe.run.name}, {side.name}, {options.height}x{options.width} batch {options.batch} on {device}")
+    print(f"{recipe.run.name}, {side.name}, {options.height}x{options.width} batch {options.batch} on {device}; {way}")
     print(profiler.report, end="")
     return 0
 

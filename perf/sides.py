@@ -23,7 +23,7 @@ from perf.baseline import (
     published_batch,
 )
 from samdetr.data.prefetch import finish
-from samdetr.engine.compile import Compute, computing_in, prepare_step
+from samdetr.engine.compile import EXACT, Compute, computing_in, prepare_step
 from samdetr.engine.log import STEP_VALUES
 from samdetr.engine.optim import build_optimizer, set_learning_rate
 from samdetr.engine.train import forward_backward, train_step, update
@@ -33,7 +33,6 @@ from samdetr.recipe import Recipe
 from samdetr.structures import Batch, Targets
 
 Mark = Callable[[str], None]  # called at the end of every phase with its name
-EXACT = Compute(torch.float32, compile=False, cuda_graph=False)
 PHASES = ("data", "forward", "criterion", "backward", "update", "log")
 
 
@@ -46,6 +45,7 @@ class Side(NamedTuple):
     step: Callable[[int], object]
     values: Callable[[int], dict[str, float]]  # a step, and what `STEP_VALUES` names, read back
     phases: Callable[[int, Mark], None]  # a step in parts
+    recorded: bool = False  # whether CUDA graphs hold its gradients
 
     def state_bytes(self) -> int:
         """Parameters, buffers and the optimizer's state (after its first step); no gradients."""
@@ -111,7 +111,7 @@ def build_ours(
         update(optimizer, clip_norm, losses.total.detach())
         mark("update")
 
-    return Side("ours", model, optimizer, step, values, phases)
+    return Side("ours", model, optimizer, step, values, phases, recorded=graphs is not None)
 
 
 def build_baseline(recipe: Recipe, model: SAMDETR, batches: Sequence[Batch], device: torch.device) -> Side:

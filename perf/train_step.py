@@ -143,8 +143,9 @@ def describe(side: Side, row: StepRow, device: torch.device) -> None:
     found = count_compiled_kernels(step)
     row.launches = found.total()
     row.syncs = count_syncs(step) if device.type == "cuda" else found.reads.total()
-    side.optimizer.zero_grad(set_to_none=True)
-    row.state_mb, row.peak_mb = side.state_bytes() / 1e6, peak_bytes(step, device) / 1e6
+    side.optimizer.zero_grad(set_to_none=not side.recorded)
+    row.state_mb = side.state_bytes() / 1e6
+    row.peak_mb = peak_bytes(step, device, reserved=side.recorded) / 1e6
 
 
 def table(rows: Sequence[StepRow], useful: float) -> str:
@@ -183,7 +184,7 @@ def measure_step(
         StepRow(report.op, case, dtype, "step", side.name, problem="not timed yet")
         for side, dtype in zip(sides, dtypes, strict=True)
     ]
-    limit = H100_LIMITS.get((recipe.model.backbone.dilation, height, width))
+    limit = H100_LIMITS.get((recipe.model.backbone.dilation, height, width)) if batch == 16 else None
     limit = limit if "H100" in report.environment["name"] else None
     report.rows += rows
     for side, row in zip(sides, rows, strict=True):

@@ -36,6 +36,7 @@ ALLOWED = {
         "samdetr_kernels",  # for the recipe key that forces the references
     },
     "samdetr.cli": {"samdetr", "samdetr.recipe", "samdetr.engine", "samdetr.cli"},
+    "samdetr.__main__": {"samdetr.cli"},
 }
 BUILDERS = {
     "samdetr.models",

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from samdetr_kernels.launch import Launch, record_launches
+from samdetr_kernels.launch import OPTIONS, Launch, record_launches
 
 OPS = ("roi_align", "salient_points", "salient_cross_attention", "linear_assignment", "deformable_attention")
 TARGETS = (80, 90, 100)
@@ -86,7 +86,7 @@ def compile_launch(op: str, launch: Launch, target: int) -> Report:
 
     signature, constants, attributes = _specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
+    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, **OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     registers, spilled = _resources(compiled.asm["cubin"])
     shared = int(compiled.metadata.shared)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from samdetr_kernels.checks import DTYPES, check_devices, describe, is_integer
+
 # Samples of a bin are more than half a cell apart (or there is just one), so at most 4 of them fall within
 # the two cells that a bilinear weight spans; one more absorbs rounding of the first candidate.
 CANDIDATES = 5
@@ -175,22 +177,19 @@ def weighted_sum(weights, values, accumulator, PRECISION: tl.constexpr):  # type
 
 
 def check_inputs(op: str, features: Tensor, boxes: Tensor, valid_sizes: Tensor | None, output_size: int) -> None:
-    """Raise a readable ValueError when shapes or dtypes do not fit together."""
+    """Raise a readable ValueError when shapes, dtypes or devices do not fit together."""
     if not 1 <= output_size <= MAX_OUTPUT_SIZE:
         raise ValueError(f"{op}: output_size must be between 1 and {MAX_OUTPUT_SIZE}, got {output_size}")
-    if features.dim() != 4 or not features.is_floating_point():
-        raise ValueError(f"{op}: features must be a floating [B, H, W, C] tensor, got {_describe(features)}")
+    if features.dim() != 4 or features.dtype not in DTYPES:
+        raise ValueError(f"{op}: features must be a floating [B, H, W, C] tensor, got {describe(features)}")
     batch = features.shape[0]
-    if boxes.dim() != 3 or boxes.shape[0] != batch or boxes.shape[2] != 4 or not boxes.is_floating_point():
-        raise ValueError(f"{op}: boxes must be a floating [{batch}, N, 4] tensor, got {_describe(boxes)}")
-    if valid_sizes is not None and (valid_sizes.shape != (batch, 2) or valid_sizes.is_floating_point()):
-        raise ValueError(f"{op}: valid_sizes must be an integer [{batch}, 2] tensor, got {_describe(valid_sizes)}")
+    if boxes.dim() != 3 or boxes.shape[0] != batch or boxes.shape[2] != 4 or boxes.dtype not in DTYPES:
+        raise ValueError(f"{op}: boxes must be a floating [{batch}, N, 4] tensor, got {describe(boxes)}")
+    if valid_sizes is not None and (valid_sizes.shape != (batch, 2) or not is_integer(valid_sizes)):
+        raise ValueError(f"{op}: valid_sizes must be an integer [{batch}, 2] tensor, got {describe(valid_sizes)}")
+    check_devices(op, features, {"boxes": boxes, "valid_sizes": valid_sizes})
 
 
 def compute_dtype(features: Tensor) -> torch.dtype:
     """fp32 accumulation for half precision; float64 stays float64."""
     return torch.promote_types(features.dtype, torch.float32)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"

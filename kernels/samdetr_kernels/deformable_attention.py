@@ -31,11 +31,11 @@ import triton.language as tl
 from torch import Tensor
 
 from samdetr_kernels.axis_weights import compute_dtype
+from samdetr_kernels.checks import DTYPES, check_devices
 from samdetr_kernels.launch import Tile, launch, next_power_of_2, reference_forced
 
 SpatialShapes = Sequence[tuple[int, int]]
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_LEVELS = 8
 MAX_CHANNELS = 128
 MAX_SIZE = (1 << 15) - 1  # of a map: both sizes fit one int32
@@ -194,7 +194,7 @@ def _deformable_attention_backward_kernel(  # type: ignore[no-untyped-def]
     locations,  # [B, Q, M, LEVELS, P, 2]
     weights,  # [B, Q, M, LEVELS, P]
     scale,  # [B, M] fp32: fixed-point units in 1, or None
-    grad_value,  # [B, S, M, D] zeros: int64 beside a scale, else fp32
+    grad_value,  # [B, S, M, D] zeros: int64 beside a scale, else fp32; or None: not wanted
     grad_locations,  # [B, Q, M, LEVELS, P, 2]
     grad_weights,  # [B, Q, M, LEVELS, P]
     S,
@@ -246,10 +246,11 @@ def _deformable_attention_backward_kernel(  # type: ignore[no-untyped-def]
                 b_dweight += b_x * b_y * b_along
                 b_dx += (i_corner % 2 * 2 - 1) * b_y * b_along
                 b_dy += (i_corner // 2 * 2 - 1) * b_x * b_along
-                b_added = (b_weight * b_x * b_y)[:, None] * b_grad
-                if scale is not None:
-                    b_added = (b_added * b_scale).to(tl.int64)
-                tl.atomic_add(grad_value + o_cell, b_added, mask=m_tile, sem="relaxed")
+                if grad_value is not None:
+                    b_added = (b_weight * b_x * b_y)[:, None] * b_grad
+                    if scale is not None:
+                        b_added = (b_added * b_scale).to(tl.int64)  # toward zero: off by less than one unit
+                    tl.atomic_add(grad_value + o_cell, b_added, mask=m_tile, sem="relaxed")
             p_location = grad_locations + i_sample * 2
             tl.store(p_location, (b_dx * b_weight * width).to(grad_locations.dtype.element_ty), mask=m_q)
             tl.store(p_location + 1, (b_dy * b_weight * height).to(grad_locations.dtype.element_ty), mask=m_q)
@@ -302,18 +303,25 @@ def deformable_attention_backward_triton(
     locations: Tensor,
     weights: Tensor,
     deterministic: bool = False,
+    of_value: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d value, d locations and d weights from ``grad`` [B, Q, M * D], each shaped and typed as its argument."""
+    """d value, d locations and d weights from ``grad`` [B, Q, M * D], each shaped and typed as its argument.
+
+    Not ``of_value``, that of value is empty and nothing is scattered.
+    """
     inputs = [part.contiguous() for part in (grad, value, locations, weights)]
     grad_locations, grad_weights = locations.new_empty(locations.shape), weights.new_empty(weights.shape)
 
-    def run(images: slice, scale: Tensor | None, total: Tensor) -> None:
+    def run(images: slice, scale: Tensor | None, total: Tensor | None) -> None:
         parts = [part[images] for part in inputs]
         tensors = *parts, scale, total, grad_locations[images], grad_weights[images]
         channels_of_thread = FAST_CHANNELS if scale is None else DETERMINISTIC_CHANNELS
         kernel = _deformable_attention_backward_kernel
         _launch(kernel, channels_of_thread, tensors, parts[1], parts[3], spatial_shapes)
 
+    if not of_value:
+        run(slice(None), None, None)
+        return value.new_empty(0), grad_locations, grad_weights
     if not deterministic:
         total = value.new_zeros(value.shape, dtype=torch.float32)
         run(slice(None), None, total)
@@ -322,7 +330,7 @@ def deformable_attention_backward_triton(
     batch, cells, heads, channels = value.shape
     grad_value = value.new_empty(value.shape)
     scale, unit = _fixed_point(inputs[0].view(*weights.shape[:3], channels), weights)
-    at_once = max(FIXED_POINT_BYTES // (8 * cells * heads * channels), 1)
+    at_once = max(FIXED_POINT_BYTES // max(8 * cells * heads * channels, 1), 1)
     total = value.new_empty(min(at_once, batch), cells, heads, channels, dtype=torch.int64)
     for first in range(0, batch, at_once):
         images = slice(first, min(first + at_once, batch))
@@ -353,6 +361,7 @@ def example_launches() -> None:
             out = deformable_attention_forward_triton(value, shapes, locations, weights)
             for deterministic in (False, True):
                 deformable_attention_backward_triton(out, value, shapes, locations, weights, deterministic)
+            deformable_attention_backward_triton(out, value, shapes, locations, weights, of_value=False)
 
 
 def _pairs(sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -382,27 +391,49 @@ def _(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor, d
     return value.new_empty(value.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
 
 
+def _backward_reference(
+    grad: Tensor,
+    value: Tensor,
+    sizes: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    deterministic: bool,
+    of_value: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = deformable_attention_backward_reference(grad, value, _pairs(sizes), locations, weights)
+    return found if of_value else (value.new_empty(0), *found[1:])
+
+
 @torch.library.custom_op("samdetr::deformable_attention_backward", mutates_args=(), device_types="cuda")
 def _deformable_attention_backward(
-    grad: Tensor, value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor, deterministic: bool
+    grad: Tensor,
+    value: Tensor,
+    sizes: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    deterministic: bool,
+    of_value: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _runs_reference(value):
-        return deformable_attention_backward_reference(grad, value, _pairs(sizes), locations, weights)
-    return deformable_attention_backward_triton(grad, value, _pairs(sizes), locations, weights, deterministic)
+        return _backward_reference(grad, value, sizes, locations, weights, deterministic, of_value)
+    return deformable_attention_backward_triton(grad, value, _pairs(sizes), locations, weights, deterministic, of_value)
 
 
-@_deformable_attention_backward.register_kernel("cpu")
-def _(
-    grad: Tensor, value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor, deterministic: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return deformable_attention_backward_reference(grad, value, _pairs(sizes), locations, weights)
+_deformable_attention_backward.register_kernel("cpu")(_backward_reference)
 
 
 @_deformable_attention_backward.register_fake
 def _(
-    grad: Tensor, value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor, deterministic: bool
+    grad: Tensor,
+    value: Tensor,
+    sizes: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    deterministic: bool,
+    of_value: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return value.new_empty(value.shape), locations.new_empty(locations.shape), weights.new_empty(weights.shape)
+    of_value_shape = value.shape if of_value else 0
+    return value.new_empty(of_value_shape), locations.new_empty(locations.shape), weights.new_empty(weights.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -412,8 +443,9 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     value, locations, weights = ctx.saved_tensors
-    grads = _deformable_attention_backward(grad, value, ctx.sizes, locations, weights, ctx.deterministic)
-    return grads[0], None, grads[1], grads[2], None
+    of_value = ctx.needs_input_grad[0]
+    grads = _deformable_attention_backward(grad, value, ctx.sizes, locations, weights, ctx.deterministic, of_value)
+    return grads[0] if of_value else None, None, grads[1], grads[2], None
 
 
 _deformable_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -433,7 +465,7 @@ def deformable_attention(
     spatial_shapes: (H, W) of every level, at most 8; S is the sum of H * W. locations: [B, Q, M, L, P, 2] floating
     (x, y), 0 and 1 are the map's edges. weights: [B, Q, M, L, P] floating. deterministic: whether the gradient of
     value has the same bits in every run; None follows ``torch.are_deterministic_algorithms_enabled()``.
-    Returns [B, Q, M * D] in the dtype of ``value``. Raises ValueError when shapes or dtypes do not fit.
+    Returns [B, Q, M * D] in the dtype of ``value``. Raises ValueError when shapes, dtypes or devices do not fit.
     """
     _check_inputs(value, spatial_shapes, locations, weights)
     if deterministic is None:
@@ -464,3 +496,4 @@ def _check_inputs(value: Tensor, spatial_shapes: SpatialShapes, locations: Tenso
         raise ValueError(
             f"{op}: value, locations and weights must be fp16, bf16 or fp32 each, or all fp64, got {dtypes}"
         )
+    check_devices(op, value, {"locations": locations, "weights": weights})

@@ -18,6 +18,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+OPTIONS = {"enable_fp_fusion": True}  # of Triton, beside warps and stages; from 3.10 on it is off unless asked for
+
+
 class Tile(NamedTuple):
     """Compile-time sizes of one kernel: block sizes by name, warps per program, software-pipelining stages."""
 
@@ -49,7 +52,7 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: Sequence[A
         return
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **constants, **tile.blocks, num_warps=tile.warps, num_stages=tile.stages)
+        kernel[grid](*arguments, **constants, **tile.blocks, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS)
 
 
 @contextmanager
@@ -98,7 +101,8 @@ def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def float32_precision(dtype: torch.dtype = torch.float32) -> str:
+def float32_precision(dtype: torch.dtype) -> str:
     """Triton's ``input_precision`` of products: exact, unless the user allowed TF32 in torch for fp32 tensors."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    # torch's older settings set this too, but reading them raises once this was set
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and dtype == torch.float32 else "ieee"

@@ -28,6 +28,7 @@ import triton.language as tl
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from samdetr_kernels.checks import DTYPES, check_devices, describe, is_integer
 from samdetr_kernels.launch import Tile, launch, next_power_of_2, reference_forced
 
 UNMATCHED = -1
@@ -200,18 +201,12 @@ def linear_assignment(cost: Tensor, n_targets: Tensor) -> tuple[Tensor, Tensor]:
     a gradient; on a GPU nothing waits for it.
     Raises ValueError when shapes, dtypes or devices do not fit, and on a GPU when Q or T exceeds MAX_COLUMNS.
     """
-    if cost.dim() != 3 or not cost.is_floating_point():
-        raise ValueError(f"linear_assignment: cost must be a floating [P, Q, T] tensor, got {_describe(cost)}")
-    whole = not (n_targets.is_floating_point() or n_targets.is_complex() or n_targets.dtype == torch.bool)
-    if n_targets.shape != cost.shape[:1] or not whole:
+    if cost.dim() != 3 or cost.dtype not in DTYPES:
+        raise ValueError(f"linear_assignment: cost must be a floating [P, Q, T] tensor, got {describe(cost)}")
+    if n_targets.shape != cost.shape[:1] or not is_integer(n_targets):
         raise ValueError(
-            f"linear_assignment: n_targets must be an integer [{cost.shape[0]}] tensor, got {_describe(n_targets)}"
+            f"linear_assignment: n_targets must be an integer [{cost.shape[0]}] tensor, got {describe(n_targets)}"
         )
-    if n_targets.device != cost.device:
-        raise ValueError(f"linear_assignment: cost is on {cost.device}, but n_targets on {n_targets.device}")
+    check_devices("linear_assignment", cost, {"n_targets": n_targets})
     indices, bad = _linear_assignment(cost, n_targets)
     return indices, bad
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"

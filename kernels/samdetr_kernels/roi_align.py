@@ -39,8 +39,8 @@ _MEAN, _MAX = tl.constexpr(MEAN), tl.constexpr(MAX)
 
 # Chosen by registers and shared memory of the ahead-of-time report; not yet timed on a GPU.
 FORWARD_TILES = {  # by bytes of an element
-    2: Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=8, stages=2),
-    4: Tile({"BLOCK_H": 4, "BLOCK_W": 8}, warps=8, stages=2),
+    2: Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=4, stages=2),
+    4: Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=8, stages=1),
 }
 BACKWARD_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=8, stages=2)
 BLOCK_ROWS = 64  # bins of a program's matrix product
@@ -75,7 +75,11 @@ def roi_align_backward_reference(
     return out.view(batch, height, width, channels).to(grad.dtype)
 
 
-@triton.jit
+# these change with every batch of multi-scale training: one compilation serves all
+_UNSPECIALIZED = ["N", "H", "W"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _roi_align_forward_kernel(  # type: ignore[no-untyped-def]
     features,  # [B, H, W, C]
     boxes,  # [B, N, 4]
@@ -154,7 +158,7 @@ def _roi_align_forward_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + i_box * C + o_c, (b_total / (BINS * BINS)).to(out.dtype.element_ty), mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _roi_align_backward_kernel(  # type: ignore[no-untyped-def]
     grad,  # [B, N, BINS, BINS, C], or [B, N, C] of a pooling mode
     boxes,  # [B, N, 4]
@@ -369,7 +373,7 @@ def roi_align(features: Tensor, boxes: Tensor, output_size: int = 7, valid_sizes
     features: [B, H, W, C] floating. boxes: [B, N, 4] floating (x0, y0, x1, y1) in map cells, constant for
     autograd. valid_sizes: [B, 2] integer (h, w); cells at or beyond it count as absent, so that the result
     does not depend on padding. Returns [B, N, output_size, output_size, C] in the dtype of ``features``.
-    Raises ValueError when shapes or dtypes do not fit.
+    Raises ValueError when shapes, dtypes or devices do not fit.
     """
     check_inputs("roi_align", features, boxes, valid_sizes, output_size)
     out: Tensor = _roi_align(features, boxes, output_size, valid_sizes)

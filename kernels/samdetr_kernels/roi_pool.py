@@ -172,7 +172,7 @@ def roi_pool(
 
     features: [B, H, W, C] floating. boxes: [B, N, 4] floating (x0, y0, x1, y1) in map cells, constant for
     autograd. valid_sizes: [B, 2] integer (h, w); cells at or beyond it count as absent. mode: "mean" or "max".
-    Returns [B, N, C] in the dtype of ``features``. Raises ValueError when shapes, dtypes or mode do not fit.
+    Returns [B, N, C] in the dtype of ``features``. Raises ValueError when shapes, dtypes, devices or mode do not fit.
     """
     check_inputs("roi_pool", features, boxes, valid_sizes, output_size)
     if mode not in (MEAN, MAX):

@@ -9,8 +9,8 @@ one salient point's feature, as wide as the key) with the prior of SMCA-DETR (IC
 over the cells s = (gy, gx) with gy < h and gx < w of the image's valid size: padded cells are never read. The prior and
 the dropout mask are made in registers; nothing of size N x S is written. Dropout is counter-based: a 32-bit hash
 (lowbias32, chained over seed, image, head and query, once more for the cell) is compared with p, so that forward,
-backward and reference agree whatever the tiles are. In fp16 and bf16 the forward also keeps what rounding took from its
-output: gradients of points and scales are sums of ``softmax * (d - sum(grad * out))``, small differences.
+backward and reference agree whatever the tiles are. In fp16 and bf16 the forward with a prior also keeps what rounding
+took from its output: gradients of points and scales are sums of ``softmax * (d - sum(grad * out))``, small differences.
 
 Gradients: query, key, value, points, scales. Determinism: no atomics, the same bits in every run.
 Dtypes: fp16, bf16, fp32 for query, key, value (one of them for all); any floating dtype for points and scales; scores,
@@ -24,6 +24,7 @@ Operations: forward 2 B M N S (D + E), backward 2 B M N S (4 D + 3 E), with S th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from samdetr_kernels.attention_dropout import dropout_mask
 from samdetr_kernels.axis_weights import compute_dtype
+from samdetr_kernels.checks import DTYPES, check_devices, describe, is_integer
 from samdetr_kernels.launch import outside_autocast, reference_forced
 from samdetr_kernels.salient_cross_attention_kernels import (
     MAX_CELLS,
@@ -41,7 +43,7 @@ from samdetr_kernels.salient_cross_attention_kernels import (
     salient_cross_attention_forward_triton,
 )
 
-MAX_WIDTH, MAX_HEAD_WIDTH = 512, 128
+MAX_WIDTH, MAX_HEAD_WIDTH = 512, 64
 
 
 def _offsets(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -126,6 +128,8 @@ def _forward_reference(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the op returns, image by image: N x S numbers fit the cache."""
+    if len(query) == 0:
+        return empty_results(query, value, points)
     outs, logsumexps = [], []
     for index in range(len(query)):
         image = _image(index, query, key, value, valid_sizes, map_width, points, scales, softmax_scale, dropout, seed)
@@ -139,7 +143,7 @@ def _forward_reference(
         logsumexps.append(logsumexp.masked_fill(image.empty, -math.inf))
     wide = torch.stack(outs)
     out = wide.to(query.dtype)
-    rest = wide.new_empty(0) if out is wide else (wide - out).detach().to(query.dtype)
+    rest = out.new_empty(0) if out is wide or points is None else (wide - out).detach().to(query.dtype)
     return out, torch.stack(logsumexps), rest
 
 
@@ -250,7 +254,7 @@ def _(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_results(query, value)
+    return empty_results(query, value, points)
 
 
 @torch.library.custom_op("samdetr::salient_cross_attention_backward", mutates_args=(), device_types="cuda")
@@ -328,18 +332,17 @@ def _check(
     map_width: int,
     points: Tensor | None,
     scales: Tensor | None,
+    softmax_scale: float,
     dropout: float,
     seed: Tensor | None,
 ) -> None:
     def refuse(expectation: str, got: object) -> NoReturn:
-        if isinstance(got, Tensor):
-            got = f"{got.dtype} {list(got.shape)} on {got.device}"
+        got = describe(got) if isinstance(got, Tensor) else got
         raise ValueError(f"salient_cross_attention: {expectation}, got {got}")
 
     # messages are made only when needed: torch.compile cannot format a dynamic size
-    whole = query.dim() == 4 and query.is_floating_point() and query.shape[0] > 0
-    if not whole or not 0 < query.shape[3] <= MAX_WIDTH:
-        refuse(f"query must be a floating [B, N, M, D] with B > 0 and 0 < D <= {MAX_WIDTH}", query)
+    if query.dim() != 4 or query.dtype not in DTYPES or not 0 < query.shape[3] <= MAX_WIDTH:
+        refuse(f"query must be a floating [B, N, M, D] with 0 < D <= {MAX_WIDTH}", query)
     batch, queries, heads, width = query.shape
     if key.dim() != 3 or key.shape[0] != batch or key.shape[2] != width or key.dtype != query.dtype:
         refuse(f"key must be a {query.dtype} [{batch}, S, {width}]", key)
@@ -350,22 +353,31 @@ def _check(
         refuse(f"value's width must be 1 to {MAX_HEAD_WIDTH}", value.shape[3])
     if map_width < 1 or not 0 < cells <= MAX_CELLS or cells % map_width:
         refuse(f"S must be a multiple of map_width from 1 to {MAX_CELLS}", f"S = {cells}, map_width = {map_width}")
-    if valid_sizes.shape != (batch, 2) or valid_sizes.is_floating_point():
+    if valid_sizes.shape != (batch, 2) or not is_integer(valid_sizes):
         refuse(f"valid_sizes must be an integer [{batch}, 2]", valid_sizes)
     if (points is None) != (scales is None):
         refuse("points and scales must be given together", "one of them")
     for name, tensor in (("points", points), ("scales", scales)):
-        if tensor is None:
-            continue
-        if tensor.shape != (batch, queries, heads, 2) or not tensor.is_floating_point():
+        if tensor is not None and (tensor.shape != (batch, queries, heads, 2) or tensor.dtype not in DTYPES):
             refuse(f"{name} must be a floating [{batch}, {queries}, {heads}, 2]", tensor)
+    if not abs(softmax_scale) < math.inf:
+        refuse("softmax_scale must be finite", softmax_scale)
     if not 0 <= dropout < 1:
         refuse("dropout must be at least 0 and less than 1", dropout)
     if dropout > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
         refuse("dropout needs a seed, an int64 tensor of one element", seed)
-    for name, tensor in (("key", key), ("value", value), ("valid_sizes", valid_sizes), ("points", points)):
-        if tensor is not None and tensor.device != query.device:
-            refuse(f"{name} must be on {query.device}", tensor)
+    others = {"key": key, "value": value, "valid_sizes": valid_sizes, "points": points, "scales": scales}
+    check_devices("salient_cross_attention", query, others | ({"seed": seed} if dropout > 0 else {}))
+
+
+def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
+    """The tensors in autocast's dtype where it is on; float64 stays, as everywhere under autocast."""
+    device = tensors[0].device.type
+    # the meta device has no autocast; torch.compile of torch 2.11 cannot ask whether a device has
+    if tensors[0].is_meta or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
 
 
 def salient_cross_attention(
@@ -383,16 +395,18 @@ def salient_cross_attention(
 ) -> Tensor:
     """Attention of every query and head to the valid cells of its image's map.
 
-    query: [B, N, M, D] floating. key: [B, S, D], shared by the heads. value: [B, S, M, E]. S = H * map_width cells,
-    row by row. valid_sizes: [B, 2] integer (h, w); cells at or beyond it do not exist (whatever they hold, NaN
-    included), and an image without any gives zeros. points, scales: [B, N, M, 2] floating (x, y), both or none: centre
-    in cells and raw inverse width of the Gaussian prior. softmax_scale: D ** -0.5 by default. dropout: share of weights
-    dropped after the softmax, by the generator of `dropout_mask`. seed: int64 tensor of one element, on the same
-    device, needed with dropout and new for every call. Returns [B, N, M * E] in the dtype of ``query``.
+    query: [B, N, M, D] floating, D at most 512. key: [B, S, D], shared by the heads. value: [B, S, M, E], E at most 64.
+    S = H * map_width cells, row by row. valid_sizes: [B, 2] integer (h, w); cells at or beyond it do not exist
+    (whatever they hold, NaN included), and an image without any gives zeros. points, scales: [B, N, M, 2] floating
+    (x, y), both or none: centre in cells and raw inverse width of the Gaussian prior. softmax_scale: D ** -0.5 by
+    default. dropout: share of weights dropped after the softmax, by the generator of `dropout_mask`. seed: int64 tensor
+    of one element, on the same device, needed with dropout and new for every call. Under autocast query, key and value
+    are cast to its dtype, as for torch's own attention. Returns [B, N, M * E] in the dtype of ``query``.
     Raises ValueError when shapes, dtypes or devices do not fit.
     """
-    _check(query, key, value, valid_sizes, map_width, points, scales, dropout, seed)
+    query, key, value = _autocast(query, key, value)
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    _check(query, key, value, valid_sizes, map_width, points, scales, scale, dropout, seed)
     inputs = (query, key, value, valid_sizes, map_width, points, scales, scale, dropout, seed if dropout > 0 else None)
     out: Tensor = _salient_cross_attention(*inputs)[0]
     return out
@@ -404,7 +418,8 @@ def example_launches() -> None:
     cases = [(16, 25, 38, 256, 32, half, smca, dropout) for smca in (True, False) for dropout in (0.0, 0.1)]
     cases += [(batch, 50, 76, 256, 32, torch.float16, True, 0.1) for batch in (16, 4)]
     cases += [(4, 25, 38, 256, 32, dtype, True, 0.1) for dtype in (half, full)]
-    cases += [(16, 50, 76, width, width // 8, dtype, True, 0.1) for width in (96, 256, 512) for dtype in (half, full)]
+    widths = ((96, 12), (256, 32), (512, 64), (128, 32), (64, 64))
+    cases += [(16, 50, 76, *pair, dtype, True, 0.1) for pair in widths for dtype in (half, full)]
     for batch, height, width, channels, head_width, dtype, smca, dropout in cases:
         query = torch.empty(batch, 300, 8, channels, dtype=dtype, device="meta")
         key = torch.empty(batch, height * width, channels, dtype=dtype, device="meta")

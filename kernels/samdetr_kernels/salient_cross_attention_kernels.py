@@ -19,11 +19,11 @@ _ROOT = tl.constexpr(SMCA_WIDTH**-0.5)
 _GRADIENT = tl.constexpr(-2 / SMCA_WIDTH)
 
 
-def empty_results(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def empty_results(query: Tensor, value: Tensor, points: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     batch, queries, heads, _ = query.shape
     out = query.new_empty(batch, queries, heads * value.shape[3])
     wide = compute_dtype(query)
-    rest = query.new_empty(0 if query.dtype == wide else out.shape)
+    rest = query.new_empty(0 if query.dtype == wide or points is None else out.shape)
     return out, query.new_empty(batch, heads, queries, dtype=wide), rest
 
 
@@ -76,7 +76,11 @@ def _load_pairs(pointer, o_rows, m_rows, stride):  # type: ignore[no-untyped-def
     return x, tl.load(pointers + 1, mask=m_rows, other=0.0).to(tl.float32)
 
 
-@triton.jit
+# these change with every batch of multi-scale training, or with the recipe: one compilation serves all
+_UNSPECIALIZED = ["queries", "cells", "map_width", "threshold"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _salient_cross_attention_forward_kernel(  # type: ignore[no-untyped-def]
     p_query,
     p_key,
@@ -148,12 +152,12 @@ def _salient_cross_attention_forward_kernel(  # type: ignore[no-untyped-def]
     o_out, m_out = _places(o_n, m_n, HEADS * E, E, BLOCK_E)
     b_narrow = b_out.to(p_out.dtype.element_ty)
     tl.store(p_out + i_row * E + o_out, b_narrow, mask=m_out)
-    if p_out.dtype.element_ty != tl.float32:
+    if HAS_SMCA and p_out.dtype.element_ty != tl.float32:
         tl.store(p_rest + i_row * E + o_out, b_out - b_narrow.to(tl.float32), mask=m_out)
     tl.store(p_logsumexp + i_head * queries + o_n, b_max + tl.log(b_sum), mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _salient_cross_attention_query_kernel(  # type: ignore[no-untyped-def]
     p_query,
     p_key,
@@ -201,7 +205,7 @@ def _salient_cross_attention_query_kernel(  # type: ignore[no-untyped-def]
     b_query = _load_rows(p_query + i_row * D, o_n, m_n, HEADS * D, D, BLOCK_D)
     b_grad = _load_rows(p_grad + i_row * E, o_n, m_n, HEADS * E, E, BLOCK_E)
     b_out = _load_rows(p_out + i_row * E, o_n, m_n, HEADS * E, E, BLOCK_E).to(tl.float32)
-    if p_out.dtype.element_ty != tl.float32:
+    if HAS_SMCA and p_out.dtype.element_ty != tl.float32:
         b_out += _load_rows(p_rest + i_row * E, o_n, m_n, HEADS * E, E, BLOCK_E).to(tl.float32)
     b_delta = tl.sum(b_grad.to(tl.float32) * b_out, 1)
     tl.store(p_delta + o_head, b_delta, mask=m_n)
@@ -256,7 +260,7 @@ def _salient_cross_attention_query_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_d_scales + o_pair + 1, b_sy * b_y2 * _GRADIENT, mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_UNSPECIALIZED, "heads"])
 def _salient_cross_attention_key_value_kernel(  # type: ignore[no-untyped-def]
     p_query,
     p_key,
@@ -276,8 +280,8 @@ def _salient_cross_attention_key_value_kernel(  # type: ignore[no-untyped-def]
     softmax_scale,
     keep_scale,
     threshold,
+    heads,
     HEADS: tl.constexpr,
-    SPLIT: tl.constexpr,
     D: tl.constexpr,
     E: tl.constexpr,
     HAS_SMCA: tl.constexpr,
@@ -288,10 +292,10 @@ def _salient_cross_attention_key_value_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One program: gradients of BLOCK_S valid cells from HEADS / SPLIT heads, and zeros in padded cells."""
+    """One program: gradients of BLOCK_S valid cells from ``heads`` of the HEADS, and zeros in padded cells."""
     i_s, i_split, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     valid_cells, width = _valid_size(p_valid, i_b, cells, map_width)
-    first_head = i_split * (HEADS // SPLIT)
+    first_head = i_split * heads
     p_d_key += (i_split * tl.num_programs(2) + i_b) * cells * D
     p_d_value += i_b * cells * HEADS * E
     o_j = i_s * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -300,7 +304,7 @@ def _salient_cross_attention_key_value_kernel(  # type: ignore[no-untyped-def]
     o_pad, m_pad_row = _places(o_j, m_pad, D, D, BLOCK_D)
     tl.store(p_d_key + o_pad, tl.zeros((BLOCK_S, BLOCK_D), tl.float32), mask=m_pad_row)
     o_pad, m_pad_row = _places(o_j, m_pad, HEADS * E, E, BLOCK_E)
-    for i_m in range(first_head, first_head + HEADS // SPLIT):
+    for i_m in range(first_head, first_head + heads):
         tl.store(p_d_value + i_m * E + o_pad, tl.zeros((BLOCK_S, BLOCK_E), tl.float32), mask=m_pad_row)
 
     m_s = o_j < valid_cells
@@ -311,7 +315,7 @@ def _salient_cross_attention_key_value_kernel(  # type: ignore[no-untyped-def]
     p_value += i_b * cells * HEADS * E
     blocks = tl.cdiv(queries, BLOCK_N)
     # heads and queries in one loop: with two, ptxas spills and the pipeline drains after every head
-    for step in range(0, tl.where(i_s * BLOCK_S < valid_cells, HEADS // SPLIT * blocks, 0)):
+    for step in range(0, tl.where(i_s * BLOCK_S < valid_cells, heads * blocks, 0)):
         i_m, i_n = first_head + step // blocks, step % blocks
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < queries
@@ -359,8 +363,10 @@ def _tile(queries: int, cells: int, warps: int) -> Tile:
     return Tile({"BLOCK_N": queries, "BLOCK_S": cells}, warps)
 
 
-# Keyed by (bytes of an element, largest D = 8 E). Timed on no GPU yet: chosen by the compiler's report for sm_80, sm_90
-# and sm_100 (`example_launches`): no spills, at most 110 KB of shared memory and then as many queries and cells as fit.
+# Keyed by (bytes of an element, largest D and 8 E). Timed on no GPU yet: chosen by the compiler's report for sm_80,
+# sm_90 and sm_100 (`example_launches`): no spills, at most 110 KB of shared memory and then as many queries and cells
+# as fit. Other widths take these tiles too: of D from 16 to 512 with E from 12 to 64, (64, 32), (256, 64) and (512, 16)
+# spill 8 or 16 bytes.
 _TILES = {
     (2, 128): _Tiles(_tile(64, 64, 4), _tile(64, 32, 8), _tile(32, 64, 8)),  # reported at D = 96, E = 12
     (2, 256): _Tiles(_tile(64, 64, 4), _tile(32, 64, 8), _tile(64, 32, 8)),  # D = 256, E = 32
@@ -372,9 +378,13 @@ _TILES = {
 _PROGRAMS = 128  # fewer programs of the key-value kernel than this: split the heads
 
 
+def _largest(query: Tensor, value: Tensor) -> int:
+    """The width of the table's row whose tiles were reported at widths no less than these."""
+    return next(width for width in (128, 256, 512) if query.shape[3] <= width and 8 * value.shape[3] <= width)
+
+
 def _tiles(query: Tensor, value: Tensor) -> _Tiles:
-    width = max(query.shape[3], 4 * value.shape[3])
-    return _TILES[query.element_size(), next(largest for largest in (128, 256, 512) if width <= largest)]
+    return _TILES[query.element_size(), _largest(query, value)]
 
 
 def _constants(query: Tensor, value: Tensor, points: Tensor | None, dropout: float) -> dict[str, int | bool | str]:
@@ -385,7 +395,7 @@ def _constants(query: Tensor, value: Tensor, points: Tensor | None, dropout: flo
         "E": head_width,
         "HAS_SMCA": points is not None,
         "HAS_DROPOUT": dropout > 0,
-        "PRECISION": float32_precision() if width <= 256 else "ieee",
+        "PRECISION": float32_precision(query.dtype) if _largest(query, value) < 512 else "ieee",
         "BLOCK_D": max(16, next_power_of_2(width)),
         "BLOCK_E": max(16, next_power_of_2(head_width)),
     }
@@ -404,11 +414,11 @@ def salient_cross_attention_forward_triton(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launcher: the output [B, N, M * E], the logsumexp [B, M, N] fp32 of the scores, and what rounding took from the
-    output (its shape and dtype; empty in fp32), which the gradient of the points needs."""
+    output (its shape and dtype; empty in fp32 and without points), which the gradient of the points needs."""
     tensors = [query, key, value, valid_sizes, points, scales, seed]
     tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     batch, queries, heads, _ = query.shape
-    out, logsumexp, rest = empty_results(query, value)
+    out, logsumexp, rest = empty_results(query, value, points)
     sizes = (queries, key.shape[1], map_width, softmax_scale, 1 / (1 - dropout), threshold_of(dropout))
     tile = _tiles(query, value).forward
     launch(
@@ -472,8 +482,7 @@ def salient_cross_attention_backward_triton(
         _salient_cross_attention_key_value_kernel,
         (blocks, split, batch),
         tile,
-        (*inputs, keys, logsumexp, grad, delta, partial, d_value, *sizes),
-        SPLIT=split,
+        (*inputs, keys, logsumexp, grad, delta, partial, d_value, *sizes, heads // split),
         **constants,
     )
     if split > 1:

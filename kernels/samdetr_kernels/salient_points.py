@@ -36,12 +36,13 @@ from samdetr_kernels.axis_weights import (
     point_weight_and_slope,
     weighted_sum,
 )
+from samdetr_kernels.checks import DTYPES, check_devices, describe
 from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_of_2, outside_autocast, reference_forced
 
 # Chosen by registers and shared memory of the ahead-of-time report; not yet timed on a GPU.
 FORWARD_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=4, stages=2)
 FEATURES_TILE = Tile({"BLOCK_H": 4, "BLOCK_W": 8, "BLOCK_R": 32}, warps=8, stages=2)
-POINTS_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=8, stages=2)
+POINTS_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=4, stages=2)
 MAX_BLOCK_P = 32
 MAX_BLOCK_C = 64
 
@@ -109,7 +110,11 @@ def salient_points_backward_reference(
     return grad_features.to(features.dtype), grad_points.to(points.dtype)
 
 
-@triton.jit
+# these change with every batch of multi-scale training: one compilation serves all
+_UNSPECIALIZED = ["N", "P", "H", "W"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _salient_points_forward_kernel(  # type: ignore[no-untyped-def]
     features,  # [B, H, W, C]
     boxes,  # [B, N, 4]
@@ -161,7 +166,7 @@ def _salient_points_forward_kernel(  # type: ignore[no-untyped-def]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_p[:, None] & m_c[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _salient_points_features_kernel(  # type: ignore[no-untyped-def]
     grad,  # [B, N, P, C]
     boxes,  # [B, N, 4]
@@ -225,7 +230,7 @@ def _salient_points_features_kernel(  # type: ignore[no-untyped-def]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=((y < H) & (x < W))[:, None] & m_c[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _salient_points_points_kernel(  # type: ignore[no-untyped-def]
     grad,  # [B, N, P, C]
     features,  # [B, H, W, C]
@@ -336,22 +341,26 @@ def salient_points_backward_triton(
     points: Tensor,
     output_size: int = 7,
     valid_sizes: Tensor | None = None,
+    wanted: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor, Tensor]:
-    """d features [B, H, W, C] and d points [B, N, P, 2] from ``grad`` [B, N, P, C], by the Triton kernels."""
+    """d features [B, H, W, C] and d points [B, N, P, 2] from ``grad`` [B, N, P, C], by the Triton kernels.
+
+    One that is not ``wanted`` is empty.
+    """
     batch, height, width, channels = features.shape
     number, count = points.shape[1:3]
-    grad_features, grad_points = features.new_empty(features.shape), points.new_empty(points.shape)
+    grad_features, grad_points = _empty_gradients(features, points, *wanted)
     grad, features, boxes, points = grad.contiguous(), features.contiguous(), boxes.contiguous(), points.contiguous()
     valid_sizes = None if valid_sizes is None else valid_sizes.contiguous()
     sizes = (number, count, height, width, channels)
     constants = {"BINS": output_size, "PRECISION": float32_precision(features.dtype)}
 
-    tile = _blocks(FEATURES_TILE, channels)
-    windows = triton.cdiv(height, tile.blocks["BLOCK_H"]) * triton.cdiv(width, tile.blocks["BLOCK_W"])
-    grid: tuple[int, ...] = (batch * windows, triton.cdiv(channels, tile.blocks["BLOCK_C"]))
-    arguments: tuple[object, ...] = (grad, boxes, points, valid_sizes, grad_features, *sizes)
-    launch(_salient_points_features_kernel, grid, tile, arguments, **constants)
-
+    if grad_features.numel():
+        tile = _blocks(FEATURES_TILE, channels)
+        windows = triton.cdiv(height, tile.blocks["BLOCK_H"]) * triton.cdiv(width, tile.blocks["BLOCK_W"])
+        grid: tuple[int, ...] = (batch * windows, triton.cdiv(channels, tile.blocks["BLOCK_C"]))
+        arguments: tuple[object, ...] = (grad, boxes, points, valid_sizes, grad_features, *sizes)
+        launch(_salient_points_features_kernel, grid, tile, arguments, **constants)
     if grad_points.numel():
         tile = _blocks(POINTS_TILE, channels, count)
         grid = (batch * number, triton.cdiv(count, tile.blocks["BLOCK_P"]))
@@ -389,6 +398,25 @@ def _(features: Tensor, boxes: Tensor, points: Tensor, output_size: int, valid_s
     return features.new_empty(*points.shape[:3], features.shape[-1])
 
 
+def _empty_gradients(features: Tensor, points: Tensor, of_features: bool, of_points: bool) -> tuple[Tensor, Tensor]:
+    return features.new_empty(features.shape if of_features else 0), points.new_empty(points.shape if of_points else 0)
+
+
+def _backward_reference(
+    grad: Tensor,
+    features: Tensor,
+    boxes: Tensor,
+    points: Tensor,
+    output_size: int,
+    valid_sizes: Tensor | None,
+    of_features: bool,
+    of_points: bool,
+) -> tuple[Tensor, Tensor]:
+    found = salient_points_backward_reference(grad, features, boxes, points, output_size, valid_sizes)
+    none = _empty_gradients(features, points, False, False)
+    return found[0] if of_features else none[0], found[1] if of_points else none[1]
+
+
 @torch.library.custom_op("samdetr::salient_points_backward", mutates_args=(), device_types="cuda")
 def _salient_points_backward(
     grad: Tensor,
@@ -397,22 +425,16 @@ def _salient_points_backward(
     points: Tensor,
     output_size: int,
     valid_sizes: Tensor | None,
+    of_features: bool,
+    of_points: bool,
 ) -> tuple[Tensor, Tensor]:
     if reference_forced() or features.dtype == torch.float64:
-        return salient_points_backward_reference(grad, features, boxes, points, output_size, valid_sizes)
-    return salient_points_backward_triton(grad, features, boxes, points, output_size, valid_sizes)
+        return _backward_reference(grad, features, boxes, points, output_size, valid_sizes, of_features, of_points)
+    wanted = (of_features, of_points)
+    return salient_points_backward_triton(grad, features, boxes, points, output_size, valid_sizes, wanted)
 
 
-@_salient_points_backward.register_kernel("cpu")
-def _(
-    grad: Tensor,
-    features: Tensor,
-    boxes: Tensor,
-    points: Tensor,
-    output_size: int,
-    valid_sizes: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return salient_points_backward_reference(grad, features, boxes, points, output_size, valid_sizes)
+_salient_points_backward.register_kernel("cpu")(_backward_reference)
 
 
 @_salient_points_backward.register_fake
@@ -423,8 +445,10 @@ def _(
     points: Tensor,
     output_size: int,
     valid_sizes: Tensor | None,
+    of_features: bool,
+    of_points: bool,
 ) -> tuple[Tensor, Tensor]:
-    return features.new_empty(features.shape), points.new_empty(points.shape)
+    return _empty_gradients(features, points, of_features, of_points)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -435,8 +459,9 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     features, boxes, points, valid_sizes = ctx.saved_tensors
-    grad_features, grad_points = _salient_points_backward(grad, features, boxes, points, ctx.output_size, valid_sizes)
-    return grad_features, None, grad_points, None, None
+    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    found = _salient_points_backward(grad, features, boxes, points, ctx.output_size, valid_sizes, *wanted)
+    return found[0] if wanted[0] else None, None, found[1] if wanted[1] else None, None, None
 
 
 _salient_points.register_autograd(_backward, setup_context=_setup_context)
@@ -450,12 +475,13 @@ def salient_points(
     features: [B, H, W, C] floating. boxes: [B, N, 4] floating (x0, y0, x1, y1) in map cells, constant for
     autograd. points: [B, N, P, 2] floating (x, y), -1 and 1 are the box's edges. output_size: bins of the
     RoIAlign grid per axis. valid_sizes: [B, 2] integer (h, w); cells at or beyond it count as absent.
-    Returns [B, N, P, C] in the dtype of ``features``. Raises ValueError when shapes or dtypes do not fit.
+    Returns [B, N, P, C] in the dtype of ``features``. Raises ValueError when shapes, dtypes or devices do not fit.
     """
     check_inputs("salient_points", features, boxes, valid_sizes, output_size)
-    if points.dim() != 4 or points.shape[:2] != boxes.shape[:2] or points.shape[3] != 2:
-        raise ValueError(
-            f"salient_points: points must be [{boxes.shape[0]}, {boxes.shape[1]}, P, 2], got {list(points.shape)}"
-        )
+    shaped = points.dim() == 4 and points.shape[:2] == boxes.shape[:2] and points.shape[3] == 2
+    if not shaped or points.dtype not in DTYPES:
+        expected = f"[{boxes.shape[0]}, {boxes.shape[1]}, P, 2]"
+        raise ValueError(f"salient_points: points must be a floating {expected} tensor, got {describe(points)}")
+    check_devices("salient_points", features, {"points": points})
     out: Tensor = _salient_points(features, boxes, points, output_size, valid_sizes)
     return out

@@ -52,9 +52,10 @@ def collate(samples: Sequence[Sample], max_objects: int, shape: Shape | None = N
     height, width = (max(sides) for sides in zip(*sizes, strict=True))
     if shape is not None:
         if height > shape[0] or width > shape[1]:
-            raise ValueError(
-                f"an image of {height} x {width} was planned to fit {shape[0]} x {shape[1]}: this torch draws other "
-                'random numbers than samdetr.data.planning repeats; set data.batching = "random"'
+            raise DataError(
+                f"image ids {', '.join(str(sample.image_id) for sample in samples)}: {height} x {width} pixels were "
+                f"planned to fit {shape[0]} x {shape[1]}: this torch draws other random numbers than "
+                'samdetr.data.planning repeats; set data.batching = "random".'
             )
         height, width = shape
     todo = collect(geometries, (height, width)) if geometries else None

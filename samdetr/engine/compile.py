@@ -7,8 +7,8 @@
 | criterion | static: L, B, Q, K and T never change | one graph holds matching and all losses |
 
 The layers of a stack run the same graph. All regions are compiled with ``fullgraph=True``: a graph break, and so a
-wait for the device, would be an error. The loops over layers, box counting, clipping and the optimizer stay eager.
-Evaluation sees every image size there is and runs eagerly.
+number read from the device, would be an error (a number copied to it would not). The loops over layers, box counting,
+clipping and the optimizer stay eager. Evaluation sees every image size there is and runs eagerly.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
+import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from samdetr.data.batching import Shape
 from samdetr.data.prefetch import finish
 from samdetr.engine.cuda_graph import StepGraphs
+from samdetr.engine.parallel import whole
 from samdetr.errors import SamdetrError
 from samdetr.structures import Batch, Targets
 
@@ -37,8 +39,9 @@ if TYPE_CHECKING:
     from samdetr.recipe import ComputeSection
 
 SPARE_GRAPHS = 16  # of one region beyond the shapes known: evaluation mode, another precision
-# bf16 keeps 8 bits; the two losses also differ by their dropout masks, a few per cent at a small batch
-MAX_LOSS_DIFFERENCE = 0.1
+# bf16 keeps 8 bits; the two ways also differ by their dropout masks, some per cent at a small batch
+MAX_LOSS_DIFFERENCE, MAX_GRADIENT_DIFFERENCE = 0.1, 0.5
+PassOf = Callable[[Batch, Tensor], Tensor]  # a micro-batch and the number of boxes -> the values of `train_step`
 
 
 class Compute(NamedTuple):
@@ -47,6 +50,9 @@ class Compute(NamedTuple):
     precision: torch.dtype  # bfloat16 or float32
     compile: bool
     cuda_graph: bool
+
+
+EXACT = Compute(torch.float32, compile=False, cuda_graph=False)
 
 
 def choose_compute(section: ComputeSection, device: torch.device, *, buckets: bool, processes: int = 1) -> Compute:
@@ -89,6 +95,8 @@ def computing_in(precision: torch.dtype, device: torch.device) -> AbstractContex
 
 def compile_regions(model: Detector, criterion: SetCriterion, *, shapes: int) -> None:
     """Mark the regions for compilation, which comes with their first call. shapes: padded shapes to expect."""
+    # two dynamic sizes that are equal in the first shape must not become one symbol: the next shape would recompile
+    torch.fx.experimental._config.use_duck_shape = False
     # the limit is per region; beyond it fullgraph raises
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shapes + SPARE_GRAPHS)
     dynamic = shapes > 1
@@ -135,64 +143,73 @@ def prepare_step(
     started: Callable[[str], None],
     note: Callable[[str], None],
 ) -> StepGraphs | None:
-    """Compile and record what ``compute`` asks for, check its loss, and return the graphs if there are any.
+    """Compile and record what ``compute`` asks for, check a step, and return the graphs if there are any.
 
     Weights, buffers, moments and random states are left as they were. ``started`` hears what begins, and may raise to
     stop; ``note`` hears what a person should know. Raises SamdetrError when something fails and on_failure is "error".
     """
-    graphs, begun = None, time.monotonic()
+    as_computed = partial(forward_backward, precision=compute.precision)
+    graphs = None
+
+    def made_up(shape: Shape) -> Batch:
+        return finish(random_batch(shape, micro_batch, max_objects), device)
+
+    def failed(error: SamdetrError) -> None:
+        if on_failure == "error":
+            raise error
+        note(f"{error} Going on without it, as compute.on_failure says.")
+
     with unchanged(model, device):
-        try:
-            if compute.compile:
+        if compute.compile:
+            try:
                 compile_regions(model, criterion, shapes=len(shapes))
-                for number, shape in enumerate(shapes, start=1):
-                    started(f"compiling {number}/{len(shapes)} ({shape[0]} x {shape[1]})")
-                    batch = finish(random_batch(shape, micro_batch, max_objects), device)
-                    _compile(partial(forward_backward, precision=compute.precision), batch, shape)
-                    model.zero_grad(set_to_none=True)
-                seconds = time.monotonic() - begun
-                note(f"compiled for {len(shapes)} shapes in {seconds:.0f} s; the graphs are kept in {cache_dir()}")
-            if compute.cuda_graph:
+                _compile_shapes(model, as_computed, shapes, made_up, started, note)
+            except SamdetrError as error:
+                failed(error)
+                torch.compiler.set_stance("force_eager")
+        if compute.cuda_graph:
+            try:
                 started("recording CUDA graphs")
-                graphs = StepGraphs(model, optimizer, partial(forward_backward, precision=compute.precision), update)
-                for shape in shapes:
-                    graphs.record(finish(random_batch(shape, micro_batch, max_objects), device))
+                graphs = StepGraphs(model, optimizer, as_computed, update)
+                for shape in sorted(shapes, key=math.prod, reverse=True):
+                    graphs.record(made_up(shape))
                 graphs.record_update()
-        except SamdetrError as error:
-            if on_failure == "error":
-                raise
-            note(f"{error} Going on without it, as compute.on_failure says.")
-            graphs = None
-            torch.compiler.set_stance("force_eager")
-    if compute.compile or compute.precision != torch.float32:
-        started("checking the loss")
-        shape = min(shapes, key=math.prod, default=(256, 256))
-        batch = finish(random_batch(shape, micro_batch, max_objects), device)
-        fast, exact = check_loss(model, forward_backward, batch, compute.precision)
+            except SamdetrError as error:
+                failed(error)
+                graphs = None
+                model.zero_grad(set_to_none=True)
+    if compute != EXACT:
+        started("checking a step")
+        batch = made_up(min(shapes, key=math.prod, default=(256, 256)))
+        exact = partial(forward_backward, precision=torch.float32)
+        note(check_step(model, graphs.forward_backward if graphs else as_computed, exact, batch))
         model.zero_grad(set_to_none=graphs is None)
-        note(f"start-up check: loss {fast:.4f} as it will be computed, {exact:.4f} eagerly in fp32")
     return graphs
 
 
-def check_loss(
-    model: nn.Module, forward_backward: ForwardBackward, batch: Batch, precision: torch.dtype
-) -> tuple[float, float]:
-    """The loss of one batch as training computes it, and eagerly in float32; both add to the gradients.
+def check_step(model: nn.Module, as_computed: PassOf, exact: PassOf, batch: Batch) -> str:
+    """Compare loss and gradient norm of a batch as training computes them, and eagerly in float32; returns a sentence.
 
-    Raises SamdetrError when they differ by more than MAX_LOSS_DIFFERENCE, relatively.
+    Raises SamdetrError when they differ by more than MAX_LOSS_DIFFERENCE or MAX_GRADIENT_DIFFERENCE, relatively.
     """
     num_boxes, device = batch.targets.counts.sum(), batch.images.device
-    with unchanged(model, device):
-        fast = float(forward_backward(batch, num_boxes, precision=precision)[0])
-    with unchanged(model, device), eagerly():
-        exact = float(forward_backward(batch, num_boxes, precision=torch.float32)[0])
-    if not math.isclose(fast, exact, rel_tol=MAX_LOSS_DIFFERENCE):
-        raise SamdetrError(
-            f"the loss of the start-up check is {fast:.4g} as configured, but {exact:.4g} computed eagerly in fp32: "
-            f'more than {MAX_LOSS_DIFFERENCE:.0%} apart. Set compute.precision = "fp32" or compute.compile = "off", '
-            "and see which of them mends it."
-        )
-    return fast, exact
+    found = []
+    for run, way in ((as_computed, nullcontext()), (exact, eagerly())):
+        model.zero_grad(set_to_none=False)
+        with unchanged(model, device), way:
+            loss = float(run(batch, num_boxes)[0])
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        found.append({"loss": loss, "gradient norm": float(whole(nn.utils.get_total_norm(gradients)))})
+    for name, limit in (("loss", MAX_LOSS_DIFFERENCE), ("gradient norm", MAX_GRADIENT_DIFFERENCE)):
+        fast, right = (values[name] for values in found)
+        if not math.isclose(fast, right, rel_tol=limit):
+            raise SamdetrError(
+                f"the {name} of the start-up check is {fast:.4g} as configured, but {right:.4g} computed eagerly in "
+                f'fp32: more than {limit:.0%} apart. Set compute.precision = "fp32", compute.compile = "off" or '
+                'compute.cuda_graph = "off", and see which of them mends it.'
+            )
+    said = [f"loss {values['loss']:.4f}, gradient norm {values['gradient norm']:.3g}" for values in found]
+    return f"start-up check: {said[0]} as they will be computed; {said[1]} eagerly in fp32"
 
 
 @contextmanager
@@ -206,17 +223,34 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
             buffer.copy_(before)
 
 
-def _compile(forward_backward: Callable[[Batch, Tensor], Tensor], batch: Batch, shape: Shape) -> None:
-    try:
-        forward_backward(batch, batch.targets.counts.sum())
-    except (torch.OutOfMemoryError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise SamdetrError(
-            f"torch.compile failed at {shape[0]} x {shape[1]} pixels: {reason} "
-            'Set compute.compile = "off", or compute.on_failure = "eager" to go on without it.'
-        ) from error
+def _compile_shapes(
+    model: nn.Module,
+    as_computed: PassOf,
+    shapes: Sequence[Shape],
+    made_up: Callable[[Shape], Batch],
+    started: Callable[[str], None],
+    note: Callable[[str], None],
+) -> None:
+    begun = time.monotonic()
+    for number, shape in enumerate(shapes):
+        taken = time.monotonic() - begun
+        left = f", about {taken / number * (len(shapes) - number):.0f} s left" if number else ""
+        started(f"compiling {number + 1}/{len(shapes)} ({shape[0]} x {shape[1]}){left}")
+        batch = made_up(shape)
+        try:
+            as_computed(batch, batch.targets.counts.sum())
+        except (torch.OutOfMemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            cause = getattr(error, "inner_exception", None) or error  # of a backend that failed
+            reason = next((line for line in str(cause).splitlines() if line.strip()), repr(cause))
+            raise SamdetrError(
+                f"torch.compile failed at {shape[0]} x {shape[1]} pixels: {reason} "
+                'Set compute.compile = "off", or compute.on_failure = "eager" to go on without it.'
+            ) from error
+        model.zero_grad(set_to_none=True)
+    seconds = time.monotonic() - begun
+    note(f"compiled for {len(shapes)} shapes in {seconds:.0f} s; the graphs are kept in {cache_dir()}")
 
 
 def random_batch(shape: Shape, images: int, max_objects: int) -> Batch:

@@ -15,8 +15,6 @@ from samdetr.structures import Batch
 if TYPE_CHECKING:
     from samdetr.engine.optim import GuardedAdamW
 
-WARM_UP_CALLS = 2  # before recording: libraries choose algorithms and allocate their workspaces
-
 
 @dataclass
 class Recorded:
@@ -37,7 +35,9 @@ class Recorded:
 class StepGraphs:
     """Forward, loss and backward for every batch shape, and clip and update: graphs that share one memory pool.
 
-    Gradients are allocated once and stay where they are: set them to zero between steps, not to None.
+    They are recorded on one stream, since memory is reused within a stream only. Record the largest shape first: the
+    images of the others then take its place. Gradients are allocated once and stay where they are: set them to zero
+    between steps, not to None.
     """
 
     def __init__(
@@ -50,12 +50,15 @@ class StepGraphs:
         """forward_backward: (micro-batch, number of boxes) -> values. update: loss -> gradient norm."""
         self._model, self._optimizer = model, optimizer
         self._forward_backward, self._update = forward_backward, update
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._pixels: Tensor | None = None
         self._passes: dict[torch.Size, Recorded] = {}
         self._last: Recorded | None = None
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
+                self._gradients.append((parameter, parameter.grad))
 
     def forward_backward(self, batch: Batch, num_boxes: Tensor) -> Tensor:
         """The recorded pass of the batch's shape; one that was not recorded runs as it is."""
@@ -65,7 +68,12 @@ class StepGraphs:
         return recorded.replay(_tensors(batch, num_boxes))
 
     def update(self, loss: Tensor) -> Tensor:
-        """Clip the gradients and take the optimizer's step; their norm before."""
+        """Clip the gradients and take the optimizer's step; their norm before.
+
+        Raises RuntimeError where a parameter's gradient is no longer the tensor that the graphs write.
+        """
+        if any(parameter.grad is not gradient for parameter, gradient in self._gradients):
+            raise RuntimeError("a gradient that a CUDA graph writes was replaced: zero_grad(set_to_none=False)")
         return self._update(loss) if self._last is None else self._last.replay((loss,))
 
     def record(self, batch: Batch) -> None:
@@ -78,34 +86,46 @@ class StepGraphs:
         def run(*tensors: Tensor) -> Tensor:
             return self._forward_backward(_like(batch, tensors), tensors[-1])
 
-        self._passes[batch.images.shape] = self._recorded(run, _tensors(batch, num_boxes))
+        images, *others = _tensors(batch, num_boxes)
+        inputs = (self._placed(images), *(tensor.clone() for tensor in others))
+        self._passes[batch.images.shape] = self._recorded(run, inputs)
         self._optimizer.zero_grad(set_to_none=False)
 
     def record_update(self) -> None:
         """Record the update; parameters and moments stay as they are. Raises SamdetrError."""
         self._optimizer.found_inf.fill_(1.0)  # the optimizer then changes nothing
-        self._last = self._recorded(self._update, (torch.zeros_like(self._optimizer.found_inf),))
-        self._optimizer.found_inf.zero_()
+        try:
+            self._last = self._recorded(self._update, (torch.zeros_like(self._optimizer.found_inf),))
+        finally:
+            self._optimizer.found_inf.zero_()
+
+    def _placed(self, images: Tensor) -> Tensor:
+        """A copy of the images in the memory that all shapes share."""
+        if self._pixels is None or self._pixels.numel() < images.numel():
+            self._pixels = torch.empty(images.numel(), dtype=images.dtype, device=images.device)
+        return self._pixels[: images.numel()].as_strided(images.shape, images.stride()).copy_(images)
 
     def _recorded(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Recorded:
-        inputs = tuple(tensor.clone() for tensor in inputs)
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_CALLS):
-                function(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.get_sync_debug_mode()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                function(*inputs)  # libraries choose algorithms and allocate their workspaces
+                torch.cuda.set_sync_debug_mode("error")  # what would break a recording is named before it begins
+                function(*inputs)
+            torch.cuda.set_sync_debug_mode(before)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 output = function(*inputs)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise SamdetrError(
-                f"recording a CUDA graph failed: {str(error).splitlines()[0]} "
+                f"recording a CUDA graph failed: {str(error.__context__ or error).splitlines()[0]} "
                 'Set compute.cuda_graph = "off", or compute.on_failure = "eager" to go on without it.'
             ) from error
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
         return Recorded(graph, inputs, output)
 
 

@@ -1,7 +1,8 @@
-"""The values of training steps on their way from the device to the host, which does not wait for them."""
+"""What the host and the device know of each other: values on their way to the host, and how far ahead the host is."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,6 +17,27 @@ class Step(NamedTuple):
     epoch: int
     step_in_epoch: int
     lr: float
+
+
+class Lead:
+    """Keeps the host at most ``steps`` ahead of a GPU: their batches are in memory, and a signal waits for them.
+
+    The wait itself leaves the device work: the step before is still under way when the host goes on.
+    """
+
+    def __init__(self, device: torch.device, steps: int = 2) -> None:
+        self._device, self._steps = device, steps
+        self._events: deque[torch.cuda.Event] = deque()
+
+    def step(self) -> None:
+        """A step has been launched: wait for the one ``steps`` before it."""
+        if self._device.type != "cuda":
+            return
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._events.append(event)
+        if len(self._events) > self._steps:
+            self._events.popleft().synchronize()
 
 
 class Readings:

@@ -27,7 +27,7 @@ from samdetr.engine.optim import GuardedAdamW, lr_factor, set_learning_rate
 from samdetr.engine.parallel import ALONE, World, joined, local_gradients, lost_contact, whole
 from samdetr.engine.pictures import draw_validation
 from samdetr.engine.profile import StepProfiler
-from samdetr.engine.readings import Step
+from samdetr.engine.readings import Lead, Step
 from samdetr.engine.run_folder import CHECKPOINTS, METRICS_FILE, resume_command
 from samdetr.engine.setup import choose_device
 from samdetr.errors import DataError, NonFiniteError, SamdetrError
@@ -182,6 +182,7 @@ def explained(training: Training) -> Iterator[None]:
             f"{resume_command(folder)}."
         ) from error
     finally:
+        torch.compiler.set_stance("default")  # a failed compilation may have changed it, for the whole process
         training.train_loader.close()
         training.val_loader.close()
 
@@ -218,7 +219,7 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
     """Take the epoch's remaining steps."""
     recipe, progress, epoch = training.recipe, training.progress, training.progress.epoch
     training.model.train()
-    total, data = Stopwatch(), Stopwatch()
+    total, data, lead = Stopwatch(), Stopwatch(), Lead(training.device)
     for batch in agreed_batches(training, log):
         waited = data.lap()
         factor = lr_factor(recipe.optim, step=progress.step, epoch=epoch, total_steps=log.steps)
@@ -241,6 +242,7 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
             training.average.update()
         step = Step(progress.step + 1, epoch, progress.step_in_epoch, recipe.optim.lr * factor)
         training.readings.add(step, result.values)
+        lead.step()
         progress.step += 1
         progress.step_in_epoch += 1
         log.step(epoch, seconds=total.lap(), waited=waited, images=recipe.train.total_batch)
@@ -273,7 +275,7 @@ def agreed_batches(training: Training, log: RunLog) -> Iterator[list[Batch]]:
             report_steps(training, log, training.readings.all())
             training.save()  # between two steps: nothing done is lost
             if failed:
-                raise failure or SamdetrError("another process met an image that cannot be used.")
+                raise failure or SystemExit(1)  # the process that met it says so
             training.leave()
         assert batch is not None
         yield batch

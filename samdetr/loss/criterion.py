@@ -121,7 +121,7 @@ class SetCriterion(nn.Module):
         predicted = boxes.gather(2, indices.clamp(min=0)[..., None].expand(-1, -1, -1, 4))
         matched = indices != UNMATCHED
         # a padded pair is compared with itself as a unit box, so that no gradient of it is NaN
-        unit = boxes.new_tensor([0.5, 0.5, 1.0, 1.0])
+        unit = torch.cat((torch.full_like(predicted[..., :2], 0.5), torch.ones_like(predicted[..., 2:])), dim=-1)
         predicted = torch.where(matched[..., None], predicted, unit)
         wanted = torch.where(matched[..., None], wanted[None].to(boxes.dtype), unit)
         l1 = (predicted - wanted).abs().sum(-1)

@@ -19,7 +19,7 @@ class ExactLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)
-        if not torch.amp.is_autocast_available(x.device.type):  # the meta device
+        if x.is_meta:  # which has no autocast
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x)
@@ -151,6 +151,7 @@ class MapGroupNorm(nn.GroupNorm):
         if mask is None:
             return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         batch, height, width, channels = x.shape
+        x = x.float() if x.dtype == torch.bfloat16 else x  # as autocast does for torch's own norms
         weight = mask[..., None, None].to(x.dtype)
         groups = x.view(batch, height, width, self.num_groups, channels // self.num_groups)
         count = weight.sum((1, 2, 3, 4), keepdim=True) * groups.shape[-1]

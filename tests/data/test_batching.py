@@ -37,7 +37,7 @@ def test_padding_to_a_shape() -> None:
     batch = collate([sample(4, 6, 2, 7), sample(5, 3, 0, 9)], max_objects=3, shape=(8, 6))
     assert batch.images.shape == (2, 3, 8, 6) and batch.image_sizes.tolist() == [[4, 6], [5, 3]]
     assert (batch.images[0, :, :4] == 7).all() and (batch.images[0, :, 4:] == 0).all()
-    with pytest.raises(ValueError, match=r"an image of 5 x 6 was planned to fit 4 x 6.*data\.batching"):
+    with pytest.raises(DataError, match=r"image ids .*5 x 6 pixels were planned to fit 4 x 6.*data\.batching"):
         collate([sample(4, 6, 2, 7), sample(5, 3, 0, 9)], max_objects=3, shape=(4, 6))
 
 

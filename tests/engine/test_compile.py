@@ -8,10 +8,12 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from samdetr.data.prefetch import prefetch
 from samdetr.engine.compile import (
     Compute,
-    check_loss,
+    check_step,
     choose_compute,
     compile_regions,
     graphs_compiled,
@@ -25,10 +27,12 @@ from samdetr.errors import SamdetrError
 from samdetr.loss import SetCriterion, build_criterion
 from samdetr.models import SAMDETR, build_model
 from samdetr.recipe import ComputeSection, Recipe
+from samdetr.structures import Batch, Targets
 from tests.engine.runs import MakeRecipe
 
 CPU = torch.device("cpu")
-SHAPES = [(64, 64), (96, 80)]
+SHAPES = [(64, 64), (96, 80)]  # the first one square: equal sizes must not become one symbol
+REGIONS = 7  # beside the backbones: embed, encoder layer, first and later decoder layer and predict, criterion
 PUBLISHED = ('model.padding="published"', 'model.backbone.norm="frozen"')  # the other of each is tiny's
 SYSTEMS = [
     ("model.smca=false", 'model.system="detr"', "model.num_classes=9", 'loss.classification="softmax"'),
@@ -62,7 +66,13 @@ class Setup:
         self.started: list[str] = []
 
     def prepare(
-        self, *, compile: bool = True, precision: torch.dtype = torch.float32, on_failure: str = "error"
+        self,
+        *,
+        compile: bool = True,
+        precision: torch.dtype = torch.float32,
+        cuda_graph: bool = False,
+        micro_batch: int = 2,
+        on_failure: str = "error",
     ) -> StepGraphs | None:
         return prepare_step(
             self.model,
@@ -70,10 +80,10 @@ class Setup:
             self.optimizer,
             partial(forward_backward, self.model, self.criterion),
             partial(update, self.optimizer, 1.0),
-            compute=Compute(precision, compile, cuda_graph=False),
+            compute=Compute(precision, compile, cuda_graph),
             on_failure=on_failure,
             shapes=SHAPES,
-            micro_batch=2,
+            micro_batch=micro_batch,
             max_objects=5,
             device=CPU,
             started=self.started.append,
@@ -87,13 +97,14 @@ class Setup:
         precision: torch.dtype = torch.float32,
         shapes: int = len(SHAPES),
         lr: float | None = None,
+        images: int = 2,
     ) -> list[float]:
         """The losses of steps that go through the first shapes in turn. lr: None is the recipe's."""
         set_learning_rate(self.optimizer, 1.0 if lr is None else lr)
         losses = []
         for step in range(count):
             torch.manual_seed(step)
-            batch = random_batch(SHAPES[step % shapes], 2, 5)
+            batch = random_batch(SHAPES[step % shapes], images, 5)
             targets = batch.targets._replace(boxes=batch.targets.boxes.to(self.dtype))
             batch = batch._replace(images=batch.images.to(self.dtype), targets=targets)
             result = train_step(
@@ -115,7 +126,7 @@ def test_the_start_up_leaves_no_trace(make_recipe: MakeRecipe) -> None:
         assert torch.equal(value, other), name
     assert not compiled.optimizer.state
     assert all(parameter.grad is None for parameter in compiled.model.parameters())
-    assert [sentence[:13] for sentence in compiled.started] == [*("compiling 1/2", "compiling 2/2", "checking the ")]
+    assert [sentence[:13] for sentence in compiled.started] == [*("compiling 1/2", "compiling 2/2", "checking a st")]
 
 
 @pytest.mark.parametrize(  # rates at which differences of rounding do not grow
@@ -132,10 +143,11 @@ def test_a_hundred_compiled_steps_are_the_eager_ones(
 ) -> None:
     recipe = make_recipe("model.dropout=0.0", f"optim.lr={lr}", f"optim.backbone_lr={lr}", *options)
     compiled, eager = Setup(recipe, dtype), Setup(recipe, dtype)
+    before = graphs_compiled()
     compile_regions(compiled.model, compiled.criterion, shapes=len(SHAPES))
     compiled.steps(2 * len(SHAPES), lr=0.0)
     graphs = graphs_compiled()
-    assert graphs >= 2 + 5  # a backbone for every shape, and the other regions
+    assert graphs - before == len(SHAPES) + REGIONS
     torch.compiler.set_stance("fail_on_recompile")
     losses = compiled.steps(100)
     assert graphs_compiled() == graphs
@@ -158,6 +170,20 @@ def test_compiled_steps_of_other_systems_are_the_eager_ones(make_recipe: MakeRec
     assert graphs_compiled() == graphs
     torch.compiler.set_stance("force_eager")
     assert losses == pytest.approx(eager.steps(4) + eager.steps(4), rel=2e-6)
+
+
+@pytest.mark.parametrize(("precision", "micro_batch"), [(torch.float32, 1), (torch.bfloat16, 2)])
+def test_nothing_is_compiled_after_the_start_up(
+    make_recipe: MakeRecipe, precision: torch.dtype, micro_batch: int
+) -> None:
+    setup = Setup(make_recipe())
+    begun = graphs_compiled()
+    setup.prepare(precision=precision, micro_batch=micro_batch)
+    graphs = graphs_compiled()
+    assert graphs - begun == len(SHAPES) + REGIONS
+    torch.compiler.set_stance("fail_on_recompile")
+    setup.steps(4, precision=precision, images=micro_batch)
+    assert graphs_compiled() == graphs
 
 
 @pytest.mark.inductor
@@ -201,14 +227,22 @@ def test_compiled_bf16_is_checked_against_eager_fp32(make_recipe: MakeRecipe) ->
     assert all(parameter.grad is None for parameter in setup.model.parameters())
 
 
-def test_a_wrong_loss_is_refused(make_recipe: MakeRecipe) -> None:
-    setup = Setup(make_recipe())
+def test_a_wrong_loss_or_gradient_is_refused() -> None:
+    model, batch = torch.nn.Linear(1, 1), random_batch((64, 64), 1, 3)
 
-    def wrong(batch: object, num_boxes: Tensor, *, precision: torch.dtype) -> Tensor:
-        return torch.full((5,), 1.0 if precision == torch.float32 else 1.2)
+    def giving(loss: float, slope: float) -> Callable[[object, Tensor], Tensor]:
+        def run(batch: object, num_boxes: Tensor) -> Tensor:
+            (slope * model.weight).sum().backward()
+            return torch.full((5,), loss)
 
-    with pytest.raises(SamdetrError, match=r"start-up check is 1.2 .* but 1 .*more than 10%.*compute.precision"):
-        check_loss(setup.model, wrong, random_batch((64, 64), 1, 3), torch.bfloat16)
+        return run
+
+    sentence = check_step(model, giving(1.05, 3.0), giving(1.0, 2.0), batch)
+    assert sentence.startswith("start-up check: loss 1.0500, gradient norm 3 as they will be computed; loss 1.0000, ")
+    with pytest.raises(SamdetrError, match=r"the loss of the start-up .* is 1.2 .* but 1 .*more than 10%.*precision"):
+        check_step(model, giving(1.2, 2.0), giving(1.0, 2.0), batch)
+    with pytest.raises(SamdetrError, match=r"the gradient norm of .* is 5 .* but 2 .*more than 50%.*cuda_graph"):
+        check_step(model, giving(1.0, 5.0), giving(1.0, 2.0), batch)
 
 
 def _breaks(model: SAMDETR) -> None:
@@ -238,6 +272,15 @@ def test_a_failing_compilation_falls_back_aloud(make_recipe: MakeRecipe) -> None
     assert setup.steps(3) == eager.steps(3)
 
 
+class _NothingComesFromTheHost(TorchDispatchMode):
+    """A number of the host that becomes a tensor is a copy to the device, for which the host waits as for a read."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func is not torch.ops.aten.lift_fresh.default  # what new_tensor and torch.tensor begin with
+        assert not any(isinstance(part, Tensor) and part.device.type == "cpu" for part in args), func
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("options", [(), PUBLISHED, *SYSTEMS])
 def test_nothing_of_the_step_is_read_back(
     make_recipe: MakeRecipe, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -248,8 +291,9 @@ def test_nothing_of_the_step_is_read_back(
     setup.model.to(meta)
     optimizer = build_optimizer(setup.model, setup.recipe.optim)
     monkeypatch.setattr(optimizer, "step", lambda: None)
-    batch = [random_batch(shape, 2, 5) for shape in SHAPES]
-    values = train_step(setup.model, setup.criterion, optimizer, batch, device=meta, clip_norm=1.0).values
+    batch = [random_batch(shape, 2, 5).to(meta) for shape in SHAPES]
+    with _NothingComesFromTheHost():
+        values = train_step(setup.model, setup.criterion, optimizer, batch, device=meta, clip_norm=1.0).values
     assert values.device == meta
     assert all(parameter.grad is not None for parameter in setup.model.parameters() if parameter.requires_grad)
     with pytest.raises(RuntimeError, match="meta"):
@@ -272,6 +316,48 @@ def test_choices() -> None:
         choose(CPU, compile="on", buckets=False)
     with pytest.raises(SamdetrError, match=r'compute.cuda_graph = "on" needs a GPU'):
         choose(CPU, cuda_graph="on")
+
+
+def test_a_failed_recording_leaves_compilation_and_the_optimizer_alone(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup(make_recipe())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    recorded: list[int] = []
+
+    def failing(self: StepGraphs, function: object, inputs: tuple[Tensor, ...]) -> None:
+        if len(inputs) == 1:
+            assert setup.optimizer.found_inf == 1
+            raise SamdetrError("recording a CUDA graph failed: no.")
+        recorded.append(inputs[0].shape[2] * inputs[0].shape[3])
+        assert inputs[0].untyped_storage().nbytes() == 2 * 3 * 96 * 80 * 4  # all shapes in the memory of the largest
+
+    monkeypatch.setattr(StepGraphs, "_recorded", failing)
+    with pytest.raises(SamdetrError, match="recording"):
+        setup.prepare(cuda_graph=True)
+    assert setup.prepare(cuda_graph=True, on_failure="eager") is None
+    assert recorded == [96 * 80, 64 * 64] * 2
+    assert setup.optimizer.found_inf == 0
+    assert any("Going on without it" in sentence for sentence in setup.notes)
+    assert all(parameter.grad is None for parameter in setup.model.parameters())
+    graphs = graphs_compiled()
+    before = setup.model.reference_boxes.detach().clone()
+    torch.compiler.set_stance("fail_on_recompile")
+    setup.steps(1)
+    assert graphs_compiled() == graphs > 0
+    assert not torch.equal(setup.model.reference_boxes, before)
+
+
+def test_a_replaced_gradient_is_noticed(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(make_recipe())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    graphs = StepGraphs(setup.model, setup.optimizer, lambda batch, num_boxes: num_boxes, lambda loss: loss)
+    assert graphs.update(torch.ones(())) == 1
+    setup.optimizer.zero_grad(set_to_none=True)
+    with pytest.raises(RuntimeError, match="replaced"):
+        graphs.update(torch.ones(()))
 
 
 @pytest.mark.gpu
@@ -300,16 +386,48 @@ def test_graphs_give_the_eager_losses(make_recipe: MakeRecipe) -> None:
 
 
 @pytest.mark.gpu
-def test_nothing_of_the_step_waits_for_the_gpu(make_recipe: MakeRecipe) -> None:
+@pytest.mark.inductor
+@pytest.mark.parametrize("compile", [False, True])
+def test_nothing_of_the_step_waits_for_the_gpu(make_recipe: MakeRecipe, compile: bool) -> None:
     gpu = torch.device("cuda")
     setup = Setup(make_recipe(*PUBLISHED))
     setup.model.to(gpu)
     optimizer = build_optimizer(setup.model, setup.recipe.optim)
-    batch = [random_batch(SHAPES[0], 2, 5).to(gpu)]
-    run = partial(train_step, setup.model, setup.criterion, optimizer, batch, device=gpu, clip_norm=1.0)
-    run()
+    if compile:
+        compile_regions(setup.model, setup.criterion, shapes=len(SHAPES))
+    pinned = [[_pinned(random_batch(shape, 2, 5)) for shape in SHAPES] for _ in range(3)]
+    run = partial(train_step, setup.model, setup.criterion, optimizer, device=gpu, clip_norm=1.0, seeds=[1, 2])
+    run(next(prefetch(pinned[:1], gpu)), precision=torch.bfloat16)
+    torch.compiler.set_stance("fail_on_recompile")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(precision=torch.bfloat16)
+        values = [run(batch, precision=torch.bfloat16).values for batch in prefetch(pinned, gpu)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len({value[0].item() for value in values}) == 3
+
+
+@pytest.mark.gpu
+def test_dropout_of_a_replay_is_that_of_its_seed(make_recipe: MakeRecipe) -> None:
+    gpu = torch.device("cuda")
+    setup = Setup(make_recipe(*PUBLISHED))
+    setup.model.to(gpu)
+    optimizer = build_optimizer(setup.model, setup.recipe.optim)
+    graphs = StepGraphs(
+        setup.model,
+        optimizer,
+        partial(forward_backward, setup.model, setup.criterion, precision=torch.float32),
+        partial(update, optimizer, 1.0),
+    )
+    batch = random_batch(SHAPES[0], 2, 5).to(gpu)
+    graphs.record(batch)
+    losses = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        losses.append(graphs.forward_backward(batch, batch.targets.counts.sum())[0].item())
+    assert losses[0] == losses[2] != losses[1]
+
+
+def _pinned(batch: Batch) -> Batch:
+    targets = Targets(*(part.pin_memory() for part in batch.targets))
+    return batch._replace(images=batch.images.pin_memory(), image_sizes=batch.image_sizes.pin_memory(), targets=targets)

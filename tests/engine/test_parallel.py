@@ -101,10 +101,8 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_in_other_numbers(recipe_file: Pat
     finished(train_in(2, recipe_file, straight, *four))
     assert losses(run) == losses(straight / "tiny" / "1")
     assert_same_weights(run, straight / "tiny" / "1")
-    # twelve steps in two processes, six in four, six in one
-    finished(train_in(4, recipe_file, straight, "--set", "train.epochs=5", "--resume", str(straight / "tiny" / "1")))
-    finished(train_in(1, recipe_file, straight, "--set", "train.epochs=6", "--resume", str(straight / "tiny" / "1")))
-    assert [line["step"] for line in metrics(straight / "tiny" / "1", "train")] == list(range(1, 37))
+    finished(train_in(1, recipe_file, straight, "--set", "train.epochs=5", "--resume", str(straight / "tiny" / "1")))
+    assert [line["step"] for line in metrics(straight / "tiny" / "1", "train")] == list(range(1, 31))
 
 
 def process_of_rank(launcher: int, rank: int) -> int:
@@ -147,8 +145,7 @@ def test_a_bad_image_in_one_process_stops_all_with_everything_saved(recipe_file:
     victim.write_bytes(victim.read_bytes()[:200])
     result = end(train_in(2, recipe_file, tmp_path / "runs", *options))
     assert result.code == 1
-    assert result.err.count(victim.name) == 1, result.err
-    assert "Traceback" not in result.err
+    assert len(result.err.splitlines()) == result.err.count(victim.name) == 1, result.err
     run = tmp_path / "runs" / "tiny" / "1"
     steps = len(metrics(run, "train")) if (run / "metrics.jsonl").exists() else 0  # the bad image's place is by chance
     assert (run / "checkpoints" / "last").resolve().name == f"epoch-0000-step-{steps:06d}"

@@ -1,5 +1,7 @@
 """The two aligner ops against torchvision and grid_sample in float64, and their registration."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,10 @@ from samdetr_kernels import (
     salient_points,
     salient_points_reference,
 )
+from samdetr_kernels.launch import record_launches
+from samdetr_kernels.salient_points import salient_points_backward_reference, salient_points_backward_triton
 
+MODULE = sys.modules["samdetr_kernels.salient_points"]
 MAPS = [(1, 1), (7, 5), (25, 38)]
 
 
@@ -229,6 +234,9 @@ def test_opcheck_compact_and_permuted(valid):
             torch.ops.samdetr.salient_points.default,
             (candidate, boxes, points.detach().requires_grad_(), 7, valid),
         )
+        for wanted in ((True, True), (False, True), (True, False)):
+            arguments = (torch.ones(2, 6, 8, 5), candidate.detach(), boxes, points, 7, valid, *wanted)
+            torch.library.opcheck(torch.ops.samdetr.salient_points_backward.default, arguments)
 
 
 def test_bad_shapes_are_named():
@@ -241,7 +249,48 @@ def test_bad_shapes_are_named():
         roi_pool(features, boxes, mode="sum")
     with pytest.raises(ValueError, match=r"output_size must be between 1 and 64, got 0"):
         roi_align(features, boxes, 0)
-    with pytest.raises(ValueError, match=r"points must be \[2, 60, P, 2\]"):
+    with pytest.raises(ValueError, match=r"points must be a floating \[2, 60, P, 2\]"):
         salient_points(features, boxes, points[:, :5])
     with pytest.raises(ValueError, match=r"valid_sizes must be an integer \[2, 2\]"):
         roi_align(features, boxes, 7, torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"points must be a floating \[2, 60, P, 2\] tensor, got torch.int64"):
+        salient_points(features, boxes, points.long())
+    with pytest.raises(ValueError, match=r"features must be a floating .* got torch.float8_e5m2"):
+        roi_align(features.to(torch.float8_e5m2), boxes)
+    for dtype in (torch.bool, torch.complex64):
+        with pytest.raises(ValueError, match=r"valid_sizes must be an integer \[2, 2\]"):
+            roi_pool(features, boxes, 7, torch.ones(2, 2).to(dtype))
+
+
+def test_a_tensor_on_another_device_is_named():
+    features, boxes, points = inputs(7, 5)
+    for op in (roi_align, roi_pool, lambda *given: salient_points(*given[:2], points, *given[2:])):
+        with pytest.raises(ValueError, match=r"boxes must be on cpu, got .* on meta"):
+            op(features, boxes.to("meta"))
+        with pytest.raises(ValueError, match=r"valid_sizes must be on cpu, got .* on meta"):
+            op(features, boxes, 7, torch.ones(2, 2, dtype=torch.int64, device="meta"))
+    with pytest.raises(ValueError, match=r"salient_points: points must be on cpu, got .* on meta"):
+        salient_points(features, boxes, points.to("meta"))
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+def test_a_gradient_that_nobody_wants_is_not_computed(wanted, monkeypatch):
+    features, boxes, points = inputs(7, 5)
+    upstream = torch.randn(2, 60, 8, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    arguments = (upstream, features, boxes, points, 7, None)
+    expected = salient_points_backward_reference(*arguments)
+    found = torch.ops.samdetr.salient_points_backward(*arguments, *wanted)
+    for grad, right, is_wanted in zip(found, expected, wanted, strict=True):
+        assert torch.equal(grad, right) if is_wanted else grad.numel() == 0
+    with record_launches() as launches:
+        small = [part[:, :6].float().contiguous() for part in (upstream, boxes, points)]
+        salient_points_backward_triton(small[0], features.float(), *small[1:], wanted=wanted)
+    names = ["features", "points"]
+    assert len(launches) == 1 and f"_{names[wanted.index(True)]}_kernel" in launches[0].kernel.__name__
+
+    seen = []
+    op = MODULE._salient_points_backward
+    monkeypatch.setattr(MODULE, "_salient_points_backward", lambda *given: seen.append(given[-2:]) or op(*given))
+    leaves = [part.clone().requires_grad_(want) for part, want in zip((features, points), wanted, strict=True)]
+    salient_points(leaves[0], boxes, leaves[1]).backward(upstream)
+    assert seen == [wanted] and torch.equal(leaves[wanted.index(True)].grad, expected[wanted.index(True)])

@@ -36,6 +36,39 @@ launch = launch._replace(tile=tile, constants={**launch.constants, **blocks})
 print(compile_launch("salient_points", launch, 90).spilled_bytes)
 """
 
+SPECIALISED = """
+import sys, torch
+from samdetr_kernels.aot import _specialise
+from samdetr_kernels.launch import record_launches
+from samdetr_kernels.roi_align import roi_align_backward_triton, roi_align_forward_triton
+from samdetr_kernels.salient_cross_attention_kernels import (
+    salient_cross_attention_backward_triton,
+    salient_cross_attention_forward_triton,
+)
+from samdetr_kernels.salient_points import salient_points_backward_triton, salient_points_forward_triton
+
+def training_launches(batch, boxes, points, height, width):
+    empty = lambda *shape, **options: torch.empty(shape, device="meta", **options)
+    features, places, offsets = empty(batch, height, width, 64), empty(batch, boxes, 4), empty(batch, boxes, points, 2)
+    valid, seed = empty(batch, 2, dtype=torch.int64), empty(1, dtype=torch.int64)
+    query, key, value = (empty(batch, boxes, 8, 256), empty(batch, height * width, 256),
+                         empty(batch, height * width, 8, 32))
+    inputs = query, key, value, valid, width, None, None, 1.0, 0.9 / height, seed
+    with record_launches() as launches:
+        out, index = roi_align_forward_triton(features, places, 7, valid)
+        roi_align_backward_triton(out, index, places, height, width, 7, valid)
+        out = salient_points_forward_triton(features, places, offsets, 7, valid)
+        salient_points_backward_triton(out, features, places, offsets, 7, valid)
+        results = salient_cross_attention_forward_triton(*inputs)
+        salient_cross_attention_backward_triton(torch.empty_like(results[0]), *inputs, *results)
+    return launches
+
+first = training_launches(16, 300, 8, 25, 38)
+for sizes in ((1, 300, 8, 25, 38), (4, 256, 16, 32, 48), (2, 301, 1, 7, 1)):
+    for one, other in zip(first, training_launches(*sizes), strict=True):
+        print(one.kernel.__name__, _specialise(one) == _specialise(other))
+"""
+
 
 def compile_in_process(script: str, *arguments: str) -> str:
     """Run a script where kernels are compiled, not interpreted."""
@@ -72,7 +105,7 @@ def test_examples_cover_the_dtypes_and_both_precisions():
     exact = [x.constants["PRECISION"] for x in launches if x.arguments[0].dtype == torch.float32]
     assert set(exact) == {"ieee", "tf32"}
     assert {x.constants["PRECISION"] for x in launches if x.arguments[0].dtype == torch.bfloat16} == {"ieee"}
-    assert torch.get_float32_matmul_precision() == "highest" and float32_precision() == "ieee"
+    assert torch.get_float32_matmul_precision() == "highest" and float32_precision(torch.float32) == "ieee"
 
 
 def test_occupancy_by_each_limit():
@@ -88,3 +121,8 @@ def test_recording_runs_nothing():
     features = torch.ones(1, 2, 2, 3)
     boxes = torch.tensor([[[0.0, 0.0, 2.0, 2.0]]])
     assert torch.allclose(salient_points(features, boxes, torch.zeros(1, 1, 1, 2)), torch.ones(1, 1, 1, 3))
+
+
+def test_other_sizes_need_no_other_compilation():
+    lines = compile_in_process(SPECIALISED).splitlines()
+    assert len(lines) == 3 * 8 and all(line.endswith(" True") for line in lines), lines

@@ -27,9 +27,9 @@ def boxes() -> Tensor:
     return torch.cat((centre - side, centre + side), dim=-1)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    points, scales = random(2, 6, 8, 2) * 4, random(2, 6, 8, 2)
-    return salient_cross_attention(query, key, value, VALID, 9, points=points, scales=scales)
+def attention(query: Tensor, key: Tensor, value: Tensor, device: str = "cpu") -> Tensor:
+    points, scales = (random(2, 6, 8, 2) * 4).to(device), random(2, 6, 8, 2).to(device)
+    return salient_cross_attention(query, key, value, VALID.to(device), 9, points=points, scales=scales)
 
 
 def deformable(value: Tensor) -> Tensor:
@@ -57,11 +57,31 @@ def test_ops_compute_the_same_under_autocast(name, dtype):
     results = []
     for enabled in (False, True):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        # attention's own inputs are cast, as torch's attention casts its own
+        parts = [part.bfloat16() for part in leaves] if op is attention and not enabled else leaves
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = op(*leaves)
+            out = op(*parts)
         results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
     for plain, under in zip(*results, strict=True):
         assert torch.equal(plain, under) and plain.dtype == under.dtype and plain.isfinite().all()
+
+
+def test_attention_takes_what_norms_and_linear_layers_give_under_autocast():
+    query, key, value = CASES["salient_cross_attention"][1]
+    expected = attention(query.bfloat16(), key.bfloat16(), value.bfloat16())
+    plain = torch.compile(salient_cross_attention, backend="aot_eager", fullgraph=True)
+
+    def compiled(*tensors: Tensor) -> Tensor:
+        return plain(*tensors, VALID, 9, points=random(2, 6, 8, 2) * 4, scales=random(2, 6, 8, 2))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        for op in (attention, compiled):
+            out = op(query, key.bfloat16(), value)
+            assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+        assert attention(query.double(), key.double(), value.double()).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"key must be a torch\.float32"):
+        attention(query, key.bfloat16(), value)
+    assert attention(query.to("meta"), key.to("meta"), value.to("meta"), "meta").device.type == "meta"
 
 
 def test_assignment_is_the_same_under_autocast():

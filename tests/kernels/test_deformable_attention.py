@@ -261,13 +261,16 @@ def test_samples_without_a_finite_location_count_zero(kernel_device):
         outside.map(lambda part: part.to(kernel_device)).call(deformable_attention_forward_triton),
     )
     expected_grads = deformable_attention_backward_reference(upstream, *outside)
-    pairs = [(deformable_attention_backward_reference(upstream, *odd), expected_grads)]
-    pairs += [
-        (backward(odd, upstream, kernel_device, mode), backward(outside, upstream, kernel_device, mode))
-        for mode in (False, True)
-    ]
-    for grads, expected_grads in pairs:
-        assert all(torch.equal(grad, exact) for grad, exact in zip(grads, expected_grads, strict=True))
+    grads = deformable_attention_backward_reference(upstream, *odd)
+    assert all(torch.equal(grad, exact) for grad, exact in zip(grads, expected_grads, strict=True))
+    for deterministic in (False, True):
+        grads = backward(odd, upstream, kernel_device, deterministic)
+        expected_grads = backward(outside, upstream, kernel_device, deterministic)
+        assert all(torch.equal(grad, exact) for grad, exact in zip(grads[1:], expected_grads[1:], strict=True))
+        if deterministic:
+            assert torch.equal(grads[0], expected_grads[0])
+        else:  # summed in the order of the GPU's atomics
+            assert torch.allclose(grads[0], expected_grads[0], rtol=1e-5, atol=1e-6)
 
 
 def permuted(part: Tensor) -> Tensor:
@@ -295,8 +298,9 @@ def test_opcheck(change, dtype):
     inputs, upstream = SMALL.inputs(dtype, torch.float32).map(change), change(SMALL.upstream(dtype))
     sizes = [size for shape in inputs.shapes for size in shape]
     value, locations, weights = inputs.tensors()
-    arguments = (upstream, value, sizes, locations, weights, True)
-    torch.library.opcheck(torch.ops.samdetr.deformable_attention_backward.default, arguments)
+    for of_value in (True, False):
+        arguments = (upstream, value, sizes, locations, weights, True, of_value)
+        torch.library.opcheck(torch.ops.samdetr.deformable_attention_backward.default, arguments)
     leaves = value.requires_grad_(), sizes, locations.requires_grad_(), weights.requires_grad_(), False
     torch.library.opcheck(torch.ops.samdetr.deformable_attention.default, leaves)
 
@@ -368,6 +372,34 @@ def test_bad_inputs_are_named():
         r"fp16, bf16 or fp32 each, or all fp64, got \[torch.float64, torch.float32", locations=inputs.locations.float()
     )
     refuses(r"fp16, bf16 or fp32 each", weights=inputs.weights.long())
+    for name in ("locations", "weights"):
+        refuses(f"{name} must be on cpu, got .* on meta", **{name: getattr(inputs, name).to("meta")})
+
+
+def test_a_gradient_of_value_that_nobody_wants_is_not_computed(kernel_device, monkeypatch):
+    inputs, upstream = SMALL.inputs(torch.float32, torch.float32), SMALL.upstream(torch.float32)
+    on_device = inputs.map(lambda part: part.to(kernel_device))
+    expected = deformable_attention_backward_triton(upstream.to(kernel_device), *on_device)
+    found = deformable_attention_backward_triton(upstream.to(kernel_device), *on_device, of_value=False)
+    assert found[0].numel() == 0
+    assert all(torch.equal(one, other) for one, other in zip(found[1:], expected[1:], strict=True))
+
+    seen, op = [], MODULE._deformable_attention_backward
+    monkeypatch.setattr(MODULE, "_deformable_attention_backward", lambda *given: seen.append(given[-1]) or op(*given))
+    for wanted in (True, False):
+        leaves = inputs.leaves()
+        leaves.value.requires_grad_(wanted)
+        leaves.call(deformable_attention).backward(upstream)
+        assert (leaves.value.grad is not None) == wanted and leaves.weights.grad.abs().max() > 0
+    assert seen == [True, False]
+
+
+def test_no_heads(kernel_device):
+    case = SMALL._replace(heads=0)
+    inputs, upstream = case.inputs(torch.float32, torch.float32), case.upstream(torch.float32)
+    for deterministic in (False, True):
+        grads = backward(inputs, upstream, kernel_device, deterministic)
+        assert [grad.shape for grad in grads] == [part.shape for part in inputs.tensors()]
 
 
 @pytest.mark.gpu
@@ -396,8 +428,8 @@ def test_gpu_op_agrees_with_the_forced_reference_and_repeats_its_bits(dtype):
         force_reference(False)
     first, second, fast = run(True), run(True), run(False)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-    row_local = zip([first[0], *first[2:]], [fast[0], *fast[2:]], strict=True)
-    assert all(torch.equal(one, other) for one, other in row_local)
+    # the modes' backward kernels have tiles of their own, whose sums over channels differ in their order
+    assert torch.equal(first[0], fast[0])
     for results in (first, fast):
         for part, exact in zip(results, expected, strict=True):
             tolerance = 4 * max(torch.finfo(dtype).eps, 1e-6) * exact.abs().max()

@@ -320,7 +320,7 @@ def test_heads_are_split_by_a_rule_of_the_shape():
         with record_launches() as launches:
             results = salient_cross_attention_forward_triton(*inputs, None)
             salient_cross_attention_backward_triton(torch.empty_like(results[0]), *inputs, None, *results)
-        assert launches[2].grid[1] == launches[2].constants["SPLIT"]
+        assert launches[2].grid[1] * launches[2].arguments[-1] == heads
         return launches[2].grid[1]
 
     # 30 programs an image and split: as few splits as reach 128 programs
@@ -401,7 +401,8 @@ def _cells_kernel(p_out, width, map_width, count, BLOCK: tl.constexpr):
 def test_cells_are_found_without_division(width, kernel_device):
     count = MAX_CELLS // width * width
     out = torch.empty(3, count, dtype=torch.int32, device=kernel_device)
-    _cells_kernel[(triton.cdiv(count, 1 << 18),)](out, width, width + 2, count, BLOCK=1 << 18)
+    block = 1 << 18 if kernel_device.type == "cpu" else 1024  # the interpreter's time goes by programs
+    _cells_kernel[(triton.cdiv(count, block),)](out, width, width + 2, count, BLOCK=block)
     cell = torch.arange(count, device=kernel_device)
     x, y = cell % width, cell // width
     assert torch.equal(out.long(), torch.stack((y * (width + 2) + x, x, y)))
@@ -475,7 +476,7 @@ def test_bad_inputs_are_named():
     refuses(r"query must be a floating .* D <= 512", query=torch.zeros(3, 5, 3, 513))
     refuses(r"key must be a torch.float32 \[3, S, 32\], got torch.float16", key=inputs.key.half())
     refuses(r"value must be a torch.float32 \[3, 35, 3, E\]", value=inputs.value[:, :-1])
-    refuses(r"value's width must be 1 to 128, got 129", value=torch.zeros(3, 35, 3, 129))
+    refuses(r"value's width must be 1 to 64, got 65", value=torch.zeros(3, 35, 3, 65))
     refuses(r"S must be a multiple of map_width .* got S = 35, map_width = 6", map_width=6)
     refuses(r"valid_sizes must be an integer \[3, 2\]", valid_sizes=torch.ones(3, 2))
     refuses(r"points and scales must be given together", scales=None)
@@ -484,6 +485,37 @@ def test_bad_inputs_are_named():
     refuses(r"dropout must be at least 0 and less than 1, got 1.0", dropout=1.0)
     refuses(r"dropout needs a seed, an int64 tensor of one element, got None", seed=None)
     refuses(r"dropout needs a seed", seed=torch.tensor([1.0]))
+    for scale in (math.inf, math.nan):
+        refuses("softmax_scale must be finite, got ", softmax_scale=scale)
+    refuses(r"query must be a floating", query=inputs.query.to(torch.float8_e5m2))
+    refuses(r"points must be a floating", points=inputs.points.long())
+    for dtype in (torch.bool, torch.complex64):
+        refuses(r"valid_sizes must be an integer \[3, 2\]", valid_sizes=inputs.valid_sizes.to(dtype))
+
+
+@pytest.mark.parametrize("name", ["key", "value", "valid_sizes", "points", "scales", "seed"])
+def test_a_tensor_on_another_device_is_named(name):
+    inputs = CASES[0].inputs(torch.float32)
+    inputs = inputs._replace(**{name: getattr(inputs, name).to("meta")})
+    with pytest.raises(ValueError, match=f"salient_cross_attention: {name} must be on cpu, got .* on meta"):
+        inputs.call(salient_cross_attention)
+
+
+def test_what_rounding_took_is_kept_for_the_gradient_of_points_only():
+    for case in (CASES[0], CASES[1]):
+        inputs = case.inputs(torch.bfloat16)
+        for results in (salient_cross_attention_forward_triton(*inputs), OP(*inputs)):
+            assert results[2].shape == (results[0].shape if case.smca else (0,))
+
+
+def test_no_images():
+    inputs = CASES[0].inputs(torch.bfloat16)
+    parts = [part[:0] if isinstance(part, Tensor) and part is not inputs.seed else part for part in inputs]
+    inputs = Inputs(*parts).leaves()
+    out = inputs.call(salient_cross_attention)
+    assert out.shape == (0, 5, 36) and inputs.call(salient_cross_attention_reference).shape == out.shape
+    assert [grad.shape for grad in gradients(out, inputs)] == [part.shape for part in inputs.differentiable()]
+    assert [part.shape for part in run_kernels(inputs)[2]] == [part.shape for part in inputs.differentiable()]
 
 
 @pytest.mark.gpu
@@ -512,6 +544,21 @@ def test_gpu_reference_can_be_forced():
 
 
 @pytest.mark.gpu
+def test_gpu_tf32():
+    inputs = CASES[6].inputs(torch.float32, "cuda")._replace(dropout=0.0, seed=None)
+    exact = inputs.leaves(torch.float64).call(salient_cross_attention)
+    torch.set_float32_matmul_precision("high")
+    try:
+        rough = inputs.call(salient_cross_attention)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    fine = inputs.call(salient_cross_attention)
+    errors = [(found.double() - exact).abs().max() for found in (rough, fine)]
+    # scores of about 10 move by 2^-10 of themselves, and so do the weights that they are exponents of
+    assert errors[1] < 1e-5 < errors[0] < 0.05 * exact.abs().max()
+
+
+@pytest.mark.gpu
 def test_gpu_graph_capture_and_new_seed():
     inputs = CASES[3].inputs(torch.bfloat16, "cuda").leaves()
 
@@ -531,5 +578,7 @@ def test_gpu_graph_capture_and_new_seed():
         grads = torch.autograd.grad(out, inputs.differentiable(), upstream)
     for number in (1, 2):
         inputs.seed.fill_(number)
+        with torch.no_grad():
+            inputs.points.add_(number)
         graph.replay()
         assert all(torch.equal(one, other) for one, other in zip((out, *grads), step(), strict=True))

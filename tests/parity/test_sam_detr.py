@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from samdetr.engine.compile import compile_regions, graphs_compiled
 from samdetr.engine.evaluate import best_detections
 from samdetr.loss import SetCriterion
 from samdetr.models.sam_detr import SAMDETR
@@ -24,6 +26,8 @@ from tests.parity.checks import (
     close,
 )
 from tests.parity.reference import MODELS, Inputs, arrays, inputs_of, model_of
+
+OTHER_LAYOUT = ("point2.0.weight",)  # our order of its inputs differs, and a head is of the first eight
 
 
 class Run(NamedTuple):
@@ -125,5 +129,17 @@ def test_matching_and_losses(run: Run) -> None:
 
 @pytest.mark.parametrize("prefix", ["solo_", ""])
 def test_gradients(run: Run, prefix: str) -> None:
-    # our order of the first point layer's inputs differs, and a head is of the first eight
-    check_gradients(run.name, run.model, SetCriterion(), run.inputs, prefix, without_heads=("point2.0.weight",))
+    check_gradients(run.name, run.model, SetCriterion(), run.inputs, prefix, without_heads=OTHER_LAYOUT)
+
+
+@pytest.mark.parametrize("name", ["samdetr_r50_50ep", "samdetr_r50_dc5_smca_12ep"])
+def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The regions as torch.compile captures and differentiates them; generating code of them is left to others."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model, criterion = model_of(name), SetCriterion()
+    compile_regions(model, criterion, shapes=2)
+    before = graphs_compiled()
+    check_gradients(name, model, criterion, inputs_of(name), "", without_heads=OTHER_LAYOUT)
+    assert graphs_compiled() > before
+    torch.compiler.reset()

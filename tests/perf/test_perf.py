@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from perf import gpu_check
+from perf import bench_roi_align, bench_salient_points, gate, gpu_check
 from perf.gate import Args, Case, Variant, Work
-from perf.gpu_check import Part
+from perf.gpu_check import Part, slug
 from perf.gpu_check import main as check
-from perf.harness import BOTH, FORWARD, floor_ms, main, measure
+from perf.harness import BOTH, FORWARD, floor_ms, main, measure, read_options
 from perf.inputs import Shape, between_kinks, boxes_in_cells, cast, generator
+from perf.report import Report, Row
+from samdetr_kernels import linear_assignment
 
 CPU = torch.device("cpu")
 QUICK = ["--device", "cpu", "--repeats", "3", "--dtypes", "bfloat16"]
@@ -166,6 +171,11 @@ def test_compiled_variants_come_last(tmp_path, monkeypatch):
     assert rows == [("toy", "published"), ("second", "published"), (last, "published"), (last, "compiled")]
 
 
+def test_no_seconds_are_no_default():
+    assert read_options("toy", ["--shapes", "gpu", "--seconds", "0"]).seconds == 0
+    assert read_options("toy", ["--shapes", "gpu"]).seconds == 45
+
+
 def test_time_is_up(tmp_path):
     assert main("toy", bench(), [*QUICK, "--seconds", "1e-9", "--out", str(tmp_path)]) == 0
     report = written(tmp_path)
@@ -189,8 +199,74 @@ def test_bench_runs_and_writes_its_json(op, tmp_path):
     assert report["complete"] and not report["failed"] and report["rows"] and not report["notes"]
     assert all(row["problem"] is None and row["ms"] > 0 for row in report["rows"])
     assert {"published", "ours"} <= {row["variant"].split()[0] for row in report["rows"]}
-    for gate in report["gates"]:
-        assert all(ratio <= 1 for ratio in gate["error_over_budget"].values())
+    for judged in report["gates"]:
+        assert all(ratio <= 1 for ratio in judged["error_over_budget"].values())
+
+
+def floors(bench: str, dtype: torch.dtype) -> tuple[Case, Work, Work]:
+    """The first case of a bench at the training shapes of a CPU, and its work in both directions."""
+    options = read_options(bench, ["--device", "cpu", "--shapes", "cpu", "--dtypes", str(dtype).removeprefix("torch.")])
+    case = next(iter(importlib.import_module(f"perf.bench_{bench}").cases(options)))
+    return case, case.work[FORWARD], case.work[BOTH]
+
+
+def test_the_floor_counts_each_tensor_as_often_as_it_must_move():
+    # batch 2, map 25 x 38, 300 boxes: bytes in bf16 of map, bins, content, and of 64-channel map and bins
+    cells, boxes = 2 * 25 * 38, 2 * 300
+    whole, content, bins = 512 * cells, 512 * boxes * 8, 128 * boxes * 49
+    small = 16 * boxes + 8 * boxes * 8  # boxes and points in fp32
+    _, forward, both = floors("roi_align", torch.bfloat16)
+    assert forward.bytes == 128 * cells + bins + 16 * boxes and both.bytes == 2 * forward.bytes
+    assert both.operations == 2 * forward.operations
+    _, points, points_both = floors("salient_points", torch.bfloat16)
+    assert points.bytes == whole + content + small
+    assert points_both.bytes == 3 * whole + 2 * content + 2 * small + 8 * boxes * 8
+    assert points_both.operations == 3 * points.operations
+    case, forward, both = floors("aligner", torch.bfloat16)
+    sizes = Shape(25, 38, 2), case.make(0)[1]
+    align = bench_roi_align.forward_work(*sizes, 64, torch.bfloat16)
+    points = bench_salient_points.forward_work(*sizes, 8, 256, torch.bfloat16)
+    assert forward.bytes == whole + content + bins + small
+    assert both.bytes == 3 * whole + 2 * content + 3 * bins + 2 * small + 8 * boxes * 8
+    projection = 2 * cells * 256 * 64
+    assert forward.operations == align.operations + points.operations + projection
+    assert both.operations == 2 * align.operations + 3 * points.operations + 3 * projection
+
+
+def test_the_floor_of_the_attentions():
+    case, forward, both = floors("deformable_attention", torch.bfloat16)
+    value, _, locations, weights = case.make(0)
+    inputs, result = 2 * value.numel() + 4 * locations.numel() + 4 * weights.numel(), 2 * 2 * 300 * 256
+    assert (forward.bytes, both.bytes) == (inputs + result, 3 * inputs + 2 * result)
+    assert both.operations == 4 * forward.operations == 32 * weights.numel() * 32
+    case, forward, both = floors("salient_cross_attention", torch.bfloat16)
+    query, key, value, sizes = case.make(0)[:4]
+    inputs, result = 2 * (query.numel() + key.numel() + value.numel()), 2 * 2 * 300 * 256
+    assert (forward.bytes, both.bytes) == (inputs + result, 3 * inputs + 2 * result)
+    pairs = 2 * 300 * 8 * sizes.prod(1).sum().item()
+    assert (forward.operations, both.operations) == (pairs * (256 + 32), pairs * (4 * 256 + 3 * 32))
+
+
+def test_an_assignment_that_is_a_little_dearer_is_red(monkeypatch):
+    bench = importlib.import_module("perf.bench_linear_assignment")
+    costs = bench.realistic_costs
+
+    def with_twin(random: torch.Generator, *sizes: object) -> tuple[Tensor, Tensor]:
+        cost, counts = costs(random, *sizes)
+        cost[:, 1] = cost[:, 0] + 2e-4
+        cost[:, :2] -= 500  # the pair holds the cheapest queries of all targets, one of them left over
+        return cost, counts.clamp(max=1)
+
+    def dearer(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        indices, bad = linear_assignment(cost, counts)
+        return torch.where(indices == 0, 1, indices), bad
+
+    monkeypatch.setattr(bench, "realistic_costs", with_twin)
+    options = read_options("linear_assignment", ["--device", "cpu", "--shapes", "small"])
+    case = next(iter(bench.cases(options)))
+    variants = (Variant("ours", linear_assignment, ours=True), Variant("dearer", dearer, ours=True))
+    found = gate.check(case._replace(variants=variants), case.make(0))
+    assert found["ours"] <= 1 < found["dearer"]
 
 
 HANG = """
@@ -253,6 +329,41 @@ def test_the_deadline_of_the_whole(tmp_path, capsys, monkeypatch):
     content = json.loads((tmp_path / "results.json").read_text())
     assert [part["state"] for part in content["parts"]] == ["timed out", "not run"]
     assert "not run" in (tmp_path / "README.md").read_text() and "not run" in capsys.readouterr().out
+
+
+def test_the_summary_names_the_baseline_and_its_dtype():
+    report = Report("toy", {}, complete=True)
+    for dtype in ("bfloat16", "float32"):
+        report.rows += [
+            Row("toy", "case", dtype, FORWARD, "published (fp32)", ms=8.0, times_faster=1.0),
+            Row("toy", "case", dtype, FORWARD, "ours", ms=2.0, times_faster=4.0),
+        ]
+    assert gpu_check._summary(asdict(report)) == [
+        "toy",
+        "  case bfloat16 forward: published (fp32) 8 ms -> ours 2 ms, 4.00x",
+        "  case float32 forward: published (fp32) 8 ms -> ours 2 ms, 4.00x",
+    ]
+    step = [
+        Row("toy", "step", "float32", "step", "baseline", ms=9.0),
+        Row("toy", "step", "bfloat16", "step", "ours", ms=3.0, times_faster=3.0),
+    ]
+    summary = gpu_check._summary(asdict(Report("toy", {}, rows=step, complete=True)))
+    assert summary[1:] == ["  step bfloat16 step: baseline (float32) 9 ms -> ours 3 ms, 3.00x"]
+
+
+def test_all_parts_fit_the_deadline():
+    limits = sum(part.seconds for part in gpu_check.PARTS) + gpu_check.ENVIRONMENT_SECONDS
+    assert limits < 60 * 9 - 2 * gpu_check.TERMINATION_SECONDS == 536
+    assert len({slug(part.name) for part in gpu_check.PARTS}) == len(gpu_check.PARTS)
+
+
+def test_the_kernel_tests_of_the_check_exist():
+    command = [sys.executable, *gpu_check.PARTS[-1].command, "--collect-only"]
+    done = subprocess.run(
+        command, cwd=gpu_check.ROOT, env=gpu_check.child_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert len([line for line in done.stdout.splitlines() if "::" in line]) == 11
 
 
 def test_a_bench_runs_from_a_checkout_as_a_part(tmp_path):
