@@ -20,7 +20,14 @@ ALLOWED = {
     "samdetr.errors": set(),
     "samdetr.toml_text": set(),
     "samdetr.recipe_messages": set(),
-    "samdetr.recipe": {"samdetr.recipe_messages", "samdetr.toml_text"},
+    "samdetr.recipe_sections": set(),
+    "samdetr.recipe_model": {"samdetr.recipe_sections"},
+    "samdetr.recipe": {
+        "samdetr.recipe_messages",
+        "samdetr.recipe_model",
+        "samdetr.recipe_sections",
+        "samdetr.toml_text",
+    },
     "samdetr.models": {"samdetr.models", "samdetr_kernels"},
     "samdetr.loss": {"samdetr.loss", "samdetr_kernels"},
     "samdetr.data": {"samdetr.data"},
@@ -49,6 +56,8 @@ WITHOUT_TORCH = {
     "samdetr.errors",
     "samdetr.recipe",
     "samdetr.recipe_messages",
+    "samdetr.recipe_model",
+    "samdetr.recipe_sections",
     "samdetr.toml_text",
 }
 

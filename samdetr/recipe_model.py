@@ -1,0 +1,112 @@
+"""The section of a recipe that says which detector is built."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from samdetr.recipe_sections import NonNegative, PositiveInt, Probability, Section, only_with
+
+
+class BackboneSection(Section):
+    name: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = Field(
+        "resnet50", description="torchvision ResNet"
+    )
+    weights: str = Field("imagenet", description='"imagenet", "none", or the path of a state dict')
+    norm: Literal["frozen", "batch"] = Field(
+        "frozen",
+        description="frozen: published, for pretrained weights; batch: live statistics, from scratch",
+    )
+    dilation: bool = Field(False, description="DC5: dilation 2 in place of the last stride (resnet50, resnet101)")
+    frozen_stages: int = Field(2, ge=0, le=5, description="stages without gradient: 1 the stem, 2 also layer1, ...")
+    stages: int = Field(4, ge=1, le=4, description="residual stages used; 4 is C5 (stride 32), 3 is C4 (stride 16)")
+    width: int = Field(64, ge=8, le=256, multiple_of=8, description="channels of the stem; 64 is torchvision's")
+
+    @field_validator("dilation")
+    @classmethod
+    def _dilatable(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("name") in ("resnet10", "resnet18", "resnet34"):
+            raise ValueError(f"{info.data['name']} cannot be dilated; use resnet50 or resnet101")
+        return value
+
+    @field_validator("stages")
+    @classmethod
+    def _has_dilated_stage(cls, value: int, info: ValidationInfo) -> int:
+        if value < 4 and info.data.get("dilation"):
+            raise ValueError(f"must be 4 with model.backbone.dilation, which changes the fourth stage (got {value})")
+        return value
+
+    @field_validator("width")
+    @classmethod
+    def _fits_weights(cls, value: int, info: ValidationInfo) -> int:
+        if value != 64 and info.data.get("weights") == "imagenet":
+            raise ValueError(f'must be 64 with model.backbone.weights = "imagenet" (got {value})')
+        return value
+
+    @field_validator("weights")
+    @classmethod
+    def _exist(cls, value: str, info: ValidationInfo) -> str:
+        if value == "imagenet" and info.data.get("name") == "resnet10":
+            raise ValueError('resnet10 has no ImageNet weights; use "none" or a path')
+        return value
+
+
+class ModelSection(Section):
+    system: Literal["sam_detr", "detr", "conditional_detr", "smca_detr"] = Field(
+        "sam_detr", description="which detector"
+    )
+    num_classes: PositiveInt = Field(
+        91, description="class logits (91: raw COCO category ids); with softmax the last one is no object"
+    )
+    num_queries: PositiveInt = Field(300, description="object queries; the most objects an image can have")
+    class_prior: Probability = Field(
+        0.01,
+        description="initial probability of every class, for the focal loss; 0: torch's own start (softmax). "
+        "All other systems have 0.01",
+        json_schema_extra=only_with("model.system", "detr"),
+    )
+    smca: bool = Field(
+        False,
+        description="add the spatially modulated (Gaussian) term to cross-attention",
+        json_schema_extra=only_with("model.system", "sam_detr"),
+    )
+    smca_initial_scale: NonNegative = Field(
+        0.0,
+        description="initial Gaussian scale, 2 / sigma in map cells; 0: published, the term starts flat",
+        json_schema_extra=only_with("model.system", "sam_detr"),
+    )
+    smca_stride: Literal["published", "feature"] = Field(
+        "published",
+        description="pixels a unit of SMCA-DETR's Gaussians: published, 32 also under DC5; feature: a cell of the map",
+        json_schema_extra=only_with("model.system", "smca_detr"),
+    )
+    width: int = Field(256, ge=32, multiple_of=8, description="channels of the transformer")
+    heads: PositiveInt = Field(8, description="attention heads and salient points; divides width")
+    encoder_layers: int = Field(6, ge=0, description="encoder layers")
+    decoder_layers: PositiveInt = Field(6, description="decoder layers")
+    ffn: PositiveInt = Field(2048, description="hidden channels of the feed-forward blocks")
+    dropout: Probability = Field(0.1, description="dropout in attention, residuals and feed-forward blocks")
+    input_norm: Literal["group_norm", "none"] = Field(
+        "group_norm",
+        description="after the input projection: GroupNorm(32) (SAM-DETR in 12 epochs, multi-scale) or none",
+    )
+    padding: Literal["published", "masked"] = Field(
+        "published",
+        description="published: padded cells reach the result through convolutions and RoIAlign; masked: they are zero",
+    )
+    backbone: BackboneSection = BackboneSection()
+
+    @field_validator("heads")
+    @classmethod
+    def _divides_width(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("width", 0) % value:
+            raise ValueError(f"must divide model.width, {info.data['width']} (got {value})")
+        return value
+
+    @field_validator("input_norm")
+    @classmethod
+    def _has_groups(cls, value: str, info: ValidationInfo) -> str:
+        if value == "group_norm" and info.data.get("width", 0) % 32:
+            raise ValueError(f'"group_norm" has 32 groups, which do not divide model.width, {info.data["width"]}')
+        return value

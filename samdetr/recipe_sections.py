@@ -1,0 +1,253 @@
+"""The sections of a recipe, except the model's: every key with its type, its default and what it means."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.config import JsonDict
+
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are frozen, no type is coerced."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*")
+    @classmethod
+    def _means_something(cls, value: object, info: ValidationInfo) -> object:
+        """A key keeps its default where it has no meaning (see `only_with`)."""
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(field.json_schema_extra, dict) and value != field.default:
+            for key, choices in field.json_schema_extra.items():
+                chosen = info.data.get(key.rpartition(".")[2])
+                if isinstance(choices, list) and chosen is not None and chosen not in choices:
+                    raise ValueError(f'has no meaning with {key} = "{chosen}": leave it out')
+        return value
+
+
+def only_with(key: str, *choices: str) -> JsonDict:
+    """For a field that has a meaning only where an earlier key of its section has one of these values."""
+    return {key: list(choices)}
+
+
+class RunSection(Section):
+    name: str = Field("", description="name of the run folder; empty: the recipe's file name")
+    folder: str = Field("runs", description="where run folders are made: <folder>/<name>/<n>")
+    seed: int = Field(42, ge=0, description="seed of initialisation, order, augmentation and dropout")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the first GPU if there is one")
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if value in (".", "..") or "/" in value or "\\" in value:
+            raise ValueError(f'must be a plain folder name, without slashes (got "{value}")')
+        return value
+
+
+class ComputeSection(Section):
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="of matrix products and convolutions; parameters, boxes and losses are fp32. auto: bf16 where the "
+        "hardware has it (GPUs from sm_80, CPUs with AVX512-BF16 or AMX)",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description='torch.compile; needs data.batching = "buckets". auto: with those, on a GPU'
+    )
+    cuda_graph: Literal["on", "off"] = Field(
+        "off", description='replay each step as CUDA graphs; needs a GPU and data.batching = "buckets"'
+    )
+    on_failure: Literal["error", "eager"] = Field(
+        "error", description="when compiling or recording fails: stop with the reason, or say so and go on without"
+    )
+    kernels: Literal["triton", "reference"] = Field(
+        "triton", description="what the ops run on a GPU; reference: plain torch, for comparison. A CPU has only these"
+    )
+
+
+class ParallelSection(Section):
+    strategy: Literal["ddp", "fsdp", "hsdp"] = Field(
+        "ddp",
+        description="of several processes; ddp: each holds everything; fsdp: each holds a share of every layer; "
+        "hsdp: shares within a machine, copies between machines",
+    )
+    reshard: bool = Field(True, description="fsdp, hsdp: give up gathered layers between forward and backward")
+    timeout: PositiveInt = Field(600, description="seconds that a process waits for the others before it gives up")
+
+
+class InitSection(Section):
+    official: str = Field("", description="path of a published .pth checkpoint to start from; empty: none")
+    checkpoint: str = Field("", description="path of one of our checkpoints to start from; empty: none")
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _one_start(cls, value: str, info: ValidationInfo) -> str:
+        if value and info.data.get("official"):
+            raise ValueError("init.official is set too; a run starts from one of them")
+        return value
+
+
+class ShapesSection(Section):
+    """The embedded synthetic data set, used with data.format = "shapes"."""
+
+    folder: str = Field("", description="cache folder; empty: ~/.cache/samdetr/shapes")
+    train_images: PositiveInt = Field(2000, description="photos in the train split")
+    val_images: PositiveInt = Field(200, description="photos in the val split")
+    image_size: int = Field(128, ge=48, le=1024, description="longer side of a picture, pixels")
+    max_objects: int = Field(12, ge=1, le=12, description="most objects in a picture")
+    seed: int = Field(0, ge=0, description="seed of the pictures")
+
+
+class DataSection(Section):
+    format: Literal["coco", "shapes"] = Field("coco", description="coco: the four paths below; shapes: generated")
+    train_images: str = Field("", description="folder of the training photos")
+    train_annotations: str = Field("", description="COCO JSON of the training split")
+    val_images: str = Field("", description="folder of the validation photos")
+    val_annotations: str = Field("", description="COCO JSON of the validation split")
+    class_index: Literal["category_id", "contiguous"] = Field(
+        "category_id",
+        description="class logit of a category: its raw id (published; 91 logits for COCO) or its rank",
+    )
+    on_bad: Literal["error", "drop"] = Field("error", description="bad boxes: stop, or drop them (counted aloud)")
+    max_pixels: PositiveInt = Field(64_000_000, description="largest photo to decode, pixels")
+    workers: int = Field(4, ge=0, le=256, description="loader processes; 0: load in the main process")
+    batching: Literal["random", "buckets"] = Field(
+        "random",
+        description="random: micro-batches padded to their largest image (published); buckets: alike images together, "
+        "in a few fixed shapes",
+    )
+    buckets: int = Field(16, ge=2, description="batching buckets: how many padded shapes")
+    bucket_grid: PositiveInt = Field(32, description="batching buckets: sides are multiples of it, pixels")
+    pixels: Literal["published", "fast"] = Field(
+        "published",
+        description="published: PIL decodes, the loader normalises; fast: libjpeg-turbo decodes, 8-bit pixels travel "
+        "and are normalised on the device",
+    )
+    resize: Literal["worker", "device"] = Field(
+        "worker",
+        description="who augments training pixels: the loader processes (published), or the device, from whole photos",
+    )
+    shapes: ShapesSection = ShapesSection()
+
+    @field_validator("resize")
+    @classmethod
+    def _has_bytes(cls, value: str, info: ValidationInfo) -> str:
+        if value == "device" and info.data.get("pixels") == "published":
+            raise ValueError('"device" needs data.pixels = "fast"')
+        return value
+
+
+class AugmentSection(Section):
+    flip: float = Field(0.5, ge=0.0, le=1.0, description="probability of a horizontal flip")
+    train_sizes: tuple[PositiveInt, ...] = Field(
+        tuple(range(480, 801, 32)), min_length=1, description="short sides to draw from, pixels"
+    )
+    max_size: PositiveInt = Field(1333, description="longest long side after a resize, pixels")
+    crop: float = Field(0.5, ge=0.0, le=1.0, description="probability of the resize-crop-resize branch")
+    crop_resize_sizes: tuple[PositiveInt, ...] = Field(
+        (400, 500, 600), min_length=1, description="short sides before the crop, pixels"
+    )
+    crop_min: PositiveInt = Field(384, description="shortest side of the crop, pixels")
+    crop_max: PositiveInt = Field(600, description="longest side of the crop, pixels")
+    eval_size: PositiveInt = Field(800, description="short side in evaluation, pixels")
+    eval_max_size: PositiveInt = Field(1333, description="longest long side in evaluation, pixels")
+
+    @field_validator("max_size")
+    @classmethod
+    def _holds_train_sizes(cls, value: int, info: ValidationInfo) -> int:
+        largest = max(info.data.get("train_sizes", (0,)))
+        if largest > value:
+            raise ValueError(f"must be at least the largest of augment.train_sizes, {largest} (got {value})")
+        return value
+
+    @field_validator("crop_max")
+    @classmethod
+    def _holds_crop_min(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("crop_min", 0) > value:
+            raise ValueError(f"must be at least augment.crop_min, {info.data['crop_min']} (got {value})")
+        return value
+
+    @field_validator("eval_max_size")
+    @classmethod
+    def _holds_eval_size(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("eval_size", 0) > value:
+            raise ValueError(f"must be at least augment.eval_size, {info.data['eval_size']} (got {value})")
+        return value
+
+
+class LossSection(Section):
+    classification: Literal["focal", "softmax"] = Field(
+        "focal", description="focal: a sigmoid for each class; softmax: cross-entropy over the classes and no object"
+    )
+    class_weight: NonNegative = Field(2.0, description="weight of the classification loss")
+    l1_weight: NonNegative = Field(5.0, description="weight of the L1 box loss")
+    giou_weight: NonNegative = Field(2.0, description="weight of the generalised IoU loss")
+    class_cost: NonNegative = Field(2.0, description="weight of the class term in matching")
+    l1_cost: NonNegative = Field(5.0, description="weight of the L1 term in matching")
+    giou_cost: NonNegative = Field(2.0, description="weight of the generalised IoU term in matching")
+    focal_alpha: float = Field(
+        0.25,
+        ge=0.0,
+        le=1.0,
+        description="alpha of the focal loss",
+        json_schema_extra=only_with("loss.classification", "focal"),
+    )
+    focal_gamma: NonNegative = Field(
+        2.0, description="gamma of the focal loss", json_schema_extra=only_with("loss.classification", "focal")
+    )
+    no_object_weight: Positive = Field(
+        0.1,
+        description="weight of queries without an object in the softmax loss",
+        json_schema_extra=only_with("loss.classification", "softmax"),
+    )
+
+
+class OptimSection(Section):
+    lr: Positive = Field(1e-4, description="learning rate")
+    backbone_lr: NonNegative = Field(1e-5, description="learning rate of the backbone")
+    weight_decay: NonNegative = Field(1e-4, description="AdamW weight decay")
+    clip_norm: NonNegative = Field(0.1, description="largest gradient norm; 0: no clipping")
+    schedule: Literal["step", "cosine"] = Field(
+        "step", description="step: drops after drop_epochs (published); cosine: to zero at the last step"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    drop_epochs: tuple[PositiveInt, ...] = Field((40,), description="schedule step: epochs after which the rates drop")
+    drop_factor: float = Field(0.1, gt=0.0, le=1.0, description="the factor of each drop")
+    ema_decay: Probability = Field(
+        0.0, description="decay a step of the moving average of the weights, which is then evaluated; 0: no average"
+    )
+
+    @field_validator("drop_epochs")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError(f"must ascend (got {list(value)})")
+        return value
+
+
+class TrainSection(Section):
+    epochs: PositiveInt = Field(50, description="passes over the training split")
+    total_batch: PositiveInt = Field(16, description="images of one optimizer step, over all devices")
+    micro_batch: PositiveInt = Field(2, description="images of one forward pass on one device; divides total_batch")
+    log_every: PositiveInt = Field(50, description="steps between two lines of metrics.jsonl")
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _divides_total(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("total_batch", 0) % value:
+            raise ValueError(f"must divide train.total_batch, {info.data['total_batch']} (got {value})")
+        return value
+
+
+class EvalSection(Section):
+    every: PositiveInt = Field(1, description="epochs between two evaluations; the last epoch always has one")
+    batch: PositiveInt = Field(1, description="images of one forward pass")
+    top_k: PositiveInt = Field(100, description="detections kept of each image, by score")
+    evaluator: Literal["auto", "fast", "pycocotools"] = Field(
+        "auto", description="COCO numbers; fast: hotcoco, with pycocotools' own numbers; auto: fast where installed"
+    )
