@@ -66,15 +66,31 @@ class ModelSection(Section):
         "All other systems have 0.01",
         json_schema_extra=only_with("model.system", "detr"),
     )
+    resampling: Literal["points", "point", "average", "max"] = Field(
+        "points",
+        description="what of its box becomes a query; points: a salient point for each head (published); for ablation "
+        "point: one for all heads; average, max: of the box's 7 x 7 bins",
+        json_schema_extra=only_with("model.system", "sam_detr"),
+    )
+    reweighting: bool = Field(
+        True,
+        description="weigh what was sampled by numbers predicted from the previous query",
+        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points", "point"),
+    )
+    search_range: Literal["box", "image"] = Field(
+        "box",
+        description="where salient points may lie: in the query's reference box (published) or in the whole image",
+        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points", "point"),
+    )
     smca: bool = Field(
         False,
         description="add the spatially modulated (Gaussian) term to cross-attention",
-        json_schema_extra=only_with("model.system", "sam_detr"),
+        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points"),
     )
     smca_initial_scale: NonNegative = Field(
         0.0,
         description="initial Gaussian scale, 2 / sigma in map cells; 0: published, the term starts flat",
-        json_schema_extra=only_with("model.system", "sam_detr"),
+        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points"),
     )
     smca_stride: Literal["published", "feature"] = Field(
         "published",
