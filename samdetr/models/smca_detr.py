@@ -157,5 +157,5 @@ def build_smca_detr(section: ModelSection) -> SMCADETR:
         width=section.width,
         num_classes=section.num_classes,
         num_queries=section.num_queries,
-        unit=PUBLISHED_STRIDE if section.smca_stride == "published" else half.backbone.stride,
+        unit=PUBLISHED_STRIDE if section.smca_stride == "published" else half.backbone.strides[0],
     )

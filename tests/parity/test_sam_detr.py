@@ -51,7 +51,7 @@ def run(request: pytest.FixtureRequest) -> Run:
     recorded: dict[str, list[Tensor]] = {key: [] for key in ("backbone", "src", "ref_boxes", "hs")}
     recorded |= {key: [] for key in ("content", "qpos", "points", "gauss_scale")}
     handles = [
-        model.backbone.register_forward_hook(lambda _, __, out: recorded["backbone"].append(out)),
+        model.backbone.register_forward_hook(lambda _, __, out: recorded["backbone"].extend(out)),
         (model.input_norm or model.input_proj).register_forward_hook(lambda _, __, out: recorded["src"].append(out)),
     ]
     for layer in model.decoder:
