@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -44,11 +43,16 @@ NOTES = """\
 - **Training memory** is an estimate for one micro-batch of the recipe at its largest training size, in float32 and not
   compiled: parameters, gradients, optimizer state, and the bytes that autograd keeps for the backward pass, counted
   from shapes. Temporary tensors, workspace of libraries and the padding of a batch of mixed shapes come on top; bf16
-  needs less. It has not been held against a GPU yet. 1 GB is 10^9 bytes.
+  is not estimated. It has not been compared with a GPU yet. 1 GB is 10^9 bytes.
 - **State**: *compared* means that outputs, matching, losses and gradients equal those of the published code within
   its float32 noise, in [tests/parity](../tests/parity); *not compared*, that no outputs of the published code are
   recorded for this row; *ours*, that nothing is published about it.
 """
+LEGEND = """
+GFLOPs: billions of multiply-accumulates of an image, as the published code computes it; as run: as this package does.
+paper, AP: published; GFLOPs as the mean over the first 100 images of COCO val2017, whose sizes these are not.
+±: ours less the published, of GFLOPs their mean. memory: of a training step of one micro-batch, estimated in float32.
+What is counted and what is not: docs/models.md."""
 
 
 def report_recipes(
@@ -68,28 +72,21 @@ def as_json(reports: Sequence[Report]) -> str:
 
 
 def print_tables(reports: Sequence[Report]) -> None:
-    """A table for all reports that were counted at the same sizes."""
+    """A table for all reports that were counted at the same sizes: about 100 columns wide, names fold in fewer."""
     console = Console()
     if not console.is_terminal:
         console.width = WIDE
     for sizes, group in by_sizes(reports).items():
-        table = Table(title=f"GFLOPs at {_listed(sizes)}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        title = f"GFLOPs at {_listed(sizes)}"
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("recipe", overflow="fold")
-        for name in (
-            *("parameters", "trained", "less the\npublished", "GFLOPs\npublished form", "GFLOPs\nas run"),
-            *("GFLOPs\npublished", "mean less\npublished", "training memory", "published\nAP"),
-        ):
-            table.add_column(name, justify="right", overflow="fold")
+        for name in ("parameters", "trained", "±", "GFLOPs", "as run", "paper", "±", "memory", "AP"):
+            table.add_column(name, justify="right", no_wrap=True)
         for report in group:
-            table.add_row(
-                *map(Text, (report.path.stem, *_numbers(report), _memory(report.figures.memory), _ap(report)))
-            )
+            cells = (report.path.stem, *_numbers(report), f"{report.figures.memory.total / GIGA:.1f} GB", _ap(report))
+            table.add_row(*map(Text, cells))
         console.print(table)
-    console.print(
-        "One multiply-accumulate is one. Published: the mean over the first 100 images of COCO val2017, whose sizes\n"
-        "are not these. Training memory: an estimate in float32. docs/models.md says what each column means.",
-        highlight=False,
-    )
+    console.print(LEGEND, markup=False, highlight=False, soft_wrap=True)
 
 
 def markdown(reports: Sequence[Report]) -> str:
@@ -140,7 +137,7 @@ def _numbers(report: Report) -> tuple[str, ...]:
 
 
 def _gflops(counts: Sequence[int]) -> str:
-    return " / ".join(f"{count / GIGA:.3g}" if count < GIGA else f"{count / GIGA:.1f}" for count in counts)
+    return "/".join(f"{count / GIGA:.3g}" if count < GIGA else f"{count / GIGA:.1f}" for count in counts)
 
 
 def _memory(memory: Memory) -> str:
