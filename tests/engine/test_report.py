@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from samdetr.engine.count import Size
 from samdetr.engine.report import Report, evaluation_sizes, make_reports
-from samdetr.engine.report_text import as_json, markdown, print_tables
+from samdetr.engine.report_text import as_json, markdown, print_tables, report_recipes
 from samdetr.published import PUBLISHED
 from samdetr.recipe import load_recipe
 
@@ -86,3 +87,15 @@ def test_table(reports: dict[str, Report], capsys: pytest.CaptureFixture[str]) -
 def test_the_document_of_models_is_the_report(reports: dict[str, Report]) -> None:
     """CONTRIBUTING.md says how to write it anew."""
     assert markdown(list(reports.values())) == (ROOT / "docs/models.md").read_text()
+
+
+@pytest.mark.parametrize(("form", "start"), [("table", "GFLOPs at 64x96"), ("json", "[\n"), ("markdown", "# Models\n")])
+def test_forms_and_sizes(
+    form: Literal["table", "json", "markdown"], start: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = ROOT / "recipes/quickstart.toml"
+    report_recipes({path: load_recipe(path)}, [(64, 96)], form)
+    printed = capsys.readouterr().out
+    assert printed.startswith(start)
+    assert "64x96" in printed
+    assert "1140416" in printed.replace(",", "")
