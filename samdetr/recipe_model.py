@@ -8,6 +8,8 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from samdetr.recipe_sections import NonNegative, PositiveInt, Probability, Section, only_with
 
+PYRAMIDS = ("deformable_detr", "sam_detr_multiscale")  # systems with maps of several levels
+
 
 class BackboneSection(Section):
     name: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = Field(
@@ -96,6 +98,13 @@ class ModelSection(Section):
         "published",
         description="pixels a unit of SMCA-DETR's Gaussians: published, 32 also under DC5; feature: a cell of the map",
         json_schema_extra=only_with("model.system", "smca_detr"),
+    )
+    feature_levels: int = Field(
+        1,
+        ge=1,
+        le=4,
+        description="maps that the encoder sees: of so many last stages; the fourth is a convolution of the last stage",
+        json_schema_extra=only_with("model.system", *PYRAMIDS),
     )
     width: int = Field(256, ge=32, multiple_of=8, description="channels of the transformer")
     heads: PositiveInt = Field(8, description="attention heads and salient points; divides width")

@@ -174,7 +174,7 @@ def _projection_of_regions(aligner: SemanticAligner, args: Sequence[Any], out: A
     reduce = getattr(aligner, "reduce", None)
     if reduce is None:  # an ablation without the point branch
         return 0
-    memory, regions = args[2], out.points.shape[0] * out.points.shape[1]
+    memory, regions = args[2], out.locations.shape[0] * out.locations.shape[1]
     return int((regions * ROI_SIZE**2 - memory[..., 0].numel()) * reduce.weight.numel())
 
 
