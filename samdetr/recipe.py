@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, ValidationInfo, field_validator
 
 from samdetr.errors import RecipeError
 from samdetr.recipe_messages import explain, keys_named
 from samdetr.recipe_model import BackboneSection, ModelSection
 from samdetr.recipe_sections import (
+    PYRAMIDS,
     AugmentSection,
     ComputeSection,
     DataSection,
@@ -67,6 +68,14 @@ class Recipe(Section):
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
+
+    @field_validator("optim")
+    @classmethod
+    def _samples_maps(cls, value: OptimSection, info: ValidationInfo) -> OptimSection:
+        model = info.data.get("model")
+        if model is not None and model.system not in PYRAMIDS and value.sampling_lr_factor != 1:
+            raise ValueError(f'sampling_lr_factor has no meaning with model.system = "{model.system}": leave it out')
+        return value
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -6,9 +6,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from samdetr.recipe_sections import NonNegative, PositiveInt, Probability, Section, only_with
-
-PYRAMIDS = ("deformable_detr", "sam_detr_multiscale")  # systems with maps of several levels
+from samdetr.recipe_sections import PYRAMIDS, NonNegative, PositiveInt, Probability, Section, only_with
 
 
 class BackboneSection(Section):
@@ -55,7 +53,7 @@ class BackboneSection(Section):
 
 
 class ModelSection(Section):
-    system: Literal["sam_detr", "detr", "conditional_detr", "smca_detr"] = Field(
+    system: Literal["sam_detr", "detr", "conditional_detr", "smca_detr", "deformable_detr"] = Field(
         "sam_detr", description="which detector"
     )
     num_classes: PositiveInt = Field(
@@ -106,6 +104,16 @@ class ModelSection(Section):
         description="maps that the encoder sees: of so many last stages; the fourth is a convolution of the last stage",
         json_schema_extra=only_with("model.system", *PYRAMIDS),
     )
+    box_refine: bool = Field(
+        False,
+        description="each layer looks where the boxes of the one before it lie, and has heads of its own",
+        json_schema_extra=only_with("model.system", "deformable_detr"),
+    )
+    two_stage: bool = Field(
+        False,
+        description="the queries are the best of what all cells of the encoded maps propose; needs model.box_refine",
+        json_schema_extra=only_with("model.system", "deformable_detr"),
+    )
     width: int = Field(256, ge=32, multiple_of=8, description="channels of the transformer")
     heads: PositiveInt = Field(8, description="attention heads and salient points; divides width")
     encoder_layers: int = Field(6, ge=0, description="encoder layers")
@@ -122,6 +130,13 @@ class ModelSection(Section):
     )
     backbone: BackboneSection = BackboneSection()
 
+    @field_validator("two_stage")
+    @classmethod
+    def _refines(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and not info.data.get("box_refine"):
+            raise ValueError("needs model.box_refine = true")
+        return value
+
     @field_validator("heads")
     @classmethod
     def _divides_width(cls, value: int, info: ValidationInfo) -> int:
@@ -132,6 +147,18 @@ class ModelSection(Section):
     @field_validator("input_norm")
     @classmethod
     def _has_groups(cls, value: str, info: ValidationInfo) -> str:
+        if value == "none" and info.data.get("system") in PYRAMIDS:
+            raise ValueError(f'must be "group_norm" with model.system = "{info.data["system"]}"')
         if value == "group_norm" and info.data.get("width", 0) % 32:
             raise ValueError(f'"group_norm" has 32 groups, which do not divide model.width, {info.data["width"]}')
+        return value
+
+    @field_validator("backbone")
+    @classmethod
+    def _has_levels(cls, value: BackboneSection, info: ValidationInfo) -> BackboneSection:
+        needed = min(info.data.get("feature_levels", 1), 3)
+        if value.stages < needed:
+            raise ValueError(
+                f"model.backbone.stages must be at least {needed} with model.feature_levels (got {value.stages})"
+            )
         return value

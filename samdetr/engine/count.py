@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from samdetr.loss import build_criterion
-from samdetr.models import SAMDETR, Detector, build_model
+from samdetr.models import SAMDETR, DeformableDETR, Detector, build_model
 from samdetr.models.aligner import ROI_SIZE, AlignedQueries, SemanticAligner
 from samdetr.structures import Outputs, Targets
 
@@ -178,16 +178,27 @@ def _projection_of_regions(aligner: SemanticAligner, args: Sequence[Any], out: A
     return int((regions * ROI_SIZE**2 - memory[..., 0].numel()) * reduce.weight.numel())
 
 
+def _box_heads(heads: Iterable[nn.Module], out: Outputs) -> int:
+    """What they take for the queries of one layer each."""
+    weights = (weight for head in heads for weight in head.parameters() if weight.dim() > 1)
+    return sum(weight.numel() for weight in weights) * out.boxes[0, ..., 0].numel()
+
+
 def _repeated_box_heads(model: SAMDETR, args: Sequence[Any], out: Outputs) -> int:
     """The published code runs every box head but the last twice: for the next reference, and for the prediction."""
-    weights = (weight for head in model.box_heads[:-1] for weight in head.parameters() if weight.dim() > 1)
-    return sum(weight.numel() for weight in weights) * out.boxes[0, ..., 0].numel()
+    return _box_heads(model.box_heads[:-1], out)
+
+
+def _refining_box_heads(model: DeformableDETR, args: Sequence[Any], out: Outputs) -> int:
+    """The same with box refinement, for which it also runs the last one twice."""
+    return _box_heads(model.box_heads[: len(model.decoder)], out) if model.box_refine else 0
 
 
 # What the published code computes beyond this package: multiply-accumulates from a module, its arguments and result.
 PUBLISHED_MORE: Mapping[type[nn.Module], Callable[..., int]] = {
     SemanticAligner: _projection_of_regions,
     SAMDETR: _repeated_box_heads,
+    DeformableDETR: _refining_box_heads,
 }
 
 

@@ -1,4 +1,4 @@
-"""AdamW with a slower backbone, and the learning-rate schedule as a function of the step."""
+"""AdamW with a slower backbone and slower sampling, and the learning-rate schedule as a function of the step."""
 
 from __future__ import annotations
 
@@ -38,15 +38,23 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model: nn.Module, section: OptimSection) -> GuardedAdamW:
-    """AdamW over the parameters that have a gradient, in two groups: the backbone and the rest."""
+    """AdamW over the parameters that have a gradient, in groups: what samples the maps, the backbone, the rest."""
     backbone: list[nn.Parameter] = []
+    sampling: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (backbone if name.startswith("backbone.") else rest).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("backbone."):
+            backbone.append(parameter)
+        elif section.sampling_lr_factor != 1 and (".offsets." in name or name.startswith("reference_head.")):
+            sampling.append(parameter)
+        else:
+            rest.append(parameter)
     groups: list[dict[str, Any]] = [{"params": rest, "base_lr": section.lr}]
-    if backbone:
-        groups.append({"params": backbone, "base_lr": section.backbone_lr})
+    for parameters, rate in ((backbone, section.backbone_lr), (sampling, section.lr * section.sampling_lr_factor)):
+        if parameters:
+            groups.append({"params": parameters, "base_lr": rate})
     return GuardedAdamW(groups, lr=section.lr, weight_decay=section.weight_decay)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from samdetr.models.conditional_detr import ConditionalDETR, build_conditional_detr
+from samdetr.models.deformable_detr import DeformableDETR, build_deformable_detr
 from samdetr.models.detr import DETR, build_detr
 from samdetr.models.sam_detr import SAMDETR, build_sam_detr
 from samdetr.models.smca_detr import SMCADETR, build_smca_detr
@@ -12,10 +13,10 @@ from samdetr.models.smca_detr import SMCADETR, build_smca_detr
 if TYPE_CHECKING:
     from samdetr.recipe import ModelSection
 
-__all__ = ["DETR", "SAMDETR", "SMCADETR", "ConditionalDETR", "Detector", "build_model"]
+__all__ = ["DETR", "SAMDETR", "SMCADETR", "ConditionalDETR", "DeformableDETR", "Detector", "build_model"]
 
 # what the engine needs: a call with images and sizes -> Outputs, a backbone, regions
-Detector = SAMDETR | DETR | ConditionalDETR | SMCADETR
+Detector = SAMDETR | DETR | ConditionalDETR | SMCADETR | DeformableDETR
 
 
 def build_model(section: ModelSection) -> Detector:
@@ -29,3 +30,5 @@ def build_model(section: ModelSection) -> Detector:
             return build_conditional_detr(section)
         case "smca_detr":
             return build_smca_detr(section)
+        case "deformable_detr":
+            return build_deformable_detr(section)
