@@ -44,6 +44,13 @@ PUBLISHED = {  # by name of the recipe's file
         _SAM_SMCA, _DC5, 40.6, 210, 58, 58_345_706, 58_123_306, (199.6, 229.9), compared=True
     ),
     "r50_dc5_smca_50ep": Published(_SAM_SMCA, _DC5, 45.0, 210, 58, 58_345_194, 58_122_794, (199.6, 229.9)),
+    # the paper's ablations, of which no code was published
+    "r50_12ep_average": Published(_SAM, _R50, 25.2, None, None, None, None, None),
+    "r50_12ep_max": Published(_SAM, _R50, 27.0, None, None, None, None, None),
+    "r50_12ep_1point": Published(_SAM, _R50, 28.6, None, None, None, None, None),
+    "r50_12ep_1point_reweighted": Published(_SAM, _R50, 30.3, None, None, None, None, None),
+    "r50_12ep_8points": Published(_SAM, _R50, 32.0, None, None, None, None, None),
+    "r50_12ep_whole_image": Published(_SAM, _R50, 30.0, None, None, None, None, None),
     "detr_r50_500ep": Published(_DETR, _R50, 42.0, 86, 41, 41_524_768, 41_302_368, (81.3, 91.7), compared=True),
     "detr_r50_dc5_500ep": Published(_DETR, _DC5, 43.3, 187, 41, 41_524_768, 41_302_368, (173.3, 201.5), compared=True),
     "detr_focal_r50_12ep": Published(_DETR_FOCAL, _R50, 22.3, 86, 41, 41_575_968, 41_353_568, (84.0, 94.5)),

@@ -21,7 +21,8 @@ class BackboneSection(Section):
     dilation: bool = Field(False, description="DC5: dilation 2 in place of the last stride (resnet50, resnet101)")
     frozen_stages: int = Field(2, ge=0, le=5, description="stages without gradient: 1 the stem, 2 also layer1, ...")
     stages: int = Field(4, ge=1, le=4, description="residual stages used; 4 is C5 (stride 32), 3 is C4 (stride 16)")
-    width: int = Field(64, ge=8, le=256, multiple_of=8, description="channels of the stem; 64 is torchvision's")
+    # from 16: torch's own 1x1 convolution of 8 channels corrupts memory in its backward at some sizes (oneDNN, AVX512)
+    width: int = Field(64, ge=16, le=256, multiple_of=8, description="channels of the stem; 64 is torchvision's")
 
     @field_validator("dilation")
     @classmethod

@@ -171,11 +171,8 @@ def _fused_attention(
 
 def _projection_of_regions(aligner: SemanticAligner, args: Sequence[Any], out: AlignedQueries) -> int:
     """The published code projects the cells of all regions after RoIAlign, this package the map before it."""
-    reduce = getattr(aligner, "reduce", None)
-    if reduce is None:  # an ablation without the point branch
-        return 0
-    memory, regions = args[2], out.points.shape[0] * out.points.shape[1]
-    return int((regions * ROI_SIZE**2 - memory[..., 0].numel()) * reduce.weight.numel())
+    memory, regions = args[2], out.content.shape[0] * out.content.shape[1]
+    return int((regions * ROI_SIZE**2 - memory[..., 0].numel()) * aligner.reduce.weight.numel())
 
 
 def _repeated_box_heads(model: SAMDETR, args: Sequence[Any], out: Outputs) -> int:
