@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from samdetr.engine.checkpoint import load_checkpoint
 from samdetr.engine.train import train
 from samdetr.recipe import Recipe
 
@@ -175,13 +175,10 @@ def losses(run: Path, keys: Sequence[str] = ("step", "epoch", "loss", "loss_ce",
 
 
 def weights(run: Path, link: str = "last") -> dict[str, torch.Tensor]:
-    """Weights, buffers and optimizer moments of a checkpoint, by file and key."""
-    folder = run / "checkpoints" / link
-    return {
-        f"{file.stem}/{key}": value.clone()
-        for file in sorted(folder.glob("*.safetensors"))
-        for key, value in load_file(file).items()
-    }
+    """Weights, buffers, averages and optimizer moments of a checkpoint, by part and key."""
+    checkpoint = load_checkpoint((run / "checkpoints" / link).resolve(), with_optimizer=True)
+    parts = {"model": checkpoint.model, "optimizer": checkpoint.optimizer, "average": checkpoint.average}
+    return {f"{part}/{key}": value for part, tensors in parts.items() for key, value in tensors.items()}
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
