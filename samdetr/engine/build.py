@@ -98,7 +98,7 @@ class Training:
             AVERAGE: self.average.averages if self.average else {},
         }
         meta = {
-            "recipe": self.recipe.model_dump_json(),
+            "recipe": self.recipe.model_dump(mode="json"),
             "categories": self.splits.categories.to_json(),
             "data": self.splits.fingerprint(),
             "environment": self.environment,

@@ -96,13 +96,19 @@ def find_checkpoint(path: str | Path) -> Path:
     )
 
 
+def meta_file(path: Path) -> Path:
+    """The JSON of a checkpoint, which names all its files."""
+    return path.with_suffix(".json") if path.suffix == EXPORTED else path / META_FILE
+
+
 def load_checkpoint(path: Path, *, with_optimizer: bool) -> Checkpoint:
     """Read a checkpoint and verify its checksums. Raises CheckpointError naming the file that is bad."""
+    meta = read_meta(meta_file(path))
     if path.suffix == EXPORTED:
-        meta = read_meta(path.with_suffix(".json"))
+        if path.name not in meta["files"]:
+            raise CheckpointError(f"{meta_file(path)} is of {', '.join(meta['files'])}: keep the names of an export.")
         _verify(path.parent, {path.name: meta["files"][path.name]})
         return Checkpoint(path, load_file(path), {}, {}, meta)
-    meta = read_meta(path / META_FILE)
     model, average = _read_part(path, MODEL, meta), _read_part(path, AVERAGE, meta)
     return Checkpoint(path, model, _read_part(path, OPTIMIZER, meta) if with_optimizer else {}, average, meta)
 
