@@ -35,7 +35,7 @@ class Noticed(NamedTuple):
 def damage(folder: Path, *, count: int, processes: int, seed: int) -> Noticed:
     """Damage the newest checkpoint of a run again and again, each time from the same whole one."""
     draw = random.Random(seed)
-    recipe = small_recipe(folder, "train.epochs=1", "checkpoint.every=5", "eval.every=9")
+    recipe = small_recipe(folder, "train.epochs=1", "checkpoint.every=3", "eval.every=9")
     finish(recipe, resume=None, processes=processes)
     whole = Path(recipe.run.folder) / "tiny" / "1" / "checkpoints"
     newest = newest_first(whole)[0]

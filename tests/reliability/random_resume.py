@@ -22,7 +22,7 @@ from samdetr.engine.checkpoint import load_checkpoint
 from tests.engine.runs import losses, metrics, weights
 from tests.reliability.children import STEPS, Signal, end, finish, options, small_recipe, start
 
-EVERY = 5  # steps between two saves
+EVERY = 3  # steps between two saves
 
 
 def resumed_equal(folder: Path, *, count: int, processes: int, seed: int) -> int:
@@ -35,7 +35,7 @@ def resumed_equal(folder: Path, *, count: int, processes: int, seed: int) -> int
         recipe = small_recipe(place, "data.workers=2", f"checkpoint.every={EVERY}")
         run = Path(recipe.run.folder) / "tiny" / "1"
         number = signal.SIGTERM if turn % 2 else signal.SIGKILL
-        first = 1 if number == signal.SIGTERM else EVERY + 3  # by then the first save is whole
+        first = 1 if number == signal.SIGTERM else 2 * EVERY + 1  # by then the first save is whole
         stop = Signal(number, draw.randint(first, STEPS), draw.randrange(processes))
         codes = end(start(recipe, resume=None, processes=processes, signal=stop))
         again = small_recipe(place, "data.workers=3", f"checkpoint.every={EVERY}")
