@@ -93,6 +93,7 @@ class Training:
         self.progress.epoch_sums = self.epoch_meter.to_json()
         self.progress.interval_sums = self.interval_meter.to_json()
         parts = {
+            # other processes' statistics of BatchNorm are not the run's; first, as it gives up gathered layers
             MODEL: model_tensors(self.model, with_buffers=self.world.is_main),
             OPTIMIZER: optimizer_tensors(self.model, self.optimizer),
             AVERAGE: self.average.averages if self.average else {},

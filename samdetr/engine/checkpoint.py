@@ -104,6 +104,8 @@ def meta_file(path: Path) -> Path:
 def load_checkpoint(path: Path, *, with_optimizer: bool) -> Checkpoint:
     """Read a checkpoint and verify its checksums. Raises CheckpointError naming the file that is bad."""
     meta = read_meta(meta_file(path))
+    if "files" not in meta:
+        raise CheckpointError(f"{meta_file(path)} is of an earlier version of samdetr, or no checkpoint: {_OTHER}")
     if path.suffix == EXPORTED:
         if path.name not in meta["files"]:
             raise CheckpointError(f"{meta_file(path)} is of {', '.join(meta['files'])}: keep the names of an export.")
@@ -251,7 +253,8 @@ def _named_optimizer_parameters(
 
 def model_tensors(model: nn.Module, *, with_buffers: bool = True) -> dict[str, Tensor]:
     """The model's state, as this process has it. Without buffers: its parameters alone."""
-    return dict(model.state_dict() if with_buffers else model.named_parameters())
+    without = set() if with_buffers else {name for name, _ in model.named_buffers()}
+    return {name: value for name, value in model.state_dict().items() if name not in without}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -235,6 +235,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_share(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def share_like(value: Tensor, example: Tensor) -> Tensor:
     """``value``, whole in every process, divided as ``example`` is."""
     if not isinstance(example, DTensor):

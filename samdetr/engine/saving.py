@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from samdetr.engine.checkpoint import META_FILE, Progress, facts_of, reason_of, sync, write_meta
 from samdetr.engine.checkpoint_folder import name_of, publish, remove_old, unfinished, update_progress
-from samdetr.engine.parallel import ALONE, World
+from samdetr.engine.parallel import ALONE, World, own_share
 from samdetr.errors import CheckpointError
 
 FILE_BYTES = 2**25  # of a file, about: Python waits while one is put together
@@ -156,7 +156,7 @@ class Staging:
         return copies, event
 
     def _copy(self, key: tuple[str, str], value: Tensor) -> Tensor:
-        local = value.to_local() if isinstance(value, DTensor) else value
+        local = own_share(value)
         copy = self._copies.get(key)
         if copy is None:
             copy = self._copies[key] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)

@@ -175,6 +175,12 @@ def test_truncated_and_missing_files_are_named(saved: Path, name: str) -> None:
         load_checkpoint(saved, with_optimizer=True)
 
 
+def test_a_folder_of_something_else_is_refused(saved: Path) -> None:
+    checkpoint_module.write_meta(saved / "meta.json", {"name": "another"})
+    with pytest.raises(CheckpointError, match=r"meta\.json is of an earlier version of samdetr, or no checkpoint"):
+        load_checkpoint(saved, with_optimizer=False)
+
+
 def test_a_file_too_many_is_refused(saved: Path) -> None:
     """It would be read as another process's share."""
     (saved / "model" / "more.safetensors").write_bytes((saved / FILES[1]).read_bytes())

@@ -132,6 +132,7 @@ def test_processes_write_their_shares_and_another_number_goes_on(
 ) -> None:
     """Some with ddp, then one more with fsdp; the steps are those of one process alone."""
     options = ("train.total_batch=12", "train.micro_batch=1", "model.backbone.norm=frozen", "checkpoint.every=1")
+    options += ("optim.ema_decay=0.9",)
     run = tmp_path / "shared" / "tiny" / "1"
     settings = (f"run.folder={tmp_path / 'shared'}", *options)
     for processes, strategy, epochs in ((first, "ddp", 1), (first + 1, "fsdp", 2)):
@@ -142,7 +143,7 @@ def test_processes_write_their_shares_and_another_number_goes_on(
         assert result.code == 0, result.err
         newest = newest_first(run / "checkpoints")[0]
         assert newest.name == f"step-{2 * epochs:08d}"
-        for part in ("model", "optimizer"):
+        for part in ("model", "optimizer", "average"):
             sizes = [file.stat().st_size for file in (newest / part).iterdir()]
             assert len(sizes) == processes and max(sizes) < 2 * min(sizes)
     alone = train(make_recipe(*options))
@@ -151,6 +152,7 @@ def test_processes_write_their_shares_and_another_number_goes_on(
     one, two = weights(run), weights(alone)
     assert one.keys() == two.keys()
     moments = [key for key in one if key.endswith("exp_avg_sq")]
+    assert {key.partition("/")[0] for key in one} == {"model", "optimizer", "average"}
     assert all(torch.allclose(one[key], two[key], rtol=1e-3, atol=1e-9) for key in moments)
 
 
