@@ -118,6 +118,7 @@ def _train(
 ) -> None:
     """The body of a process."""
     os.environ.update(world)
+    multiprocessing.set_start_method(None, force=True)  # loader processes start as they do in a command
     torch.set_num_threads(1)
     Path(recipe.run.folder).mkdir(parents=True, exist_ok=True)
     output = os.open(Path(recipe.run.folder) / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
