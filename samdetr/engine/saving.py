@@ -45,6 +45,7 @@ def save_checkpoint(
         for part, tensors in parts.items():
             if tensors:
                 writer = HuggingFaceStorageWriter(str(temporary / part), _file_numbers(tensors), save_distributed=True)
+                writer.per_thread_copy_ahead = 0  # all is on the CPU: wait for no GPU stream
                 dcp.save(dict(tensors), storage_writer=writer, process_group=world.group, no_dist=world.size == 1)
         return world.from_main(lambda: _completed(temporary, target, {**meta, "progress": asdict(progress)}))
     except (OSError, CheckpointException) as error:
@@ -120,6 +121,7 @@ class Saver:
     ) -> None:
         try:
             if copied is not None:
+                torch.cuda.set_device(copied.device)  # a thread begins on the first GPU, whosever that is
                 copied.synchronize()
             save_checkpoint(self.folder, parts, progress=progress, meta=meta, world=self.world)
             self._remove_old()

@@ -346,6 +346,22 @@ def test_what_is_saved_is_the_state_of_its_step(tmp_path: Path, monkeypatch: pyt
     assert not load_checkpoint(tmp_path / "last", with_optimizer=True).optimizer["first.weight:exp_avg"].any()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_copy_is_made_before_what_the_gpu_does_next(tmp_path: Path) -> None:
+    state = {str(number): torch.full((1 << 22,), float(number), device="cuda") for number in range(8)}
+    saver = Saver(tmp_path, ALONE, keep=1, timeout=9, say=print)
+    for turn in range(3):
+        expected = {name: value.clone() for name, value in state.items()}
+        torch.cuda._sleep(20_000_000)  # the host is far ahead
+        saver.save({MODEL: state}, Progress(step=turn), {})
+        for value in state.values():
+            value.mul_(-3).add_(1)
+        saver.wait()
+        loaded = load_checkpoint((tmp_path / "last").resolve(), with_optimizer=False).model
+        assert all(torch.equal(loaded[name], value.cpu()) for name, value in expected.items())
+
+
 def test_an_error_of_the_thread_is_raised_where_the_run_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = Saver(tmp_path, ALONE, keep=2, timeout=9, say=print)
     parts = parts_of(*trained_model())
