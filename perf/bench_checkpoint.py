@@ -57,16 +57,23 @@ def unequal(parts: Parts, checkpoint: Path) -> list[str]:
     return [name for part, tensors in parts.items() for name, value in tensors.items() if not same(part, name, value)]
 
 
-def longest_pause(saver: Saver, parts: Parts, progress: Progress) -> float:
-    """Milliseconds for which this thread did not get Python while another wrote the checkpoint."""
+def longest_pauses(saver: Saver, parts: Parts, progress: Progress) -> tuple[float, float]:
+    """Milliseconds for which this thread did not get Python: while another wrote a checkpoint, and as long after it."""
     saver.save(parts, progress, {})
-    thread, last, longest = saver._thread, time.perf_counter(), 0.0
+    thread, begin = saver._thread, time.perf_counter()
     assert thread is not None
-    while thread.is_alive():
+    writing = _pause_while(thread.is_alive)
+    saver.wait()
+    end = 2 * time.perf_counter() - begin
+    return writing, _pause_while(lambda: time.perf_counter() < end)
+
+
+def _pause_while(lasts: Callable[[], bool]) -> float:
+    last, longest = time.perf_counter(), 0.0
+    while lasts():
         time.sleep(0.0005)
         now = time.perf_counter()
         last, longest = now, max(longest, now - last)
-    saver.wait()
     return longest * 1e3
 
 
@@ -135,13 +142,15 @@ def run(parts: Parts, case: str, device: torch.device, folder: Path, repeats: in
     last = (folder / "last").resolve()
     loads = timed(lambda turn: load_checkpoint(last, with_optimizer=True), device, repeats, lambda: None)
     print(table([row(report, case, "read", "verified and whole, on the CPU", loads, size)]) + "\n", flush=True)
-    pause = longest_pause(saver, parts, replace(progress, step=progress.step + 1))
+    writing, idle = longest_pauses(saver, parts, replace(progress, step=progress.step + 1))
     on_disk = {part: sum(file.stat().st_size for file in (folder / "last" / part).iterdir()) for part in parts}
     files = sum(len(list((folder / "last" / part).iterdir())) for part in parts)
     sizes = ", ".join(f"{part} {count / 1e6:.1f} MB" for part, count in on_disk.items())
     report.note(f"{case}: {sum(on_disk.values()) / 1e6:.1f} MB in {files} files: {sizes}")
     report.note(f"{case}: the first save of a run, which takes its memory: {first[0]:.0f} ms")
-    report.note(f"{case}: longest pause of Python while a checkpoint was written: {pause:.1f} ms")
+    report.note(
+        f"{case}: longest pause of Python while a checkpoint was written {writing:.1f} ms, without {idle:.1f} ms"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
