@@ -15,6 +15,7 @@ from samdetr.recipe_messages import explain, keys_named
 from samdetr.recipe_model import BackboneSection, ModelSection
 from samdetr.recipe_sections import (
     AugmentSection,
+    CheckpointSection,
     ComputeSection,
     DataSection,
     EvalSection,
@@ -32,6 +33,7 @@ from samdetr.toml_text import apply_override, key_lines, syntax_mistake, value_t
 __all__ = [
     "AugmentSection",
     "BackboneSection",
+    "CheckpointSection",
     "ComputeSection",
     "DataSection",
     "EvalSection",
@@ -66,6 +68,7 @@ class Recipe(Section):
     loss: LossSection = LossSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
 
 

@@ -244,6 +244,11 @@ class TrainSection(Section):
         return value
 
 
+class CheckpointSection(Section):
+    every: int = Field(0, ge=0, description="steps between two saves within an epoch; 0: only at ends of epochs")
+    keep: PositiveInt = Field(2, description="newest checkpoints that stay on the disk; the best one stays besides")
+
+
 class EvalSection(Section):
     every: PositiveInt = Field(1, description="epochs between two evaluations; the last epoch always has one")
     batch: PositiveInt = Field(1, description="images of one forward pass")

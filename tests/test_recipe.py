@@ -160,7 +160,7 @@ init = {official = "a.pth", checkpoint = "b"} \
     | init.checkpoint: init.official is set too; a run starts from one of them
 zzzzzz = 1 \
     | zzzzzz: unknown key. The sections are run, compute, parallel, init, data, augment, model, \
-loss, optim, train, eval.
+loss, optim, train, checkpoint, eval.
 eval.zzzzzz = 1                   | eval.zzzzzz: unknown key. eval has every, batch, top_k, evaluator.
 data.shapes.zzzzzz = 1 \
     | data.shapes.zzzzzz: unknown key. data.shapes has folder, train_images, val_images, image_size, max_objects, seed.

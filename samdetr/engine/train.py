@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from samdetr.data.prefetch import prefetch
 from samdetr.engine.build import Training, build_training
-from samdetr.engine.checkpoint import update_progress
 from samdetr.engine.coco import CocoDetections, coco_evaluate
 from samdetr.engine.compile import computing_in, prepare_step
 from samdetr.engine.cuda_graph import StepGraphs
@@ -28,7 +27,7 @@ from samdetr.engine.parallel import ALONE, World, joined, local_gradients, lost_
 from samdetr.engine.pictures import draw_validation
 from samdetr.engine.profile import StepProfiler
 from samdetr.engine.readings import Lead, Step
-from samdetr.engine.run_folder import CHECKPOINTS, METRICS_FILE, resume_command
+from samdetr.engine.run_folder import METRICS_FILE, resume_command
 from samdetr.engine.setup import choose_device
 from samdetr.errors import DataError, NonFiniteError, SamdetrError
 from samdetr.loss import SetCriterion
@@ -147,8 +146,8 @@ def run(training: Training, *, profile: bool) -> Path:
             best = is_evaluated(recipe, progress.epoch) and evaluate_epoch(training, log)
             progress.epoch, progress.step_in_epoch, progress.evaluation_due = progress.epoch + 1, 0, False
             progress.finished = progress.epoch == epochs
+            training.saver.update(progress, best=best)
             if world.is_main:
-                update_progress(training.folder / CHECKPOINTS, progress, best=best)
                 plot_curves(training.folder / METRICS_FILE, training.folder / "curves.png")
     found = f"best AP {progress.best_ap:.3f} in epoch {progress.best_epoch + 1}; " if progress.best_epoch >= 0 else ""
     log.note(f"finished: {found}everything is in {training.folder}")
@@ -163,7 +162,14 @@ def explained(training: Training) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if training.stop.at_once:
+            training.saver.end(at_once=True)
             training.say_how_to_continue("stopped at once; what came after the last checkpoint is lost")
+        raise
+    except SamdetrError as error:
+        training.saver.end()
+        if training.saver.failed:  # before this: a full disk stops the pictures too
+            training.console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            training.saver.wait()
         raise
     except torch.OutOfMemoryError as error:
         raise SamdetrError(
@@ -182,6 +188,7 @@ def explained(training: Training) -> Iterator[None]:
             f"{resume_command(folder)}."
         ) from error
     finally:
+        training.saver.end(at_once=training.stop.at_once)
         torch.compiler.set_stance("default")  # a failed compilation may have changed it, for the whole process
         training.train_loader.close()
         training.val_loader.close()
@@ -250,6 +257,9 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
         if training.device.type == "cpu" or progress.step % recipe.train.log_every == 0:
             training.readings.send()
         report_steps(training, log, training.readings.arrived())
+        if is_saved(training):
+            report_steps(training, log, training.readings.all())
+            training.save()
         data.lap()
     report_steps(training, log, training.readings.all())
     log.epoch(epoch, training.epoch_meter.means())
@@ -260,7 +270,7 @@ def agreed_batches(training: Training, log: RunLog) -> Iterator[list[Batch]]:
     """This process's batches of the epoch's remaining steps, on the device, while every process has the next one.
 
     Where one was asked to stop, or met an image that cannot be used, all save after the same step and end; the
-    DataError is raised in the process that met it.
+    DataError is raised in the process that met it. Where a save has failed, all end with its reason.
     """
     progress = training.progress
     batches = prefetch(training.train_loader.epoch(progress.epoch, progress.step_in_epoch), training.device)
@@ -270,10 +280,14 @@ def agreed_batches(training: Training, log: RunLog) -> Iterator[list[Batch]]:
             batch = next(batches)
         except DataError as error:
             failure = error
-        failed = training.world.most(int(failure is not None))
+        failed = training.world.most(2 if training.saver.failed else int(failure is not None))
+        if failed == 2:
+            training.saver.wait()
+            raise SystemExit(1)  # of another process, which says so
         if training.asked_to_stop() or failed:
             report_steps(training, log, training.readings.all())
             training.save()  # between two steps: nothing done is lost
+            training.saver.wait()
             if failed:
                 raise failure or SystemExit(1)  # the process that met it says so
             training.leave()
@@ -355,6 +369,13 @@ def report_evaluation(training: Training, log: RunLog, results: CocoDetections, 
 def is_evaluated(recipe: Recipe, epoch: int) -> bool:
     """Whether the epoch (from 0) ends with an evaluation; the last one always does."""
     return (epoch + 1) % recipe.eval.every == 0 or epoch + 1 == recipe.train.epochs
+
+
+def is_saved(training: Training) -> bool:
+    """Whether a checkpoint is due between two steps of an epoch; its end always is one."""
+    every, progress = training.recipe.checkpoint.every, training.progress
+    inside = progress.step_in_epoch < training.train_loader.steps_per_epoch
+    return bool(every) and inside and progress.step % every == 0
 
 
 def step_seed(seed: int, step: int, place: int) -> int:
