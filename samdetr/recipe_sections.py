@@ -208,9 +208,13 @@ class LossSection(Section):
 
 
 class OptimSection(Section):
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw (published, DETR family) or sgd")
+    momentum: Probability = Field(
+        0.9, description="momentum of SGD", json_schema_extra=only_with("optim.optimizer", "sgd")
+    )
     lr: Positive = Field(1e-4, description="learning rate")
     backbone_lr: NonNegative = Field(1e-5, description="learning rate of the backbone")
-    weight_decay: NonNegative = Field(1e-4, description="AdamW weight decay")
+    weight_decay: NonNegative = Field(1e-4, description="weight decay; that of SGD is part of the gradient")
     clip_norm: NonNegative = Field(0.1, description="largest gradient norm; 0: no clipping")
     schedule: Literal["step", "cosine"] = Field(
         "step", description="step: drops after drop_epochs (published); cosine: to zero at the last step"

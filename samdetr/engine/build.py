@@ -33,8 +33,8 @@ from samdetr.engine.coco import Evaluator, choose_evaluator
 from samdetr.engine.compile import Compute, choose_compute
 from samdetr.engine.cuda_graph import StepGraphs
 from samdetr.engine.interrupt import StopSignal
-from samdetr.engine.log import Meter, Stopwatch, print_findings
-from samdetr.engine.optim import GuardedAdamW, build_optimizer
+from samdetr.engine.log import Meter, Stopwatch, print_findings, step_values
+from samdetr.engine.optim import Guarded, build_optimizer
 from samdetr.engine.parallel import World, distribute, micro_batches_of
 from samdetr.engine.readings import Readings
 from samdetr.engine.run_folder import (
@@ -48,7 +48,7 @@ from samdetr.engine.run_folder import (
 from samdetr.engine.saving import Saver
 from samdetr.engine.setup import load_initial_weights
 from samdetr.errors import CheckpointError
-from samdetr.loss import SetCriterion, build_criterion
+from samdetr.loss import Criterion, build_criterion
 from samdetr.models import Detector, build_model
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class Training:
     world: World
     model: Detector
     replica: nn.Module  # what to call for a forward pass in training: the model itself, in a process alone
-    criterion: SetCriterion
-    optimizer: GuardedAdamW
+    criterion: Criterion
+    optimizer: Guarded
     average: WeightAverage | None
     train_loader: TrainLoader
     val_loader: EvalLoader
@@ -180,6 +180,8 @@ def build_training(
     place = device if world.size == 1 else f"{device}, {world.size} processes ({recipe.parallel.strategy})"
     for line in (f"model: {count:,} parameters on {place}; {note}", f"run: {folder}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    criterion = build_criterion(recipe)
+    logged = step_values(criterion.logged)
     return Training(
         recipe=recipe,
         device=device,
@@ -189,7 +191,7 @@ def build_training(
         world=world,
         model=model,
         replica=replica,
-        criterion=build_criterion(recipe),
+        criterion=criterion,
         optimizer=optimizer,
         average=average,
         train_loader=train_loader,
@@ -197,8 +199,8 @@ def build_training(
         evaluator=evaluator,
         environment=environment,
         progress=progress,
-        epoch_meter=Meter.from_json(progress.epoch_sums),
-        interval_meter=Meter.from_json(progress.interval_sums),
+        epoch_meter=Meter.from_json(logged, progress.epoch_sums),
+        interval_meter=Meter.from_json(logged, progress.interval_sums),
         console=console,
         stop=StopSignal(speaks=world.is_main),
         saver=Saver(folder / CHECKPOINTS, world, keep=recipe.checkpoint.keep, timeout=recipe.parallel.timeout, say=say),

@@ -212,7 +212,8 @@ def load_model_state(
     if remake_class_heads:
         for key in [key for key in state if key.startswith(CLASS_HEADS) and key in own]:
             if state[key].shape[0] != own[key].shape[0]:
-                remade = state[key].shape[0]
+                classes = state[key].shape[0]
+                remade = min(remade or classes, classes)  # a head of boxes has four rows a class
                 state[key] = own[key]
     problems = differences(own, state)
     if problems:

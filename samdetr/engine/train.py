@@ -21,8 +21,8 @@ from samdetr.engine.coco import CocoDetections, coco_evaluate
 from samdetr.engine.compile import computing_in, prepare_step
 from samdetr.engine.cuda_graph import StepGraphs
 from samdetr.engine.evaluate import detect, gather_detections
-from samdetr.engine.log import STEP_VALUES, Meter, RunLog, Stopwatch
-from samdetr.engine.optim import GuardedAdamW, lr_factor, set_learning_rate
+from samdetr.engine.log import Meter, RunLog, Stopwatch
+from samdetr.engine.optim import Guarded, lr_factor, set_learning_rate
 from samdetr.engine.parallel import ALONE, World, joined, local_gradients, lost_contact, whole
 from samdetr.engine.pictures import draw_validation
 from samdetr.engine.profile import StepProfiler
@@ -30,7 +30,7 @@ from samdetr.engine.readings import Lead, Step
 from samdetr.engine.run_folder import METRICS_FILE, resume_command
 from samdetr.engine.setup import choose_device
 from samdetr.errors import DataError, NonFiniteError, SamdetrError
-from samdetr.loss import SetCriterion
+from samdetr.loss import Criterion
 from samdetr.recipe import with_absolute_paths
 from samdetr.structures import Batch
 from samdetr.visualize.curves import plot_curves
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 class StepResult(NamedTuple):
     """What one optimizer step reports, still on the device."""
 
-    values: Tensor  # [6] float, in the order of log.STEP_VALUES
+    values: Tensor  # float, in the order of `log.step_values`
 
 
 def train_step(
     model: nn.Module,
-    criterion: SetCriterion,
-    optimizer: GuardedAdamW,
+    criterion: Criterion,
+    optimizer: Guarded,
     batch: Sequence[Batch],
     *,
     device: torch.device,
@@ -83,20 +83,18 @@ def train_step(
 
 
 def forward_backward(
-    model: nn.Module, criterion: SetCriterion, batch: Batch, num_boxes: Tensor, *, precision: torch.dtype
+    model: nn.Module, criterion: Criterion, batch: Batch, num_boxes: Tensor, *, precision: torch.dtype
 ) -> Tensor:
-    """Add the gradients of one micro-batch to those of the parameters; its values [5], as in log.STEP_VALUES."""
+    """Add the gradients of one micro-batch to those of the parameters; its values, as in `log.step_values`."""
     with computing_in(precision, batch.images.device):
-        outputs = model(batch.images, batch.image_sizes)
+        outputs = model(batch.images, batch.image_sizes, *criterion.model_targets(batch.targets))
     losses = criterion(outputs, batch.targets, num_boxes)
     losses.total.backward()
     terms = losses.terms
-    return torch.stack(
-        [losses.total.detach(), terms["loss_ce"], terms["loss_bbox"], terms["loss_giou"], terms["class_error"]]
-    )
+    return torch.stack([losses.total.detach(), *(terms[name] for name in criterion.logged), terms["class_error"]])
 
 
-def update(optimizer: GuardedAdamW, clip_norm: float, loss: Tensor) -> Tensor:
+def update(optimizer: Guarded, clip_norm: float, loss: Tensor) -> Tensor:
     """Clip the gradients and take the optimizer's step; returns their norm before. All on the device."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = whole(nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf")))
@@ -263,7 +261,7 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
         data.lap()
     report_steps(training, log, training.readings.all())
     log.epoch(epoch, training.epoch_meter.means())
-    progress.evaluation_due, training.epoch_meter = True, Meter()
+    progress.evaluation_due, training.epoch_meter = True, Meter(training.epoch_meter.names)
 
 
 def agreed_batches(training: Training, log: RunLog) -> Iterator[list[Batch]]:
@@ -298,7 +296,7 @@ def agreed_batches(training: Training, log: RunLog) -> Iterator[list[Batch]]:
 def report_steps(training: Training, log: RunLog, steps: Iterator[tuple[Step, list[float]]]) -> None:
     """Count steps whose values have arrived. Raises NonFiniteError at the first that was not finite."""
     for step, values in steps:
-        if not math.isfinite(values[STEP_VALUES.index("loss")] + values[STEP_VALUES.index("grad_norm")]):
+        if not math.isfinite(values[0] + values[-1]):  # the loss and the gradient's norm
             image_ids = training.train_loader.image_ids(step.epoch, step.step_in_epoch)
             raise NonFiniteError(
                 f"the loss or its gradient is not finite at step {step.number} (epoch {step.epoch + 1}, image ids "
@@ -309,7 +307,7 @@ def report_steps(training: Training, log: RunLog, steps: Iterator[tuple[Step, li
         training.interval_meter.add(values)
         if step.number % training.recipe.train.log_every == 0:
             log.interval(step.epoch, step.number, training.interval_meter.means(), step.lr)
-            training.interval_meter = Meter()
+            training.interval_meter = Meter(training.interval_meter.names)
 
 
 def evaluate_epoch(training: Training, log: RunLog) -> bool:
