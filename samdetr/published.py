@@ -33,6 +33,7 @@ _CONDITIONAL = "Conditional-DETR"
 _SMCA = "SMCA-DETR, one scale"
 _DEFORMABLE = "Deformable-DETR, one level"
 _DEFORMABLE_MS = "Deformable-DETR, four levels"
+_C4, _RCNN, _FPN = "Faster R-CNN C4", "Faster R-CNN", "Faster R-CNN FPN"
 _R50, _DC5 = "R50", "R50-DC5"
 
 PUBLISHED = {  # by name of the recipe's file
@@ -46,6 +47,13 @@ PUBLISHED = {  # by name of the recipe's file
         _SAM_SMCA, _DC5, 40.6, 210, 58, 58_345_706, 58_123_306, (199.6, 229.9), compared=True
     ),
     "r50_dc5_smca_50ep": Published(_SAM_SMCA, _DC5, 45.0, 210, 58, 58_345_194, 58_122_794, (199.6, 229.9)),
+    # the paper's ablations, of which no code was published
+    "r50_12ep_average": Published(_SAM, _R50, 25.2, None, None, None, None, None),
+    "r50_12ep_max": Published(_SAM, _R50, 27.0, None, None, None, None, None),
+    "r50_12ep_1point": Published(_SAM, _R50, 28.6, None, None, None, None, None),
+    "r50_12ep_1point_reweighted": Published(_SAM, _R50, 30.3, None, None, None, None, None),
+    "r50_12ep_8points": Published(_SAM, _R50, 32.0, None, None, None, None, None),
+    "r50_12ep_whole_image": Published(_SAM, _R50, 30.0, None, None, None, None, None),
     "detr_r50_500ep": Published(_DETR, _R50, 42.0, 86, 41, 41_524_768, 41_302_368, (81.3, 91.7), compared=True),
     "detr_r50_dc5_500ep": Published(_DETR, _DC5, 43.3, 187, 41, 41_524_768, 41_302_368, (173.3, 201.5), compared=True),
     "detr_focal_r50_12ep": Published(_DETR_FOCAL, _R50, 22.3, 86, 41, 41_575_968, 41_353_568, (84.0, 94.5)),
@@ -83,4 +91,11 @@ PUBLISHED = {  # by name of the recipe's file
     "deformable_detr_r50_ms_50ep": Published(
         _DEFORMABLE_MS, _R50, 43.8, 173, 40, 40_069_665, 39_847_265, (166.0, 187.0), compared=True
     ),
+    # parameters are those of torchvision's model with frozen BatchNorm; operations depend on trained proposals
+    "faster_rcnn_r50_c4_12ep": Published(_C4, _R50, 35.7, 547, 34, 33_799_840, 33_577_440, None),
+    "faster_rcnn_r50_c4_36ep": Published(_C4, _R50, 38.4, 547, 34, 33_799_840, 33_577_440, None),
+    "faster_rcnn_r50_dc5_12ep": Published(_RCNN, _DC5, 37.3, 320, 166, 165_585_568, 165_363_168, None),
+    "faster_rcnn_r50_dc5_36ep": Published(_RCNN, _DC5, 39.0, 320, 166, 165_585_568, 165_363_168, None),
+    "faster_rcnn_r50_dc5_108ep": Published(_RCNN, _DC5, 41.1, 320, 166, 165_585_568, 165_363_168, None),
+    "faster_rcnn_r50_fpn_108ep": Published(_FPN, _R50, 42.0, 180, 42, 41_704_036, 41_481_636, None),
 }

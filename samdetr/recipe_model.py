@@ -21,7 +21,8 @@ class BackboneSection(Section):
     dilation: bool = Field(False, description="DC5: dilation 2 in place of the last stride (resnet50, resnet101)")
     frozen_stages: int = Field(2, ge=0, le=5, description="stages without gradient: 1 the stem, 2 also layer1, ...")
     stages: int = Field(4, ge=1, le=4, description="residual stages used; 4 is C5 (stride 32), 3 is C4 (stride 16)")
-    width: int = Field(64, ge=8, le=256, multiple_of=8, description="channels of the stem; 64 is torchvision's")
+    # from 16: torch's own 1x1 convolution of 8 channels corrupts memory in its backward at some sizes (oneDNN, AVX512)
+    width: int = Field(64, ge=16, le=256, multiple_of=8, description="channels of the stem; 64 is torchvision's")
 
     @field_validator("dilation")
     @classmethod
@@ -52,14 +53,31 @@ class BackboneSection(Section):
         return value
 
 
+class RegionsSection(Section):
+    candidates_train: PositiveInt = Field(2000, description="best anchors of each map before suppression, in training")
+    candidates_eval: PositiveInt = Field(1000, description="the same in evaluation")
+    proposals_train: PositiveInt = Field(2000, description="most proposals of an image, in training")
+    proposals_eval: PositiveInt = Field(1000, description="the same in evaluation")
+    hidden: PositiveInt = Field(1024, description="channels of the two fully connected layers; C4 has the fourth stage")
+    score_threshold: Probability = Field(0.05, description="lowest score of a detection before suppression")
+
+
+# keys that have no meaning for Faster R-CNN
+OF_TRANSFORMERS = ("heads", "encoder_layers", "decoder_layers", "ffn", "dropout", "input_norm", "padding")
+
+
 class ModelSection(Section):
-    system: Literal["sam_detr", "detr", "conditional_detr", "smca_detr", "deformable_detr"] = Field(
-        "sam_detr", description="which detector"
+    system: Literal["sam_detr", "detr", "conditional_detr", "smca_detr", "deformable_detr", "faster_rcnn"] = Field(
+        "sam_detr",
+        description="which detector; faster_rcnn is C4 where model.backbone.stages = 3, DC5 with "
+        "model.backbone.dilation, else FPN",
     )
     num_classes: PositiveInt = Field(
         91, description="class logits (91: raw COCO category ids); with softmax the last one is no object"
     )
-    num_queries: PositiveInt = Field(300, description="object queries; the most objects an image can have")
+    num_queries: PositiveInt = Field(
+        300, description="object queries; the most objects an image can have. faster_rcnn: most detections of an image"
+    )
     class_prior: Probability = Field(
         0.01,
         description="initial probability of every class, for the focal loss; 0: torch's own start (softmax). "
@@ -114,7 +132,7 @@ class ModelSection(Section):
         description="the queries are the best of what all cells of the encoded maps propose; needs model.box_refine",
         json_schema_extra=only_with("model.system", "deformable_detr"),
     )
-    width: int = Field(256, ge=32, multiple_of=8, description="channels of the transformer")
+    width: int = Field(256, ge=32, multiple_of=8, description="channels of the transformer, or of an FPN")
     heads: PositiveInt = Field(8, description="attention heads and salient points; divides width")
     encoder_layers: int = Field(6, ge=0, description="encoder layers")
     decoder_layers: PositiveInt = Field(6, description="decoder layers")
@@ -129,6 +147,21 @@ class ModelSection(Section):
         description="published: padded cells reach the result through convolutions and RoIAlign; masked: they are zero",
     )
     backbone: BackboneSection = BackboneSection()
+    regions: RegionsSection = Field(RegionsSection(), json_schema_extra=only_with("model.system", "faster_rcnn"))
+
+    @field_validator(*OF_TRANSFORMERS)
+    @classmethod
+    def _is_of_a_transformer(cls, value: object, info: ValidationInfo) -> object:
+        if info.data.get("system") == "faster_rcnn" and value != cls.model_fields[str(info.field_name)].default:
+            raise ValueError('has no meaning with model.system = "faster_rcnn": leave it out')
+        return value
+
+    @field_validator("backbone")
+    @classmethod
+    def _gives_regions(cls, value: BackboneSection, info: ValidationInfo) -> BackboneSection:
+        if info.data.get("system") == "faster_rcnn" and value.stages < 3:
+            raise ValueError('with model.system = "faster_rcnn" stages must be 3 (C4) or 4 (DC5, FPN)')
+        return value
 
     @field_validator("two_stage")
     @classmethod

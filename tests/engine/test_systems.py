@@ -82,7 +82,7 @@ def reduced(name: str, folder: Path, shapes_folder: Path) -> Recipe:
         "model.encoder_layers": 1,
         "model.decoder_layers": 2,
         "model.ffn": 32,
-        "model.backbone.width": 8,
+        "model.backbone.width": 16,
         "train.epochs": 1,
         "train.total_batch": 4,
         "train.micro_batch": 2,
