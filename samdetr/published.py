@@ -27,6 +27,7 @@ class Published(NamedTuple):
 
 _SAM = "SAM-DETR"
 _SAM_SMCA = "SAM-DETR w/ SMCA"
+_SAM_MS, _SAM_MS_SMCA = "SAM-DETR, three maps", "SAM-DETR w/ SMCA, three maps"
 _DETR = "DETR"
 _DETR_FOCAL = "DETR, 300 queries, focal loss"
 _CONDITIONAL = "Conditional-DETR"
@@ -54,6 +55,12 @@ PUBLISHED = {  # by name of the recipe's file
     "r50_12ep_1point_reweighted": Published(_SAM, _R50, 30.3, None, None, None, None, None),
     "r50_12ep_8points": Published(_SAM, _R50, 32.0, None, None, None, None, None),
     "r50_12ep_whole_image": Published(_SAM, _R50, 30.0, None, None, None, None, None),
+    "r50_ms_12ep": Published(_SAM_MS, _R50, 41.1, 203, 55, 55_194_698, 54_972_298, (197.0, 220.7)),
+    "r50_ms_50ep": Published(_SAM_MS, _R50, 46.1, 203, 55, 55_194_698, 54_972_298, (197.0, 220.7), compared=True),
+    "r50_ms_smca_12ep": Published(_SAM_MS_SMCA, _R50, 42.8, 203, 55, 55_243_946, 55_021_546, (197.0, 220.7)),
+    "r50_ms_smca_50ep": Published(
+        _SAM_MS_SMCA, _R50, 47.1, 203, 55, 55_243_946, 55_021_546, (197.0, 220.7), compared=True
+    ),
     "detr_r50_500ep": Published(_DETR, _R50, 42.0, 86, 41, 41_524_768, 41_302_368, (81.3, 91.7), compared=True),
     "detr_r50_dc5_500ep": Published(_DETR, _DC5, 43.3, 187, 41, 41_524_768, 41_302_368, (173.3, 201.5), compared=True),
     "detr_focal_r50_12ep": Published(_DETR_FOCAL, _R50, 22.3, 86, 41, 41_575_968, 41_353_568, (84.0, 94.5)),

@@ -64,10 +64,13 @@ class RegionsSection(Section):
 
 # keys that have no meaning for Faster R-CNN
 OF_TRANSFORMERS = ("heads", "encoder_layers", "decoder_layers", "ffn", "dropout", "input_norm", "padding")
+ALIGNED = ("sam_detr", "sam_detr_ms")  # systems with the semantic aligner
 
 
 class ModelSection(Section):
-    system: Literal["sam_detr", "detr", "conditional_detr", "smca_detr", "deformable_detr", "faster_rcnn"] = Field(
+    system: Literal[
+        "sam_detr", "sam_detr_ms", "detr", "conditional_detr", "smca_detr", "deformable_detr", "faster_rcnn"
+    ] = Field(
         "sam_detr",
         description="which detector; faster_rcnn is C4 where model.backbone.stages = 3, DC5 with "
         "model.backbone.dilation, else FPN",
@@ -88,27 +91,27 @@ class ModelSection(Section):
         "points",
         description="what of its box becomes a query; points: a salient point for each head (published); for ablation "
         "point: one for all heads; average, max: of the box's 7 x 7 bins",
-        json_schema_extra=only_with("model.system", "sam_detr"),
+        json_schema_extra=only_with("model.system", *ALIGNED),
     )
     reweighting: bool = Field(
         True,
         description="weigh what was sampled by numbers predicted from the previous query",
-        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points", "point"),
+        json_schema_extra=only_with("model.system", *ALIGNED) | only_with("model.resampling", "points", "point"),
     )
     search_range: Literal["box", "image"] = Field(
         "box",
         description="where salient points may lie: in the query's reference box (published) or in the whole image",
-        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points", "point"),
+        json_schema_extra=only_with("model.system", *ALIGNED) | only_with("model.resampling", "points", "point"),
     )
     smca: bool = Field(
         False,
         description="add the spatially modulated (Gaussian) term to cross-attention",
-        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points"),
+        json_schema_extra=only_with("model.system", *ALIGNED) | only_with("model.resampling", "points"),
     )
     smca_initial_scale: NonNegative = Field(
         0.0,
         description="initial Gaussian scale, 2 / sigma in map cells; 0: published, the term starts flat",
-        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points"),
+        json_schema_extra=only_with("model.system", *ALIGNED) | only_with("model.resampling", "points"),
     )
     smca_stride: Literal["published", "feature"] = Field(
         "published",

@@ -11,7 +11,7 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
-PYRAMIDS = ("deformable_detr",)  # systems that sample maps of one or several levels
+PYRAMIDS = ("deformable_detr", "sam_detr_ms")  # systems that sample maps of one or several levels
 
 
 class Section(BaseModel):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from samdetr.errors import CheckpointError
-from samdetr.models import DETR, SAMDETR, SMCADETR, ConditionalDETR, DeformableDETR, Detector
+from samdetr.models import DETR, SAMDETR, SMCADETR, ConditionalDETR, DeformableDETR, Detector, SAMDETRMultiScale
 from samdetr.models.aligner import ROI_SIZE
 from samdetr.models.deformable_encoder import PyramidDetector
 from samdetr.models.state import CLASS_HEADS, first_of
@@ -179,8 +179,16 @@ _DEFORMABLE_DETR = Layout(
     },
     encoder_layer=_DEFORMABLE_ENCODER_LAYER,
 )
+_SAM_DETR_MS = Layout(
+    system="sam_detr_ms",
+    landmark="transformer.encoder.layers.0.self_attn.sampling_offsets.weight",
+    whole={**_PYRAMID, "reference_boxes": "query_embed.weight"},
+    decoder_layer=_SAM_DETR.decoder_layer,
+    encoder_layer=_DEFORMABLE_ENCODER_LAYER,
+)
 _LAYOUTS: dict[type[Detector], Layout] = {
     DeformableDETR: _DEFORMABLE_DETR,
+    SAMDETRMultiScale: _SAM_DETR_MS,
     SAMDETR: _SAM_DETR,
     ConditionalDETR: _CONDITIONAL_DETR,
     SMCADETR: _SMCA_DETR,

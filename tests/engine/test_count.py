@@ -112,6 +112,7 @@ def test_torch_counts_as_many(name: str) -> None:
         ("r50_50ep", 106.4),
         ("r50_dc5_50ep", 226.7),
         ("r50_dc5_smca_12ep", 226.8),
+        ("r50_ms_50ep", 219.2),
         ("detr_r50_500ep", 91.2),
         ("detr_r50_dc5_500ep", 198.6),
         ("conditional_detr_r50_12ep", 95.3),

@@ -11,10 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from samdetr.loss import SetCriterion
+from samdetr.models.aligner import AlignedQueries
 from samdetr.models.deformable_encoder import PyramidDetector
 from samdetr.models.official import official_names
+from samdetr.models.sam_detr import AlignedDecoder
 from samdetr.structures import Detections, Losses, Outputs
 from tests.parity.reference import Inputs, arrays, first_image, meta
+
+HEADS = 8
 
 
 class EncodedMap(NamedTuple):
@@ -87,6 +91,50 @@ def check_encoded_maps(name: str, model: PyramidDetector, inputs: Inputs) -> Non
     step = -(-sum(sizes) // 200)
     valid = pyramid.mask[:, ::step].numpy()
     close(memory[:, ::step][..., channels][valid], reference["memory"][valid], most=1e-4, all_within=1e-4)
+
+
+def record_aligned_layers(model: AlignedDecoder, inputs: Inputs) -> tuple[Outputs, dict[str, list[Tensor]]]:
+    """Predictions of the batch, and what each decoder layer and its aligner took and gave, by the fixtures' names."""
+    recorded: dict[str, list[Tensor]] = {key: [] for key in ("ref_boxes", "hs", "content", "qpos", "points")}
+    recorded["gauss_scale"] = []
+    handles = []
+    for layer in model.decoder:
+        handles.append(layer.register_forward_hook(lambda _, __, out: recorded["hs"].append(out)))
+        handles.append(layer.register_forward_pre_hook(lambda _, args: recorded["ref_boxes"].append(args[1])))
+
+        def keep(_: object, __: object, out: AlignedQueries) -> None:
+            recorded["content"].append(out.content)
+            recorded["qpos"].append(out.position)
+            if out.scales is not None:
+                recorded["gauss_scale"].append(out.scales)
+
+        def keep_points(_: object, __: object, numbers: Tensor) -> None:
+            recorded["points"].append(numbers.unflatten(-1, (-1, HEADS, 2))[:, :, 0].tanh())
+
+        handles.append(layer.aligner.register_forward_hook(keep))
+        handles.append(layer.aligner.point_mlp.register_forward_hook(keep_points))
+    with torch.no_grad():
+        outputs = model(inputs.images, inputs.image_sizes)
+    for handle in handles:
+        handle.remove()
+    return outputs, recorded
+
+
+def check_aligned_layers(name: str, recorded: dict[str, list[Tensor]]) -> None:
+    """recorded: of `record_aligned_layers`."""
+    reference = arrays(name)
+    queries, channels = reference["q_idx"], reference["ch_idx"]
+    found = {key: torch.stack(values) for key, values in recorded.items() if key in reference}
+    close(found["ref_boxes"][:, :, reference["ref_idx"]], reference["ref_boxes"], most=5e-4, all_within=1e-2)
+    close(found["points"][:, :, queries], reference["points"], most=3e-3, all_within=2e-2)
+    content = found["content"][:, :, queries[::2]][..., channels[::2]]
+    close(content, reference["content"], most=3e-3, all_within=2e-2)
+    query_position = found["qpos"][:, :, queries[::4]][..., channels[::2]]
+    close(query_position, reference["qpos"], most=3e-3, all_within=2e-2)
+    assert ("gauss_scale" in reference) == ("smca" in name)
+    if "gauss_scale" in reference:
+        close(found["gauss_scale"][:, :, queries], reference["gauss_scale"], most=3e-3, all_within=2e-2)
+    close(found["hs"][:, :, queries][..., channels], reference["hs"], most=3e-3, all_within=2e-2)
 
 
 def check_detections(name: str, found: Detections, inputs: Inputs, *, noise: float = 3e-4) -> None:

@@ -47,7 +47,11 @@ RECIPE_OF_DEFORMABLE = {
     "deformable_detr_r50_multiscale_refine": "deformable_detr_r50_ms_refine_50ep",
     "deformable_detr_r50_multiscale_refine_two_stage": "deformable_detr_r50_ms_two_stage_50ep",
 }
-RECIPES_COMPARED = RECIPE_OF | RECIPE_OF_OTHER | RECIPE_OF_DEFORMABLE
+RECIPE_OF_MULTI_SCALE = {  # SAM-DETR's on several maps
+    "samdetr_r50_ms_50ep": "r50_ms_50ep",
+    "samdetr_r50_ms_smca_50ep": "r50_ms_smca_50ep",
+}
+RECIPES_COMPARED = RECIPE_OF | RECIPE_OF_MULTI_SCALE | RECIPE_OF_OTHER | RECIPE_OF_DEFORMABLE
 
 
 class Inputs(NamedTuple):
