@@ -67,10 +67,12 @@ OF_TRANSFORMERS = ("heads", "encoder_layers", "decoder_layers", "ffn", "dropout"
 
 
 class ModelSection(Section):
-    system: Literal["sam_detr", "detr", "conditional_detr", "smca_detr", "deformable_detr", "faster_rcnn"] = Field(
+    system: Literal[
+        "sam_detr", "detr", "conditional_detr", "smca_detr", "smca_detr_ms", "deformable_detr", "faster_rcnn"
+    ] = Field(
         "sam_detr",
-        description="which detector; faster_rcnn is C4 where model.backbone.stages = 3, DC5 with "
-        "model.backbone.dilation, else FPN",
+        description="which detector; smca_detr_ms is SMCA-DETR on several scales; faster_rcnn is C4 where "
+        "model.backbone.stages = 3, DC5 with model.backbone.dilation, else FPN",
     )
     num_classes: PositiveInt = Field(
         91, description="class logits (91: raw COCO category ids); with softmax the last one is no object"
@@ -180,8 +182,11 @@ class ModelSection(Section):
     @field_validator("input_norm")
     @classmethod
     def _has_groups(cls, value: str, info: ValidationInfo) -> str:
-        if value == "none" and info.data.get("system") in PYRAMIDS:
-            raise ValueError(f'must be "group_norm" with model.system = "{info.data["system"]}"')
+        system = info.data.get("system")
+        if value == "none" and system in PYRAMIDS:
+            raise ValueError(f'must be "group_norm" with model.system = "{system}"')
+        if value == "group_norm" and system == "smca_detr_ms":
+            raise ValueError(f'must be "none" with model.system = "{system}"')
         if value == "group_norm" and info.data.get("width", 0) % 32:
             raise ValueError(f'"group_norm" has 32 groups, which do not divide model.width, {info.data["width"]}')
         return value
@@ -194,4 +199,6 @@ class ModelSection(Section):
             raise ValueError(
                 f"model.backbone.stages must be at least {needed} with model.feature_levels (got {value.stages})"
             )
+        if info.data.get("system") == "smca_detr_ms" and (value.stages < 3 or value.dilation):
+            raise ValueError('with model.system = "smca_detr_ms" stages must be at least 3 and dilation false')
         return value

@@ -47,7 +47,8 @@ RECIPE_OF_DEFORMABLE = {
     "deformable_detr_r50_multiscale_refine": "deformable_detr_r50_ms_refine_50ep",
     "deformable_detr_r50_multiscale_refine_two_stage": "deformable_detr_r50_ms_two_stage_50ep",
 }
-RECIPES_COMPARED = RECIPE_OF | RECIPE_OF_OTHER | RECIPE_OF_DEFORMABLE
+RECIPE_OF_SMCA_MS = {"smca_detr_r50_multiscale": "smca_detr_r50_ms_50ep"}
+RECIPES_COMPARED = RECIPE_OF | RECIPE_OF_OTHER | RECIPE_OF_DEFORMABLE | RECIPE_OF_SMCA_MS
 
 
 class Inputs(NamedTuple):
