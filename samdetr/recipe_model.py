@@ -117,6 +117,12 @@ class ModelSection(Section):
         description="pixels a unit of SMCA-DETR's Gaussians: published, 32 also under DC5; feature: a cell of the map",
         json_schema_extra=only_with("model.system", "smca_detr"),
     )
+    scale_encoder: Literal["convolution", "attention"] = Field(
+        "convolution",
+        description="what mixes the maps of SMCA-DETR; convolution: of stride 8 to 64 (released); attention: within "
+        "maps of stride 16 to 64, in the middle layer across them (the paper's, never released)",
+        json_schema_extra=only_with("model.system", "smca_detr_ms"),
+    )
     feature_levels: int = Field(
         1,
         ge=1,

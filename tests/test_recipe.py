@@ -46,7 +46,7 @@ PUBLISHED_SMCA = {  # epochs, drop epoch, total batch, dilation
     "smca_detr_r50_dc5_12ep": (12, (10,), 16, True),
     "smca_detr_r50_dc5_50ep": (50, (40,), 16, True),
 }
-SMCA_MS = ("smca_detr_r50_ms_50ep",)
+SMCA_MS = {"smca_detr_r50_ms_50ep": ("convolution", 500), "smca_detr_r50_ms_attention_50ep": ("attention", 300)}
 PUBLISHED_RCNN = {  # epochs, drop epochs, stages, dilation, candidates and proposals in training
     "faster_rcnn_r50_c4_12ep": (12, (8, 11), 3, False, 12000, 2000),
     "faster_rcnn_r50_c4_36ep": (36, (28, 34), 3, False, 12000, 2000),
@@ -442,10 +442,11 @@ def test_published_schedules_of_other_systems(name: str) -> None:
 def test_schedules_of_smca_detr_on_several_scales(name: str) -> None:
     """That of one scale, with what its command sets otherwise."""
     recipe, one_scale = (load_recipe(RECIPES[0].with_name(f"{stem}.toml")) for stem in (name, "smca_detr_r50_50ep"))
-    own = {"system", "encoder_layers", "ffn"}
+    own = {"system", "scale_encoder", "encoder_layers", "ffn"}
     assert (recipe.model.system, recipe.model.encoder_layers, recipe.model.ffn) == ("smca_detr_ms", 5, 1024)
+    assert (recipe.model.scale_encoder, recipe.eval.top_k) == SMCA_MS[name]
     assert recipe.model.model_dump(exclude=own) == one_scale.model.model_dump(exclude=own)
-    assert recipe.eval == one_scale.eval.model_copy(update={"top_k": 500})
+    assert recipe.eval == one_scale.eval.model_copy(update={"top_k": recipe.eval.top_k})
     for section in ("augment", "loss", "optim", "train"):
         assert getattr(recipe, section) == getattr(one_scale, section)
 
@@ -461,6 +462,8 @@ def test_mistakes_of_smca_detr_on_several_scales() -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             load_recipe(recipe, [f"model.{key}"])
+    with pytest.raises(RecipeError, match=r'scale_encoder: has no meaning with model\.system = "smca_detr": leave it'):
+        load_recipe(RECIPES[0].with_name("smca_detr_r50_50ep.toml"), ['model.scale_encoder="attention"'])
 
 
 @pytest.mark.parametrize("name", PUBLISHED_RCNN)

@@ -1,6 +1,6 @@
 """SMCA-DETR (ICCV 2021) on several scales: each is attended to by itself, and every query weighs the scales.
 
-This is the released form, in which convolutions mix four maps.
+Before that, convolutions mix four maps in the released form, attention three in the paper's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from samdetr.models import detr
 from samdetr.models.deformable_encoder import Pyramid, PyramidDetector, PyramidEncoder, PyramidHalf, build_projections
+from samdetr.models.encoder import EncoderLayer
 from samdetr.models.layers import MLP, Attention, ExactLinear, FeedForward, attend, boxes_around, class_head, initialise
 from samdetr.models.position import MapGeometry
 from samdetr.models.smca_detr import PUBLISHED_STRIDE, SMOOTHNESS, Gaussian, gaussian_bias
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from samdetr.recipe import ModelSection
 
 KERNEL = 5  # of the convolutions within and between maps
-CONVOLVED_STAGES = 3  # of the backbone, strides 8 to 32; a map of stride 64 is a convolution of the last
+# stages of the backbone whose maps are used, up to stride 32; a map of stride 64 is a convolution of the last one
+CONVOLVED_STAGES, ATTENDED_STAGES = 3, 2
 
 
 class MixingLayer(nn.Module):
@@ -68,18 +70,35 @@ def _depthwise(width: int, *, stride: int = 1) -> nn.Conv2d:
 def enlarged(features: Tensor, coarse: MapGeometry, fine: MapGeometry) -> Tensor:
     """A map [B, C, h, w] on the cells of a finer one, bilinearly, corners on corners: of the maps as they are padded
     (published), or of their valid cells where padding is masked. Returns [B, C, H, W]."""
+    dtype = torch.promote_types(features.dtype, torch.float32)  # eight bits are too few for a place
     coordinates = []
     for axis in (1, 2):
         small, large = features.shape[axis + 1], fine.mask.shape[axis]
-        cells = torch.arange(large, device=features.device, dtype=features.dtype)
+        cells = torch.arange(large, device=features.device, dtype=dtype)
         place = (cells * ((small - 1) / max(large - 1, 1))).expand(len(features), -1)
         if coarse.sampling_limit is not None and fine.sampling_limit is not None:
             last, fine_last = (limit[:, axis - 1, None] - 1 for limit in (coarse.sampling_limit, fine.sampling_limit))
-            place = cells * (last / fine_last.clamp(min=1)).to(features.dtype)
+            place = cells * (last.to(dtype) / fine_last.clamp(min=1))
         coordinates.append(place * (2 / max(small - 1, 1)) - 1)
     down, across = coordinates
     grid = torch.stack(torch.broadcast_tensors(across[:, None, :], down[:, :, None]), dim=-1)
-    return functional.grid_sample(features, grid, align_corners=True)
+    return functional.grid_sample(features.to(dtype), grid, align_corners=True).to(features.dtype)
+
+
+class ScaleEncoder(PyramidEncoder):
+    """Attention of every cell to its own map, with the same weights for all maps, and in the middle layer to all maps:
+    of five layers two within maps, one across them, two within (section 3.3)."""
+
+    def forward(self, x: Tensor, position: Tensor, pyramid: Pyramid) -> Tensor:
+        """As of `PyramidEncoder`."""
+        sizes = [height * width for height, width in pyramid.shapes]
+        for number, layer in enumerate(self.layers):
+            if number == len(self.layers) // 2:
+                x = layer(x, position, pyramid.mask)
+            else:
+                maps = zip(*(part.split(sizes, dim=1) for part in (x, position, pyramid.mask)), strict=True)
+                x = torch.cat([layer(*part) for part in maps], dim=1)
+        return x
 
 
 class Gaussians(Gaussian):
@@ -235,23 +254,15 @@ class ConvolvedSMCADETR(MultiScaleSMCADETR):
 
 def build_smca_detr_ms(section: ModelSection) -> MultiScaleSMCADETR:
     """The model of a recipe with random weights."""
-    backbone, projections = build_projections(section, levels=CONVOLVED_STAGES, last=True)
-    mask_padding = section.padding == "masked"
-    encoder = PyramidEncoder(
-        MixingLayer(
-            levels=len(projections),
-            width=section.width,
-            ffn=section.ffn,
-            dropout=section.dropout,
-            mask_padding=mask_padding,
-        )
-        for _ in range(section.encoder_layers)
-    )
-    second, last = backbone.strides[1:]
+    convolved, mask_padding = section.scale_encoder == "convolution", section.padding == "masked"
+    stages = CONVOLVED_STAGES if convolved else ATTENDED_STAGES
+    backbone, projections = build_projections(section, levels=stages, last=True)
+    strides = (*backbone.strides, 2 * backbone.strides[-1])
+    encoder = _mixing_encoder(section, levels=len(strides)) if convolved else _scale_encoder(section)
     layers = [
         DecoderLayer(
             first=number == 0,
-            strides=(second, second, last, 2 * last),
+            strides=(strides[1], *strides[1:]) if convolved else strides,
             width=section.width,
             heads=section.heads,
             ffn=section.ffn,
@@ -259,10 +270,31 @@ def build_smca_detr_ms(section: ModelSection) -> MultiScaleSMCADETR:
         )
         for number in range(section.decoder_layers)
     ]
-    return ConvolvedSMCADETR(
+    form = ConvolvedSMCADETR if convolved else MultiScaleSMCADETR
+    return form(
         PyramidHalf(backbone, projections, nn.ModuleList(), encoder, mask_padding),
         layers,
         width=section.width,
         num_classes=section.num_classes,
         num_queries=section.num_queries,
+    )
+
+
+def _mixing_encoder(section: ModelSection, *, levels: int) -> PyramidEncoder:
+    return PyramidEncoder(
+        MixingLayer(
+            levels=levels,
+            width=section.width,
+            ffn=section.ffn,
+            dropout=section.dropout,
+            mask_padding=section.padding == "masked",
+        )
+        for _ in range(section.encoder_layers)
+    )
+
+
+def _scale_encoder(section: ModelSection) -> ScaleEncoder:
+    return ScaleEncoder(
+        EncoderLayer(width=section.width, heads=section.heads, ffn=section.ffn, dropout=section.dropout)
+        for _ in range(section.encoder_layers)
     )

@@ -13,7 +13,7 @@ from samdetr.models import SMCADETR, Detector
 from tests.models.test_sam_detr import TINY_BACKBONE, images_of, livened, small
 
 SYSTEMS = ("detr_focal_r50_12ep", "conditional_detr_r50_12ep", "smca_detr_r50_12ep")
-SMCA_MS = ("smca_detr_r50_ms_50ep",)
+SMCA_MS = ("smca_detr_r50_ms_50ep", "smca_detr_r50_ms_attention_50ep")
 DEFORMABLE = ("deformable_detr_r50_12ep", "deformable_detr_r50_ms_50ep", "deformable_detr_r50_ms_two_stage_50ep")
 
 
