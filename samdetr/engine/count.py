@@ -1,7 +1,8 @@
 """Multiply-accumulates of a forward pass and bytes of a training step, from shapes alone, on torch's meta device.
 
 A multiply-accumulate counts one, as in the papers' GFLOPs. Convolutions, linear layers and the products of attention
-are counted; RoIAlign, sampling, softmax, norms and all that goes element by element are not.
+are counted; RoIAlign, softmax, norms and all that goes element by element are not. Sampling is in the published form
+of deformable attention alone.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from samdetr.loss import build_criterion
 from samdetr.models import SAMDETR, DeformableDETR, Detector, build_model
 from samdetr.models.aligner import ROI_SIZE, AlignedQueries, SemanticAligner
+from samdetr.models.deformable_encoder import POINTS, DeformableAttention
 from samdetr.structures import Outputs, Targets
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ def _salient_cross_attention(args: Sequence[Any], out: Any) -> int:
 
 
 def _none(args: Sequence[Any], out: Any) -> int:
-    """RoIAlign, sampling with its weighted sum, matching: not counted in any paper of the table."""
+    """RoIAlign, sampling with its weighted sum, matching: no products of matrices."""
     return 0
 
 
@@ -197,11 +199,17 @@ def _refining_box_heads(model: DeformableDETR, args: Sequence[Any], out: Outputs
     return _box_heads(model.box_heads[: len(model.decoder)], out) if model.box_refine else 0
 
 
+def _sampling(attention: DeformableAttention, args: Sequence[Any], out: Tensor) -> int:
+    """4 for each sampled value of deformable attention: the tool that counted the published numbers says so."""
+    return 4 * out.numel() * attention.levels * POINTS
+
+
 # What the published code computes beyond this package: multiply-accumulates from a module, its arguments and result.
 PUBLISHED_MORE: Mapping[type[nn.Module], Callable[..., int]] = {
     SemanticAligner: _projection_of_regions,
     SAMDETR: _repeated_box_heads,
     DeformableDETR: _refining_box_heads,
+    DeformableAttention: _sampling,
 }
 
 

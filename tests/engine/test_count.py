@@ -135,7 +135,7 @@ def test_torch_counts_as_many(name: str) -> None:
 )
 def test_published_form(name: str, published: float) -> None:
     counted = count_macs(build_on_meta(recipe_of(name).model), Size(800, 1199)).published
-    assert counted / 1e9 == pytest.approx(published, rel=1e-3)
+    assert counted / 1e9 == pytest.approx(published, rel=2.5e-3)  # fvcore counts 5 for each normalised value too
 
 
 def test_what_the_published_code_does_more() -> None:
