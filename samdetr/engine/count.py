@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from samdetr.loss import build_criterion
-from samdetr.models import SAMDETR, DeformableDETR, Detector, SAMDETRMultiScale, build_model
+from samdetr.models import SAMDETR, DeformableDETR, Detector, MultiScaleSAMDETR, build_model
 from samdetr.models.aligner import ROI_SIZE, AlignedQueries, SemanticAligner
 from samdetr.models.deformable_encoder import POINTS, DeformableAttention
 from samdetr.structures import Outputs, Targets
@@ -189,7 +189,7 @@ def _box_heads(heads: Iterable[nn.Module], out: Outputs) -> int:
     return sum(weight.numel() for weight in weights) * out.boxes[0, ..., 0].numel()
 
 
-def _repeated_box_heads(model: SAMDETR | SAMDETRMultiScale, args: Sequence[Any], out: Outputs) -> int:
+def _repeated_box_heads(model: SAMDETR | MultiScaleSAMDETR, args: Sequence[Any], out: Outputs) -> int:
     """The published code runs every box head but the last twice: for the next reference, and for the prediction."""
     return _box_heads(model.box_heads[:-1], out)
 
@@ -208,7 +208,7 @@ def _sampling(attention: DeformableAttention, args: Sequence[Any], out: Tensor) 
 PUBLISHED_MORE: Mapping[type[nn.Module], Callable[..., int]] = {
     SemanticAligner: _projection_of_regions,
     SAMDETR: _repeated_box_heads,
-    SAMDETRMultiScale: _repeated_box_heads,
+    MultiScaleSAMDETR: _repeated_box_heads,
     DeformableDETR: _refining_box_heads,
     DeformableAttention: _sampling,
 }
