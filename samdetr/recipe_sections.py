@@ -257,6 +257,11 @@ class TrainSection(Section):
             raise ValueError(f"must divide train.total_batch, {info.data['total_batch']} (got {value})")
         return value
 
+    @property
+    def skips_allowed(self) -> int:
+        """How many steps in a row may be skipped."""
+        return self.max_skips if self.on_nonfinite == "skip" else 0
+
 
 class CheckpointSection(Section):
     every: int = Field(0, ge=0, description="steps between two saves within an epoch; 0: only at ends of epochs")
