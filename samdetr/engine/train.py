@@ -162,6 +162,7 @@ def explained(training: Training) -> Iterator[None]:
         if training.stop.at_once:
             training.saver.end(at_once=True)
             training.say_how_to_continue("stopped at once; what came after the last checkpoint is lost")
+            training.stop.leave()
         raise
     except SamdetrError as error:
         training.saver.end()
