@@ -59,7 +59,7 @@ def stop_and_go_on(folder: Path, wanted: Sequence[Turn], *, processes: int, seed
         compiled = turn.place == "compile"
         if compiled not in straight:
             straight[compiled] = _finished(folder / f"straight-{compiled}", turn.place, processes)
-        while (found := _stopped(folder / f"turn-{number}", turn, processes, draw)) is None:
+        while (found := stopped(folder / f"turn-{number}", turn, processes, draw)) is None:
             shutil.rmtree(folder / f"turn-{number}")
         run, problems = found
         if not problems:
@@ -73,9 +73,18 @@ def stop_and_go_on(folder: Path, wanted: Sequence[Turn], *, processes: int, seed
 
 
 def launch(
-    folder: Path, place: str, processes: int, *, resume: Path | None = None, torchrun: bool = False
+    folder: Path,
+    place: str,
+    processes: int,
+    *,
+    resume: Path | None = None,
+    torchrun: bool = False,
+    before: Path | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a run under ``folder``, or go on with it; what is printed goes to ``folder``/output."""
+    """Start a run under ``folder``, or go on with it; what is printed goes to ``folder``/output.
+
+    before: a folder with a sitecustomize.py, which all processes run first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "tiny.toml"
     file.write_text(TINY)
@@ -88,7 +97,7 @@ def launch(
     if torchrun:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command += ["-m", "samdetr", *arguments]
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    paths = os.pathsep.join(str(path) for path in (*([before] if before else []), ROOT, ROOT / "kernels"))
     own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with (folder / "output").open("wb") as output:
         return subprocess.Popen(
@@ -118,7 +127,7 @@ def _finished(folder: Path, place: str, processes: int, *, resume: Path | None =
     return folder / "runs" / "tiny" / "1"
 
 
-def _stopped(folder: Path, turn: Turn, processes: int, draw: random.Random) -> tuple[Path, list[str]] | None:
+def stopped(folder: Path, turn: Turn, processes: int, draw: random.Random) -> tuple[Path, list[str]] | None:
     """A run that got the turn's signal, and what was wrong with its end; None where the signal came too late."""
     run, resume = folder / "runs" / "tiny" / "1", None
     if turn.place == "compile":  # with steps that can be lost
