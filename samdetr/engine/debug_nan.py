@@ -227,7 +227,9 @@ def _verdict(found: Mapping[torch.dtype, Replayed], configured: torch.dtype) -> 
     mine, its = found[configured], found[other]
     if mine.finite:
         again = "now, eagerly and in one process: what the run met does not come again"
-        return f"finite in {PRECISIONS[configured]} {again}" + ("" if its.finite else f", but in {PRECISIONS[other]}")
+        return f"finite in {PRECISIONS[configured]} {again}" + (
+            "" if its.finite else f"; in {PRECISIONS[other]} look at: {its.first}"
+        )
     if its.finite:
         way = 'set compute.precision = "fp32", or look at: ' if other == torch.float32 else "look at: "
         return f"not finite in {PRECISIONS[configured]} alone; {way}{mine.first}"

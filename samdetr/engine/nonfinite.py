@@ -79,12 +79,12 @@ def stop_with_replay(training: Training, step: Step, values: Sequence[float]) ->
         way = f"to find the module: samdetr debug-nan {shlex.quote(str(file))}"
     except CheckpointError as error:
         way = f"there is no file to replay, {error}"
-    again = (
-        f"leave such steps out from the last checkpoint on with {resume_command(training.folder)} --set "
-        "train.on_nonfinite=skip"
-        if (training.folder / CHECKPOINTS / LAST).exists()
-        else 'set train.on_nonfinite = "skip" to leave such steps out'
-    )
+    if training.optimizer.max_skips:
+        again = "raise train.max_skips"
+    elif (training.folder / CHECKPOINTS / LAST).exists():
+        again = f"leave such steps out with {resume_command(training.folder)} --set train.on_nonfinite=skip"
+    else:
+        again = 'set train.on_nonfinite = "skip" to leave such steps out'
     skipped = f" after {training.progress.skips_in_row - 1} skipped in a row" if training.optimizer.max_skips else ""
     raise NonFiniteError(
         f"the loss or its gradient is not finite at step {step.number}{skipped} (epoch {step.epoch + 1}, image ids "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from samdetr.recipe import Recipe
 from tests.engine.runs import Command, MakeRecipe, end, losses, metrics, sentence, start_in, weights
 
 KEEP_ALL = ("checkpoint.every=1", "checkpoint.keep=50", "optim.ema_decay=0.9")
+COMPILED = ("compute.compile=on", "data.batching=buckets", "data.buckets=2", "data.bucket_grid=16", "data.pixels=fast")
 SKIP = ("train.on_nonfinite=skip", "train.max_skips=2")
 
 
@@ -181,6 +183,33 @@ def test_a_bad_gradient_is_named(
     assert "finite in fp32 now, eagerly and in one process: what the run met does not come again\n" in again.out
 
 
+def test_what_is_not_finite_in_bf16_alone_is_said(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, samdetr_command: Command
+) -> None:
+    recipe = make_recipe("compute.precision=bf16")
+    poison_steps(monkeypatch, 2)
+    with pytest.raises(NonFiniteError, match="not finite at step 2"):
+        train(recipe)
+    forward = FeedForward.forward
+
+    def overflowing(self: FeedForward, x: Tensor) -> Tensor:
+        return forward(self, x) * (torch.inf if torch.is_autocast_enabled("cpu") else 1)
+
+    monkeypatch.setattr(FeedForward, "forward", overflowing)
+    result = samdetr_command("debug-nan", str(replay_of(folder_of(recipe))))
+    assert result.code == 1
+    *_, bf16, terms, first, fp32, verdict = result.out.splitlines()
+    assert bf16.startswith("bf16, as configured: loss nan, gradient norm nan")
+    assert (terms, first.split(",")[0]) == (
+        "  not finite in the loss: loss_ce, loss_ce_0",
+        "  first: an output of encoder.layers.0.feed_forward",
+    )
+    numbers = re.fullmatch(r"fp32, for comparison: loss (\S+), gradient norm (\S+)", fp32)
+    assert numbers and 1 < float(numbers[1]) < 30 and 0 < float(numbers[2]) < 1000
+    where = "an output of encoder.layers.0.feed_forward"
+    assert verdict == f'not finite in bf16 alone; set compute.precision = "fp32", or look at: {where}'
+
+
 @pytest.mark.parametrize(
     "keys",
     [
@@ -217,13 +246,14 @@ def test_what_is_meant_to_be_infinite_is_not_reported(make_recipe: MakeRecipe, k
     assert found.grad_norm == pytest.approx(float(torch.nn.utils.get_total_norm(gradients)), rel=1e-5)
 
 
+@pytest.mark.parametrize("keys", [(), pytest.param(COMPILED, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_a_skipped_step_changes_nothing(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, trained: Path
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, trained: Path, keys: tuple[str, ...]
 ) -> None:
     """No weight, statistic, average or moment; number and rate go on, and a line says so."""
     monkeypatch.setattr(Readings, "arrived", lambda self: iter(()))  # the host hears of it when it saves
     poison_steps(monkeypatch, 4, 5, 9)
-    run = train(make_recipe(*KEEP_ALL, *SKIP))
+    run = train(make_recipe(*KEEP_ALL, *SKIP, *keys))
     for before, after in ((3, 4), (4, 5), (8, 9)):
         one, other = (weights(run, f"step-{step:08d}") for step in (before, after))
         assert [key for key in one if not torch.equal(one[key], other[key])] == []
@@ -238,7 +268,7 @@ def test_a_skipped_step_changes_nothing(
     assert [line["step"] for line in taken] == [1, 2, 3, 6, 7, 8, 10, 11, 12]
     rates = {line["step"]: line["lr"] for line in metrics(trained, "train")}
     assert all(line["lr"] == rates[line["step"]] for line in taken)
-    assert losses(run)[:3] == losses(trained)[:3]
+    assert keys or losses(run)[:3] == losses(trained)[:3]
     meta = json.loads((run / "checkpoints" / "last" / "meta.json").read_text())
     assert (meta["averaged_steps"], meta["progress"]["skips"], meta["progress"]["skips_in_row"]) == (12, 3, 0)
     assert torch.equal(weights(run)["optimizer/reference_boxes:step"], torch.tensor(9.0))
@@ -249,7 +279,9 @@ def test_more_skips_in_a_row_stop_also_after_a_resume(make_recipe: MakeRecipe, m
     recipe = make_recipe(*KEEP_ALL, *SKIP)
     with monkeypatch.context() as patch:
         poison_steps(patch, 4, 5, 6)
-        with pytest.raises(NonFiniteError, match="not finite at step 6 after 2 skipped in a row"):
+        with pytest.raises(
+            NonFiniteError, match=r"not finite at step 6 after 2 skipped in a row .*raise train\.max_skips"
+        ):
             train(recipe)
     run = folder_of(recipe)
     assert_weights_of_step(run, 3)

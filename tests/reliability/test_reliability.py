@@ -49,7 +49,7 @@ def test_a_signal_to_torchrun_in_an_evaluation_is_answered_by_all(tmp_path: Path
     assert found is not None and found[1] == []
 
 
-@pytest.mark.slow
+@SLOW
 def test_signals_through_launchers(tmp_path: Path) -> None:
     assert stop_and_go_on(tmp_path, turns(10), processes=2, seed=1) == 10
 
@@ -67,7 +67,7 @@ if "RANK" in os.environ:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW)])
 def test_a_second_signal_to_the_launcher_ends_all_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
