@@ -245,6 +245,16 @@ class TrainSection(Section):
     total_batch: PositiveInt = Field(16, description="images of one optimizer step, over all devices")
     micro_batch: PositiveInt = Field(2, description="images of one forward pass on one device; divides total_batch")
     log_every: PositiveInt = Field(50, description="steps between two lines of metrics.jsonl")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a loss or gradient that is NaN or infinite, whose update is never applied: stop with a file that "
+        "samdetr debug-nan replays, or skip the step",
+    )
+    max_skips: PositiveInt = Field(
+        3,
+        description="steps in a row that are skipped; one more stops",
+        json_schema_extra=only_with("train.on_nonfinite", "skip"),
+    )
 
     @field_validator("micro_batch")
     @classmethod
@@ -252,6 +262,11 @@ class TrainSection(Section):
         if info.data.get("total_batch", 0) % value:
             raise ValueError(f"must divide train.total_batch, {info.data['total_batch']} (got {value})")
         return value
+
+    @property
+    def skips_allowed(self) -> int:
+        """How many steps in a row may be skipped."""
+        return self.max_skips if self.on_nonfinite == "skip" else 0
 
 
 class CheckpointSection(Section):

@@ -393,7 +393,7 @@ def test_published_schedules(name: str) -> None:
 
 def keys_without_meaning(recipe: Recipe) -> set[tuple[str, ...]]:
     found = set()
-    for name in ("model", "loss", "optim"):
+    for name in ("model", "loss", "optim", "train"):
         section = getattr(recipe, name)
         for key, field in type(section).model_fields.items():
             for other, choices in (field.json_schema_extra or {}).items():

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from samdetr import __version__
+from samdetr.cli.debug_nan import debug_nan
 from samdetr.cli.eval import evaluate
 from samdetr.cli.export import export
 from samdetr.cli.predict import predict
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     app.command("predict")(predict)
     app.command("report")(report)
     app.command("export")(export)
+    app.command("debug-nan")(debug_nan)
     _run(app, mark_resume(given) if given[:1] == ["train"] else given, "samdetr")
 
 

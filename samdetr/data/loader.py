@@ -65,7 +65,7 @@ class _Loader:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def _batches(self) -> Iterator[Batch]:
-        with _silent_about_workers():
+        with _silent_about_workers(), _signals_held_back():
             items = iter(self._loader)
         if not self._ends_at_exit:
             # Workers ignore SIGTERM: at exit they are told to end before torch and multiprocessing wait for
@@ -269,6 +269,19 @@ def _silent_about_workers() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         yield
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Workers that start within are deaf to signals until they ignore them; this process hears of them afterwards.
+
+    Between the two torch has a handler of its own in the worker, which dies of a SIGTERM to the group.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _as_is(item: Any) -> Any:

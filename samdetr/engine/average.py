@@ -19,7 +19,8 @@ class WeightAverage:
     """Exponential moving average of the parameters that are trained; buffers are the model's own.
 
     After every step ``average = d * average + (1 - d) * parameter`` with ``d = min(decay, (1 + n) / (10 + n))`` and n
-    the updates before. Shared parameters have shared averages. Nothing waits for the device.
+    the updates before. Shared parameters have shared averages. Nothing waits for the device: a step that was skipped
+    changes no average, but counts as an update.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -28,11 +29,14 @@ class WeightAverage:
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.averages = {name: value.detach().clone() for name, value in self.parameters.items()}
 
-    def update(self) -> None:
-        """Take the parameters in, after a step."""
+    def update(self, skipped: Tensor | None = None) -> None:
+        """Take the parameters in, after a step; not where ``skipped`` ([], on the device), if given, is not 0."""
         decay = min(self.decay, (1 + self.count) / (WARM_UP + self.count))
-        parameters = [value.detach() for value in self.parameters.values()]
-        get_ema_multi_avg_fn(decay)(list(self.averages.values()), parameters, self.count)  # type: ignore[no-untyped-call]
+        parameters = [own_share(value.detach()) for value in self.parameters.values()]
+        averages = [own_share(value) for value in self.averages.values()]
+        if skipped is not None:  # an average of a value and itself is that value, to the last bit
+            parameters = [torch.where(skipped > 0, *pair) for pair in zip(averages, parameters, strict=True)]
+        get_ema_multi_avg_fn(decay)(averages, parameters, self.count)  # type: ignore[no-untyped-call]
         self.count += 1
 
     @contextmanager

@@ -34,9 +34,9 @@ from samdetr.engine.compile import Compute, choose_compute
 from samdetr.engine.cuda_graph import StepGraphs
 from samdetr.engine.interrupt import StopSignal
 from samdetr.engine.log import Meter, Stopwatch, print_findings, step_values
-from samdetr.engine.optim import Guarded, build_optimizer
+from samdetr.engine.optim import Guarded, RunningStatistics, build_optimizer
 from samdetr.engine.parallel import World, distribute, micro_batches_of
-from samdetr.engine.readings import Readings
+from samdetr.engine.readings import Readings, Step
 from samdetr.engine.run_folder import (
     CHECKPOINTS,
     environment_of,
@@ -80,7 +80,9 @@ class Training:
     console: Console
     stop: StopSignal
     saver: Saver
+    statistics: RunningStatistics | None  # of live BatchNorm, where a step may be skipped
     readings: Readings = field(default_factory=Readings)
+    failed: tuple[Step, list[float]] | None = None  # the step that ends the run, not finite, and its values
     graphs: StepGraphs | None = None
 
     def asked_to_stop(self) -> bool:
@@ -181,6 +183,7 @@ def build_training(
         saver=Saver(
             start.folder / CHECKPOINTS, world, keep=recipe.checkpoint.keep, timeout=recipe.parallel.timeout, say=say
         ),
+        statistics=RunningStatistics(model) if recipe.train.skips_allowed else None,
     )
 
 
@@ -209,7 +212,7 @@ def _begin(
     """A new run: its initial weights, and its folder, last."""
     note = load_initial_weights(model, recipe)
     replica = distribute(model.to(device), recipe.parallel, world, device)
-    optimizer = build_optimizer(model, recipe.optim)
+    optimizer = build_optimizer(model, recipe.optim, max_skips=recipe.train.skips_allowed)
     average = build_average(model, recipe)
     folder = world.from_main(lambda: new_run(recipe, environment))
     return _Start(folder, replica, optimizer, average, Progress(), note)
@@ -235,12 +238,13 @@ def _go_on(
         )
     load_model_state(model, checkpoint, averaged=False)
     replica = distribute(model.to(device), recipe.parallel, world, device)
-    optimizer = build_optimizer(model, recipe.optim)
+    optimizer = build_optimizer(model, recipe.optim, max_skips=recipe.train.skips_allowed)
     load_optimizer_state(model, optimizer, checkpoint)
     average = build_average(model, recipe)
     if average:
         average.load(checkpoint.average, checkpoint.meta["averaged_steps"])
     progress = replace(checkpoint.progress, finished=False)
+    optimizer.in_row.fill_(progress.skips_in_row)
     if not (folder / CHECKPOINTS / BEST).exists():  # it was damaged: the next one is the best again
         progress.best_ap, progress.best_epoch = -1.0, -1
     if world.is_main:

@@ -54,6 +54,8 @@ class Progress:
     epoch_sums: dict[str, float] | None = None  # of the unfinished epoch's step values: a stored Meter
     interval_sums: dict[str, float] | None = None  # of the steps since the last line of metrics.jsonl
     finished: bool = False
+    skips: int = 0  # steps that were skipped, as they were not finite
+    skips_in_row: int = 0  # those just before the next step
 
 
 @dataclass(frozen=True)

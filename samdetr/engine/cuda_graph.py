@@ -93,11 +93,8 @@ class StepGraphs:
 
     def record_update(self) -> None:
         """Record the update; parameters and moments stay as they are. Raises SamdetrError."""
-        self._optimizer.found_inf.fill_(1.0)  # the optimizer then changes nothing
-        try:
+        with self._optimizer.held():
             self._last = self._recorded(self._update, (torch.zeros_like(self._optimizer.found_inf),))
-        finally:
-            self._optimizer.found_inf.zero_()
 
     def _placed(self, images: Tensor) -> Tensor:
         """A copy of the images in the memory that all shapes share."""

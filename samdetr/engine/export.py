@@ -43,10 +43,10 @@ def export(target: str, *, weights: str | None, official: str | None) -> list[Pa
     state = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
     if official:
         layout = {"model": to_official(trained.model)}
-        _written(Path(official), lambda file: torch.save(layout, file))
+        written(Path(official), lambda file: torch.save(layout, file))
     if weights:
         place = Path(weights)
-        _written(place, lambda file: file.write_bytes(save(state, metadata={"format": "pt"})))
+        written(place, lambda file: file.write_bytes(save(state, metadata={"format": "pt"})))
         meta = read_meta(meta_file(trained.path))
         content: dict[str, object] = {
             "system": trained.recipe.model.system,
@@ -60,7 +60,7 @@ def export(target: str, *, weights: str | None, official: str | None) -> list[Pa
             **{key: meta[key] for key in ("recipe", "categories", "data")},
             "files": {place.name: facts_of(place)},
         }
-        _written(place.with_suffix(".json"), lambda file: write_meta(file, content))
+        written(place.with_suffix(".json"), lambda file: write_meta(file, content))
     return files
 
 
@@ -73,7 +73,7 @@ def _metrics_of(path: Path, meta: Mapping[str, Any]) -> object:
     return next((line for line in lines if (line["kind"], line["step"]) == ("eval", meta["progress"]["step"])), None)
 
 
-def _written(file: Path, write: Callable[[Path], object]) -> None:
+def written(file: Path, write: Callable[[Path], object]) -> None:
     """The whole file or none."""
     unfinished = file.with_name(f".{file.name}.tmp")
     try:

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from samdetr.engine.checkpoint import Progress
+from samdetr.engine.readings import Step
 from samdetr.engine.run_folder import METRICS_FILE
 from samdetr.errors import SamdetrError
 
@@ -166,6 +167,14 @@ class RunLog:
         self.step_seconds = self.data_seconds = 0.0
         self.images = 0
 
+    def skipped(self, step: Step, terms: Sequence[str], image_ids: Sequence[int], *, in_row: int) -> None:
+        """Report a step of which ``terms`` were not finite, the last of ``in_row``; its update was not applied."""
+        self.write("skip", epoch=step.epoch, step=step.number, terms=terms, image_ids=image_ids, in_row=in_row)
+        numbers = ", ".join(map(str, image_ids))
+        self.note(
+            f"step {step.number} is skipped, {in_row} in a row: {', '.join(terms)} not finite; image ids {numbers}"
+        )
+
     def eta(self) -> str:
         """Time to the end of the run, evaluations included as soon as one has been timed."""
         steps = self.steps - self.done
@@ -296,7 +305,7 @@ def _drop_later_lines(file: Path, progress: Progress) -> None:
 
 
 def _is_before(entry: Mapping[str, Any], progress: Progress) -> bool:
-    if entry["kind"] == "train":
+    if entry["kind"] in ("train", "skip"):
         return bool(entry["step"] <= progress.step)
     finished = progress.epoch + (entry["kind"] == "epoch" and progress.evaluation_due)
     return bool(entry["epoch"] < finished)

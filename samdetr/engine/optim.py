@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +15,17 @@ if TYPE_CHECKING:
 
 
 class Guarded(torch.optim.Optimizer):
-    """An optimizer that changes nothing any more once a number was not finite; nobody waits to find out.
+    """An optimizer that takes no step of which a number was not finite; nobody waits to find out.
 
-    The switch is ``found_inf`` ([] float32, 0 or 1), which torch's fused optimizers read on the device, made for
-    loss scaling. Parameters must be on their device already.
+    After more than ``max_skips`` such steps in a row it changes nothing any more: whoever notices, however late, finds
+    everything as it was at that step. The switch is ``found_inf`` ([] float32, 0 or 1), which torch's fused optimizers
+    read on the device, made for loss scaling; its steps in a row are ``in_row`` ([] float32). Parameters must be on
+    their device already.
     """
 
     found_inf: Tensor
+    in_row: Tensor
+    max_skips: int = 0
 
     def prepare(self) -> None:
         """Put the switch, and on a GPU the rates, where the fused step reads them."""
@@ -29,10 +34,42 @@ class Guarded(torch.optim.Optimizer):
             for group in self.param_groups:
                 group["lr"] = torch.tensor(group["lr"], device=device)
         self.found_inf = torch.zeros((), device=device)
+        self.in_row = torch.zeros((), device=device)
 
-    def guard(self, value: Tensor) -> None:
-        """Leave everything as it is from now on if ``value`` (a scalar) is NaN or infinite."""
-        torch.maximum(self.found_inf, (~torch.isfinite(value)).to(torch.float32), out=self.found_inf)
+    def guard(self, *values: Tensor) -> None:
+        """Leave everything as it is in this step if one of ``values`` (scalars) is NaN or infinite."""
+        finite = torch.stack([torch.isfinite(value) for value in values]).all()
+        self.found_inf.copy_(~finite | (self.in_row > self.max_skips))
+        self.in_row.add_(1).mul_(self.found_inf)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the context no step changes anything, whatever `guard` sees."""
+        before = self.in_row.clone()
+        self.in_row.fill_(self.max_skips + 1)
+        try:
+            yield
+        finally:
+            self.in_row.copy_(before)
+            self.found_inf.zero_()
+
+
+class RunningStatistics:
+    """The statistics of live BatchNorm, which a forward pass changes: `undo` puts them back after a skipped step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        live = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        self._buffers = [buffer for part in live for buffer in part.buffers()]
+        self._before: list[Tensor] = []
+
+    def keep(self) -> None:
+        """Copy them, before a step."""
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    def undo(self, skipped: Tensor) -> None:
+        """Put them back where ``skipped`` ([], on the device) is not 0."""
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(torch.where(skipped > 0, before, buffer))
 
 
 class GuardedAdamW(Guarded, torch.optim.AdamW):
@@ -57,8 +94,11 @@ class GuardedSGD(Guarded, torch.optim.SGD):
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def build_optimizer(model: nn.Module, section: OptimSection) -> GuardedAdamW | GuardedSGD:
-    """The recipe's optimizer over the parameters that have a gradient, in groups: the rest, backbone, what samples."""
+def build_optimizer(model: nn.Module, section: OptimSection, *, max_skips: int = 0) -> GuardedAdamW | GuardedSGD:
+    """The recipe's optimizer over the parameters that have a gradient, in groups: the rest, backbone, what samples.
+
+    max_skips: of `Guarded`.
+    """
     backbone: list[nn.Parameter] = []
     sampling: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
@@ -75,9 +115,13 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> GuardedAdamW | G
     for parameters, rate in ((backbone, section.backbone_lr), (sampling, section.lr * section.sampling_lr_factor)):
         if parameters:
             groups.append({"params": parameters, "base_lr": rate})
+    optimizer: GuardedAdamW | GuardedSGD
     if section.optimizer == "sgd":
-        return GuardedSGD(groups, lr=section.lr, momentum=section.momentum, weight_decay=section.weight_decay)
-    return GuardedAdamW(groups, lr=section.lr, weight_decay=section.weight_decay)
+        optimizer = GuardedSGD(groups, lr=section.lr, momentum=section.momentum, weight_decay=section.weight_decay)
+    else:
+        optimizer = GuardedAdamW(groups, lr=section.lr, weight_decay=section.weight_decay)
+    optimizer.max_skips = max_skips
+    return optimizer
 
 
 def lr_factor(section: OptimSection, *, step: int, epoch: int, total_steps: int) -> float:

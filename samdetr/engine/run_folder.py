@@ -27,6 +27,7 @@ CHECKPOINTS = "checkpoints"
 # what may change when a run continues; everything else would make it another run
 FREE_KEYS = (
     *("run.folder", "run.device", "train.epochs", "train.micro_batch", "train.log_every", "eval."),
+    *("train.on_nonfinite", "train.max_skips"),
     *("data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations"),
     *("data.shapes.folder", "data.max_pixels", "data.workers", "compute.on_failure", "parallel.", "checkpoint."),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -22,14 +20,16 @@ from samdetr.engine.compile import computing_in, prepare_step
 from samdetr.engine.cuda_graph import StepGraphs
 from samdetr.engine.evaluate import detect, gather_detections
 from samdetr.engine.log import Meter, RunLog, Stopwatch
+from samdetr.engine.nonfinite import report_all, report_steps
 from samdetr.engine.optim import Guarded, lr_factor, set_learning_rate
 from samdetr.engine.parallel import ALONE, World, joined, local_gradients, lost_contact, whole
 from samdetr.engine.pictures import draw_validation
 from samdetr.engine.profile import StepProfiler
 from samdetr.engine.readings import Lead, Step
+from samdetr.engine.replay import step_seed
 from samdetr.engine.run_folder import METRICS_FILE, resume_command
 from samdetr.engine.setup import choose_device
-from samdetr.errors import DataError, NonFiniteError, SamdetrError
+from samdetr.errors import DataError, SamdetrError
 from samdetr.loss import Criterion
 from samdetr.recipe import with_absolute_paths
 from samdetr.structures import Batch
@@ -65,7 +65,7 @@ def train_step(
     clipping. precision: what matrix products and convolutions compute in, float32 or bfloat16; parameters, boxes, costs
     and losses are float32 either way. graphs: replayed instead, if given. seeds: of each micro-batch's dropout; None:
     torch's generator goes on. Nothing waits for the device: where the matching cost, the loss or the gradient is not
-    finite, the optimizer changes nothing in this step or a later one.
+    finite, the optimizer changes nothing in this step, nor in later ones where it may not skip so many in a row.
     """
     optimizer.zero_grad(set_to_none=graphs is None)
     moved = [micro.to(device) for micro in batch]
@@ -98,7 +98,7 @@ def update(optimizer: Guarded, clip_norm: float, loss: Tensor) -> Tensor:
     """Clip the gradients and take the optimizer's step; returns their norm before. All on the device."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = whole(nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf")))
-    optimizer.guard(loss + grad_norm)
+    optimizer.guard(loss, grad_norm)
     optimizer.step()
     return grad_norm
 
@@ -162,6 +162,7 @@ def explained(training: Training) -> Iterator[None]:
         if training.stop.at_once:
             training.saver.end(at_once=True)
             training.say_how_to_continue("stopped at once; what came after the last checkpoint is lost")
+            training.stop.leave()
         raise
     except SamdetrError as error:
         training.saver.end()
@@ -227,6 +228,8 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
     total, data, lead = Stopwatch(), Stopwatch(), Lead(training.device)
     for batch in agreed_batches(training, log):
         waited = data.lap()
+        if training.statistics:
+            training.statistics.keep()
         factor = lr_factor(recipe.optim, step=progress.step, epoch=epoch, total_steps=log.steps)
         set_learning_rate(training.optimizer, factor)
         first = training.world.rank
@@ -243,8 +246,11 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
             world=training.world,
             seeds=[step_seed(recipe.run.seed, progress.step, place) for place in places],
         )
+        skipped = training.optimizer.found_inf if training.statistics else None
+        if training.statistics:
+            training.statistics.undo(training.optimizer.found_inf)
         if training.average:
-            training.average.update()
+            training.average.update(skipped)
         step = Step(progress.step + 1, epoch, progress.step_in_epoch, recipe.optim.lr * factor)
         training.readings.add(step, result.values)
         lead.step()
@@ -256,10 +262,10 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
             training.readings.send()
         report_steps(training, log, training.readings.arrived())
         if is_saved(training):
-            report_steps(training, log, training.readings.all())
+            report_all(training, log)
             training.save()
         data.lap()
-    report_steps(training, log, training.readings.all())
+    report_all(training, log)
     log.epoch(epoch, training.epoch_meter.means())
     progress.evaluation_due, training.epoch_meter = True, Meter(training.epoch_meter.names)
 
@@ -268,7 +274,8 @@ def agreed_batches(training: Training, log: RunLog) -> Iterator[list[Batch]]:
     """This process's batches of the epoch's remaining steps, on the device, while every process has the next one.
 
     Where one was asked to stop, or met an image that cannot be used, all save after the same step and end; the
-    DataError is raised in the process that met it. Where a save has failed, all end with its reason.
+    DataError is raised in the process that met it. Where a save has failed, all end with its reason; where a step was
+    not finite, which a GPU may tell one process before another, all end with its file (`report_all`).
     """
     progress = training.progress
     batches = prefetch(training.train_loader.epoch(progress.epoch, progress.step_in_epoch), training.device)
@@ -278,12 +285,15 @@ def agreed_batches(training: Training, log: RunLog) -> Iterator[list[Batch]]:
             batch = next(batches)
         except DataError as error:
             failure = error
-        failed = training.world.most(2 if training.saver.failed else int(failure is not None))
+        own = 3 if training.failed else 2 if training.saver.failed else int(failure is not None)
+        failed = training.world.most(own)
+        if failed == 3:
+            report_all(training, log)
         if failed == 2:
             training.saver.wait()
             raise SystemExit(1)  # of another process, which says so
         if training.asked_to_stop() or failed:
-            report_steps(training, log, training.readings.all())
+            report_all(training, log)
             training.save()  # between two steps: nothing done is lost
             training.saver.wait()
             if failed:
@@ -291,23 +301,6 @@ def agreed_batches(training: Training, log: RunLog) -> Iterator[list[Batch]]:
             training.leave()
         assert batch is not None
         yield batch
-
-
-def report_steps(training: Training, log: RunLog, steps: Iterator[tuple[Step, list[float]]]) -> None:
-    """Count steps whose values have arrived. Raises NonFiniteError at the first that was not finite."""
-    for step, values in steps:
-        if not math.isfinite(values[0] + values[-1]):  # the loss and the gradient's norm
-            image_ids = training.train_loader.image_ids(step.epoch, step.step_in_epoch)
-            raise NonFiniteError(
-                f"the loss or its gradient is not finite at step {step.number} (epoch {step.epoch + 1}, image ids "
-                f"{', '.join(map(str, image_ids))}); no parameter was changed by this step or after it. Lower "
-                f"optim.lr or look at these images; what was saved is in {log.folder}."
-            )
-        training.epoch_meter.add(values)
-        training.interval_meter.add(values)
-        if step.number % training.recipe.train.log_every == 0:
-            log.interval(step.epoch, step.number, training.interval_meter.means(), step.lr)
-            training.interval_meter = Meter(training.interval_meter.names)
 
 
 def evaluate_epoch(training: Training, log: RunLog) -> bool:
@@ -374,8 +367,3 @@ def is_saved(training: Training) -> bool:
     every, progress = training.recipe.checkpoint.every, training.progress
     inside = progress.step_in_epoch < training.train_loader.steps_per_epoch
     return bool(every) and inside and progress.step % every == 0
-
-
-def step_seed(seed: int, step: int, place: int) -> int:
-    """The seed of the dropout of a step's micro-batch: a continued run, or one of other processes, repeats it."""
-    return int(np.random.SeedSequence((seed, step, place)).generate_state(1, np.uint64)[0] >> np.uint64(1))

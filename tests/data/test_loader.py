@@ -244,6 +244,21 @@ def test_workers_survive_the_signals_of_the_group(data: CocoData) -> None:
     assert multiprocessing.active_children() == []
 
 
+def test_workers_survive_a_signal_while_they_start(data: CocoData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch has just set its own handler, which ends the worker."""
+    torch_handlers = torch.utils.data._utils.signal_handling._set_worker_signal_handlers
+
+    def set_and_signal() -> None:
+        torch_handlers()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_set_worker_signal_handlers", set_and_signal)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with train_loader(data, 0) as plain, train_loader(data, 2) as parallel:
+        assert same(list(parallel.epoch(0)), list(plain.epoch(0)))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+
+
 SCRIPT = """
 import multiprocessing, os, signal, sys, torch
 from pathlib import Path

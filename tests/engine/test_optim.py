@@ -91,6 +91,28 @@ def test_sgd_by_hand() -> None:
     assert parameter.tolist() == pytest.approx(second, rel=1e-6)
 
 
+def test_skips_in_a_row_are_counted_on_the_device() -> None:
+    """Of SGD at rate 1 and gradient 1: two in a row are skipped, with a third nothing moves any more."""
+    parameter = nn.Parameter(torch.zeros(()))
+    optimizer = GuardedSGD([{"params": [parameter], "base_lr": 1.0}], lr=1.0, momentum=0.0)
+    optimizer.max_skips = 2
+    seen = []
+    for value in (1.0, math.nan, math.inf, 1.0, -math.inf, 1.0, *[math.nan] * 3, 1.0, 1.0):
+        parameter.grad = torch.ones(())
+        optimizer.guard(torch.ones(()), torch.tensor(value))
+        optimizer.step()
+        seen.append((-parameter.item(), optimizer.found_inf.item(), optimizer.in_row.item()))
+    taken, switch, in_row = (list(column) for column in zip(*seen, strict=True))
+    assert taken == [1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3]
+    assert switch == [0, 1, 1, 0, 1, 0, 1, 1, 1, 1, 1]
+    assert in_row == [0, 1, 2, 0, 1, 0, 1, 2, 3, 4, 5]
+    optimizer.in_row.fill_(1)
+    with optimizer.held():
+        optimizer.guard(torch.ones(()))
+        optimizer.step()
+    assert (-parameter.item(), optimizer.found_inf.item(), optimizer.in_row.item()) == (3, 0, 1)
+
+
 def test_a_frozen_backbone_has_no_group(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("model.backbone.frozen_stages=3")
     assert len(build_optimizer(build_model(recipe.model), recipe.optim).param_groups) == 1

@@ -20,7 +20,7 @@ from samdetr.cli.main import main_train
 from samdetr.data.splits import Splits, load_splits
 from samdetr.engine.checkpoint import MODEL, OPTIMIZER, load_checkpoint, read_meta
 from samdetr.engine.checkpoint_folder import newest_first
-from samdetr.engine.interrupt import SAVING
+from samdetr.engine.interrupt import SAVING, StopSignal
 from samdetr.engine.run_folder import find_run
 from samdetr.engine.train import train
 from samdetr.errors import CheckpointError, RecipeError
@@ -339,8 +339,6 @@ def weights_of(run: Path) -> list[torch.Tensor]:
 
 
 def test_a_second_ctrl_c_ends_at_once() -> None:
-    from samdetr.engine.interrupt import StopSignal
-
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop
@@ -385,9 +383,22 @@ def test_a_second_ctrl_c_while_saving_tells_what_is_left(
         assert_as_uninterrupted(run, trained)
 
 
-def test_sigterm_is_exit_code_143() -> None:
-    from samdetr.engine.interrupt import StopSignal
+def test_a_second_sigterm_ends_at_once_unless_it_is_the_first_passed_on_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    with StopSignal(speaks=False) as stop:
+        stop.number = signal.SIGTERM  # another process's, which this one was told before its own came
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop and not stop.at_once
+        monkeypatch.setattr(samdetr.engine.interrupt, "AGAIN", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.at_once
+        with pytest.raises(SystemExit) as caught:
+            stop.leave()
+    assert caught.value.code == 143
 
+
+def test_sigterm_is_exit_code_143() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)

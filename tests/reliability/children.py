@@ -104,11 +104,11 @@ def finish(recipe: Recipe, *, resume: str | None, processes: int = 1) -> None:
         raise RuntimeError(f"exit codes {codes}: {(Path(recipe.run.folder) / 'output').read_text()[-2000:]}")
 
 
-def options(description: str, count: int) -> argparse.Namespace:
+def options(description: str, count: int, *, processes: int = 1) -> argparse.Namespace:
     """The command line of a script: how often, with how many processes, from which seed."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--count", type=int, default=count, help=f"how often ({count})")
-    parser.add_argument("--processes", type=int, default=1, help="of the run (1)")
+    parser.add_argument("--processes", type=int, default=processes, help=f"of the run ({processes})")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (0)")
     return parser.parse_args()
 

@@ -40,17 +40,18 @@ def resumed_equal(folder: Path, *, count: int, processes: int, seed: int) -> int
         codes = end(start(recipe, resume=None, processes=processes, signal=stop))
         again = small_recipe(place, "data.workers=3", f"checkpoint.every={EVERY}")
         finish(again, resume=str(run), processes=processes)
-        same = _same(run, straight)
-        equal += same
+        equals = same(run, straight)
+        equal += equals
         name = signal.Signals(number).name
         print(
-            f"{name} before step {stop.step} in process {stop.rank}, exit codes {codes}: {'equal' if same else 'NOT'}"
+            f"{name} before step {stop.step} in process {stop.rank}, exit codes {codes}: {'equal' if equals else 'NOT'}"
         )
         shutil.rmtree(place)
     return equal
 
 
-def _same(run: Path, straight: Path) -> bool:
+def same(run: Path, straight: Path) -> bool:
+    """Whether two runs of `STEPS` steps came to the same numbers."""
     one, other = weights(run), weights(straight)
     counts = [load_checkpoint((f / "checkpoints/last").resolve(), with_optimizer=False).meta for f in (run, straight)]
     return (
