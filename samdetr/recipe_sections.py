@@ -62,6 +62,11 @@ class ComputeSection(Section):
     cuda_graph: Literal["on", "off"] = Field(
         "off", description='replay each step as CUDA graphs; needs a GPU and data.batching = "buckets"'
     )
+    activation_checkpointing: Literal["off", "layers"] = Field(
+        "off",
+        description="layers: encoder and decoder layers keep only their inputs and compute again in the backward pass; "
+        "less memory, the same numbers, more time",
+    )
     on_failure: Literal["error", "eager"] = Field(
         "error", description="when compiling or recording fails: stop with the reason, or say so and go on without"
     )

@@ -29,6 +29,7 @@ from samdetr.data.batching import Shape
 from samdetr.data.prefetch import finish
 from samdetr.engine.cuda_graph import StepGraphs
 from samdetr.engine.parallel import whole
+from samdetr.engine.recompute import recompute_layers
 from samdetr.errors import SamdetrError
 from samdetr.structures import Batch, Targets
 
@@ -50,6 +51,7 @@ class Compute(NamedTuple):
     precision: torch.dtype  # bfloat16 or float32
     compile: bool
     cuda_graph: bool
+    recompute: bool = False  # the layers' activations, in the backward pass
 
 
 EXACT = Compute(torch.float32, compile=False, cuda_graph=False)
@@ -69,10 +71,16 @@ def choose_compute(section: ComputeSection, device: torch.device, *, buckets: bo
         raise SamdetrError('compute.cuda_graph = "on" needs a GPU: set it to "off".')
     if section.cuda_graph == "on" and processes > 1:
         raise SamdetrError('compute.cuda_graph = "on" is for one process: set it to "off".')
+    if section.cuda_graph == "on" and section.activation_checkpointing != "off":
+        raise SamdetrError(
+            'compute.cuda_graph = "on" cannot record what compute.activation_checkpointing = '
+            f'"{section.activation_checkpointing}" does with random states: set one of them to "off".'
+        )
     return Compute(
         precision=choose_precision(section.precision, device),
         compile=section.compile == "on" or (section.compile == "auto" and buckets and device.type == "cuda"),
         cuda_graph=section.cuda_graph == "on",
+        recompute=section.activation_checkpointing == "layers",
     )
 
 
@@ -102,8 +110,8 @@ def compile_regions(model: Detector, criterion: SetCriterion, *, shapes: int) ->
     dynamic = shapes > 1
     model.backbone.compile(fullgraph=True, dynamic=False)
     layers, methods = model.regions()
-    for layer in layers:
-        layer.compile(fullgraph=True, dynamic=dynamic)
+    for layer in layers:  # not their calls: what surrounds forward (sharding, recomputation) stays eager
+        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=dynamic)
     for name in methods:
         setattr(model, name, torch.compile(getattr(model, name), fullgraph=True, dynamic=dynamic))
     criterion.compile(fullgraph=True, dynamic=False)
@@ -161,8 +169,11 @@ def prepare_step(
 
     with unchanged(model, device):
         if compute.compile:
+            compile_regions(model, criterion, shapes=len(shapes))
+        if compute.recompute:
+            recompute_layers(model)
+        if compute.compile:
             try:
-                compile_regions(model, criterion, shapes=len(shapes))
                 _compile_shapes(model, as_computed, shapes, made_up, started, note)
             except SamdetrError as error:
                 failed(error)

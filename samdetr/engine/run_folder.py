@@ -28,6 +28,7 @@ FREE_KEYS = (
     *("run.folder", "run.device", "train.epochs", "train.micro_batch", "train.log_every", "eval."),
     *("data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations"),
     *("data.shapes.folder", "data.max_pixels", "data.workers", "compute.on_failure", "parallel."),
+    "compute.activation_checkpointing",
 )
 _PACKAGES = (
     "samdetr",
