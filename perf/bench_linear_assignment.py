@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -16,7 +17,7 @@ from torch import Tensor
 from perf.gate import Args, Case, Variant, Work
 from perf.harness import FORWARD, Options, main
 from perf.inputs import LAYERS, MAX_TARGETS, QUERIES, generator, normal, uniform
-from samdetr.loss.matcher import matching_cost
+from samdetr.loss.matcher import focal_cost, matching_cost
 from samdetr.structures import Outputs, Targets
 from samdetr_kernels.linear_assignment import UNMATCHED, linear_assignment, linear_assignment_reference
 
@@ -50,7 +51,12 @@ def realistic_costs(
     label = targets.labels[None].expand(LAYERS, -1, -1).gather(2, chosen)[..., None]
     logits.scatter_add_(-1, label, 3 + normal(random, *label.shape))
     cost = matching_cost(
-        Outputs(logits, boxes), targets, class_cost=2, l1_cost=5, giou_cost=2, focal_alpha=0.25, focal_gamma=2
+        Outputs(logits, boxes),
+        targets,
+        partial(focal_cost, alpha=0.25, gamma=2.0),
+        class_cost=2,
+        l1_cost=5,
+        giou_cost=2,
     )
     return cost.flatten(0, 1), counts.repeat(LAYERS)
 

@@ -71,7 +71,9 @@ def _kernel_tests() -> tuple[str, ...]:
     return (*chosen, f"{attention}_float32[case0]", f"{attention}_half[case0-dtype0]")
 
 
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5")
+# one process, so that no two tests share the GPU, and no need of pytest-xdist
+ONE_PROCESS = ("-o", "addopts=--import-mode=importlib --strict-markers --strict-config")
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", *ONE_PROCESS)
 NO_COMPILE = ("--set", "compute.compile=off")  # beside the baseline: compiling takes about a minute
 OURS_ALONE = ("--no-baseline", "--group", "1")
 PARTS = (

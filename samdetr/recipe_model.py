@@ -21,7 +21,8 @@ class BackboneSection(Section):
     dilation: bool = Field(False, description="DC5: dilation 2 in place of the last stride (resnet50, resnet101)")
     frozen_stages: int = Field(2, ge=0, le=5, description="stages without gradient: 1 the stem, 2 also layer1, ...")
     stages: int = Field(4, ge=1, le=4, description="residual stages used; 4 is C5 (stride 32), 3 is C4 (stride 16)")
-    width: int = Field(64, ge=8, le=256, multiple_of=8, description="channels of the stem; 64 is torchvision's")
+    # from 16: torch's own 1x1 convolution of 8 channels corrupts memory in its backward at some sizes (oneDNN, AVX512)
+    width: int = Field(64, ge=16, le=256, multiple_of=8, description="channels of the stem; 64 is torchvision's")
 
     @field_validator("dilation")
     @classmethod
@@ -66,15 +67,31 @@ class ModelSection(Section):
         "All other systems have 0.01",
         json_schema_extra=only_with("model.system", "detr"),
     )
+    resampling: Literal["points", "point", "average", "max"] = Field(
+        "points",
+        description="what of its box becomes a query; points: a salient point for each head (published); for ablation "
+        "point: one for all heads; average, max: of the box's 7 x 7 bins",
+        json_schema_extra=only_with("model.system", "sam_detr"),
+    )
+    reweighting: bool = Field(
+        True,
+        description="weigh what was sampled by numbers predicted from the previous query",
+        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points", "point"),
+    )
+    search_range: Literal["box", "image"] = Field(
+        "box",
+        description="where salient points may lie: in the query's reference box (published) or in the whole image",
+        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points", "point"),
+    )
     smca: bool = Field(
         False,
         description="add the spatially modulated (Gaussian) term to cross-attention",
-        json_schema_extra=only_with("model.system", "sam_detr"),
+        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points"),
     )
     smca_initial_scale: NonNegative = Field(
         0.0,
         description="initial Gaussian scale, 2 / sigma in map cells; 0: published, the term starts flat",
-        json_schema_extra=only_with("model.system", "sam_detr"),
+        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points"),
     )
     smca_stride: Literal["published", "feature"] = Field(
         "published",

@@ -12,7 +12,8 @@ if not torch.cuda.is_available():
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(2)
+    # of several processes each has one thread: threads that wait for each other while they share cores are slow
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

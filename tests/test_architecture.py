@@ -18,6 +18,7 @@ ALLOWED = {
     "samdetr": {"samdetr.recipe", "samdetr.models", "samdetr.loss"},
     "samdetr.structures": set(),
     "samdetr.errors": set(),
+    "samdetr.published": set(),
     "samdetr.toml_text": set(),
     "samdetr.recipe_messages": set(),
     "samdetr.recipe_sections": set(),
@@ -34,6 +35,7 @@ ALLOWED = {
     "samdetr.visualize": {"samdetr.visualize"},
     "samdetr.engine": {
         "samdetr",
+        "samdetr.published",
         "samdetr.recipe",
         "samdetr.data",
         "samdetr.models",
@@ -54,6 +56,7 @@ KERNEL_LIBRARIES = {"torch", "triton", "scipy"}
 WITHOUT_TORCH = {
     "samdetr",
     "samdetr.errors",
+    "samdetr.published",
     "samdetr.recipe",
     "samdetr.recipe_messages",
     "samdetr.recipe_model",

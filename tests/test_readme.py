@@ -24,7 +24,7 @@ def test_python_blocks(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(isinstance(t, torch.Tensor) and t.grad is not None and t.grad.abs().sum() > 0 for t in tensors)
 
 
-@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "kernels/README.md"])
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "kernels/README.md", "docs/models.md"])
 def test_links_point_to_files(file: str) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / file).read_text())
     local = [target for target in targets if not target.startswith("http")]

@@ -11,6 +11,7 @@ import typer
 from samdetr import __version__
 from samdetr.cli.eval import evaluate
 from samdetr.cli.predict import predict
+from samdetr.cli.report import report
 from samdetr.cli.train import mark_resume, train
 from samdetr.errors import NonFiniteError, RecipeError, SamdetrError
 
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     app.command("train")(train)
     app.command("eval")(evaluate)
     app.command("predict")(predict)
+    app.command("report")(report)
     _run(app, mark_resume(given) if given[:1] == ["train"] else given, "samdetr")
 
 

@@ -3,11 +3,15 @@
 Before cross-attention every object query is replaced by features sampled from the encoded image itself: in its
 reference box each attention head picks one salient point, whose feature becomes the content query and whose
 position becomes the position query. Query and key then live in one semantic space.
+
+What the paper compares it with (table 2) are `PooledAligner`, and one point for all heads, no reweighting and points
+anywhere in the image as options of `SemanticAligner`. They were never published as code: where the paper is silent,
+what stands here is ours.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +19,10 @@ from torch.nn import functional
 
 from samdetr.models.layers import MLP, joint_linear
 from samdetr.models.position import MapGeometry, sine_points
-from samdetr_kernels import roi_align, salient_points
+from samdetr_kernels import roi_align, roi_pool, salient_points
+
+if TYPE_CHECKING:
+    from samdetr.recipe import ModelSection
 
 ROI_SIZE = 7
 CHANNEL_REDUCTION = 4  # 256 -> 64 before the point branch
@@ -23,50 +30,102 @@ POINT_HIDDEN = 2  # hidden layers of the point branch, in widths
 
 
 class AlignedQueries(NamedTuple):
-    """New queries of one decoder layer, one of each kind per head (P heads = salient points)."""
+    """New queries of one decoder layer: P of each kind, one for every head or one for all."""
 
     content: Tensor  # [B, Q, P, width]
     position: Tensor  # [B, Q, P, width]
-    points: Tensor  # [B, Q, P, 2] (x, y) in [-1, 1] of the reference box
     locations: Tensor  # [B, Q, P, 2] (x, y) in [0, 1] of the valid image
     scales: Tensor | None  # [B, Q, P, 2] (x, y), raw; SMCA only
 
 
 class SemanticAligner(nn.Module):
-    """Reference boxes and decoder embeddings -> content and position queries taken from the image."""
+    """Reference boxes and decoder embeddings -> content and position queries taken from the image.
 
-    def __init__(self, *, width: int, heads: int, smca: bool, initial_scale: float = 0.0) -> None:
+    points: salient points of a query. reweighting: weigh their features and codes by the previous query. whole_image:
+    points lie anywhere in the valid image instead of in the reference box, from which they are still predicted.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        points: int,
+        smca: bool = False,
+        initial_scale: float = 0.0,
+        reweighting: bool = True,
+        whole_image: bool = False,
+    ) -> None:
         super().__init__()
-        self.heads = heads
+        self.points, self.whole_image = points, whole_image
         reduced = width // CHANNEL_REDUCTION
         self.reduce = nn.Linear(width, reduced)
         hidden = POINT_HIDDEN * width
-        outputs = heads * (4 if smca else 2)
+        outputs = points * (4 if smca else 2)
         self.point_mlp = MLP(ROI_SIZE * ROI_SIZE * reduced, width, hidden, hidden, outputs, exact=True)
-        nn.init.zeros_(self.point_mlp.last.bias[: 2 * heads])
-        nn.init.constant_(self.point_mlp.last.bias[2 * heads :], initial_scale)
-        self.content_gate = nn.Linear(width, heads * width)
-        self.position_gate = nn.Linear(width, heads * width)
+        nn.init.zeros_(self.point_mlp.last.bias[: 2 * points])
+        nn.init.constant_(self.point_mlp.last.bias[2 * points :], initial_scale)
+        self.content_gate = nn.Linear(width, points * width) if reweighting else None
+        self.position_gate = nn.Linear(width, points * width) if reweighting else None
 
     def forward(self, x: Tensor, boxes: Tensor, memory: Tensor, geometry: MapGeometry) -> AlignedQueries:
         """x [B, Q, width]; boxes [B, Q, 4] (cx, cy, w, h) in [0, 1]; memory [B, H, W, width]."""
         batch, queries, width = x.shape
-        centre, size = boxes[..., :2], boxes[..., 2:]
-        cells = geometry.valid.flip(-1)[:, None].to(boxes.dtype)
-        rois = torch.cat(((centre - size / 2) * cells, (centre + size / 2) * cells), dim=-1).detach()
-
+        rois = regions_of(boxes, geometry)
         # ReLU(conv(RoIAlign(F)) + b) = ReLU(RoIAlign(F W^T) + b): align a quarter of the channels
         reduced = functional.linear(memory, self.reduce.weight)
-        regions = functional.relu(roi_align(reduced, rois, ROI_SIZE, geometry.sampling_limit) + self.reduce.bias)
-        numbers = self.point_mlp(regions.flatten(2)).view(batch, queries, -1, self.heads, 2)
+        bins = functional.relu(roi_align(reduced, rois, ROI_SIZE, geometry.sampling_limit) + self.reduce.bias)
+        numbers = self.point_mlp(bins.flatten(2)).view(batch, queries, -1, self.points, 2)
         points = numbers[:, :, 0].tanh()
-        locations = centre[:, :, None] + 0.5 * size[:, :, None] * points
 
+        searched = boxes
+        if self.whole_image:
+            searched = torch.cat((torch.full_like(boxes[..., :2], 0.5), torch.ones_like(boxes[..., 2:])), dim=-1)
+            rois = regions_of(searched, geometry)
+        locations = searched[:, :, None, :2] + 0.5 * searched[:, :, None, 2:] * points
         content = salient_points(memory, rois, points, ROI_SIZE, geometry.sampling_limit)
-        gates = joint_linear(x, self.content_gate, self.position_gate)
-        content_gate, position_gate = (gate.sigmoid().unflatten(-1, (self.heads, width)) for gate in gates)
-        content = content * content_gate
         # constant for autograd, as published: points learn through what is sampled at them
-        position = sine_points(locations.detach(), width).to(x.dtype) * position_gate
+        position = sine_points(locations.detach(), width).to(x.dtype)
+        if self.content_gate is not None and self.position_gate is not None:
+            gates = joint_linear(x, self.content_gate, self.position_gate)
+            content_gate, position_gate = (gate.sigmoid().unflatten(-1, (self.points, width)) for gate in gates)
+            content, position = content * content_gate, position * position_gate
         scales = numbers[:, :, 1] if numbers.shape[2] == 2 else None
-        return AlignedQueries(content, position, points, locations, scales)
+        return AlignedQueries(content, position, locations, scales)
+
+
+class PooledAligner(nn.Module):
+    """One query from the mean ("mean") or the maximum ("max") of the reference box's bins, at the box's centre."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x: Tensor, boxes: Tensor, memory: Tensor, geometry: MapGeometry) -> AlignedQueries:
+        """As `SemanticAligner.forward`."""
+        content = roi_pool(memory, regions_of(boxes, geometry), ROI_SIZE, geometry.sampling_limit, self.mode)
+        centres = boxes[:, :, None, :2]
+        position = sine_points(centres.detach(), x.shape[-1]).to(x.dtype)
+        return AlignedQueries(content[:, :, None], position, centres, None)
+
+
+def regions_of(boxes: Tensor, geometry: MapGeometry) -> Tensor:
+    """Boxes [B, Q, 4] (cx, cy, w, h) in [0, 1] of the valid image -> (x0, y0, x1, y1) in cells, constants."""
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    cells = geometry.valid.flip(-1)[:, None].to(boxes.dtype)
+    return torch.cat(((centre - size / 2) * cells, (centre + size / 2) * cells), dim=-1).detach()
+
+
+def build_aligner(section: ModelSection) -> SemanticAligner | PooledAligner:
+    """The aligner of one decoder layer of a recipe."""
+    if section.resampling == "average":
+        return PooledAligner("mean")
+    if section.resampling == "max":
+        return PooledAligner("max")
+    return SemanticAligner(
+        width=section.width,
+        points=section.heads if section.resampling == "points" else 1,
+        smca=section.smca,
+        initial_scale=section.smca_initial_scale,
+        reweighting=section.reweighting,
+        whole_image=section.search_range == "image",
+    )

@@ -1,4 +1,4 @@
-"""The convolutional backbone: torchvision's residual blocks up to one feature map."""
+"""The convolutional backbone: torchvision's residual blocks up to one or a few feature maps."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ class Backbone(nn.Module):
     norm: "frozen" keeps BatchNorm's statistics and gains constant (pretrained weights), "batch" trains them.
     dilation: DC5, the last stage dilates by 2 in place of its stride (Bottleneck models only).
     frozen_stages: how many stages get no gradient; 1 is the stem, 2 also layer1. stages: residual stages in use.
-    width: channels of the stem. mask_padding: zero the padded cells before every spatial convolution, so that the
-    valid cells do not depend on the padding (the published model does not).
+    width: channels of the stem. levels: how many of the last stages give a map. mask_padding: zero the padded cells
+    before every spatial convolution, so that the valid cells do not depend on the padding (the published model does
+    not).
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Backbone(nn.Module):
         frozen_stages: int = 2,
         stages: int = 4,
         width: int = 64,
+        levels: int = 1,
         mask_padding: bool = False,
     ) -> None:
         super().__init__()
@@ -61,9 +63,11 @@ class Backbone(nn.Module):
         self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = norm_layer(width)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        channels = width
+        channels, stride = width, 4
+        strides, outputs = [], []
         for stage in range(stages):
             planes = width * 2**stage
+            dilate = dilation and stage == 3
             layer = _stage(
                 partial(block, norm_layer=norm_layer),
                 channels,
@@ -71,14 +75,17 @@ class Backbone(nn.Module):
                 planes * block.expansion,
                 depth=depths[stage],
                 stride=1 if stage == 0 else 2,
-                dilate=dilation and stage == 3,
+                dilate=dilate,
                 norm_layer=norm_layer,
             )
             self.add_module(f"layer{stage + 1}", layer)
             channels = planes * block.expansion
+            stride *= 1 if stage == 0 or dilate else 2
+            outputs.append(channels)
+            strides.append(stride)
         self.layers = [f"layer{stage + 1}" for stage in range(stages)]
-        self.out_channels = channels
-        self.stride = 2 ** (stages + 1) // (2 if dilation and stages == 4 else 1)
+        # of the maps, fine to coarse
+        self.channels, self.strides = tuple(outputs[-levels:]), tuple(strides[-levels:])
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -95,18 +102,19 @@ class Backbone(nn.Module):
             self.get_submodule(part).eval()
         return self
 
-    def forward(self, images: Tensor, image_sizes: Tensor) -> Tensor:
-        """[B, 3, H, W] and sizes [B, 2] int (h, w) -> [B, out_channels, ceil(H/stride), ceil(W/stride)]."""
+    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
+        """[B, 3, H, W] and sizes [B, 2] int (h, w) -> a map [B, channels, ceil(H/stride), ceil(W/stride)] a level."""
         x = functional.relu(_conv_norm(self.conv1, self.bn1, images))
         stride = 4
         if self.mask_padding:
             x = _zero_padding(x, image_sizes, 2)
         x = self.maxpool(x)
-        sizes = image_sizes if self.mask_padding else None
+        sizes, maps = image_sizes if self.mask_padding else None, []
         for name in self.layers:
             for block in self.get_submodule(name).children():
                 x, stride = _block(block, x, stride, sizes)
-        return x
+            maps.append(x)
+        return tuple(maps[-len(self.strides) :])
 
 
 def _conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
@@ -220,8 +228,8 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def build_backbone(section: BackboneSection, *, padding: str) -> Backbone:
-    """The backbone of a recipe, with random weights (`load_backbone_weights` loads others)."""
+def build_backbone(section: BackboneSection, *, padding: str, levels: int = 1) -> Backbone:
+    """The backbone of a recipe, with random weights (`load_backbone_weights` loads others); levels: maps it gives."""
     return Backbone(
         name=section.name,
         norm=section.norm,
@@ -229,5 +237,6 @@ def build_backbone(section: BackboneSection, *, padding: str) -> Backbone:
         frozen_stages=section.frozen_stages,
         stages=section.stages,
         width=section.width,
+        levels=levels,
         mask_padding=padding == "masked",
     )

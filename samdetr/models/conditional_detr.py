@@ -15,6 +15,7 @@ from samdetr.models.layers import (
     PlacedSelfAttention,
     attend,
     box_head,
+    boxes_around,
     class_head,
     initialise,
     inverse_sigmoid,
@@ -127,9 +128,7 @@ class ConditionalDETR(MapDetector):
     def predict(self, x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """What the layers give, x [L, B, Q, width], reference [Q, 2] -> logits [L, B, Q, K], boxes [L, B, Q, 4]."""
         x = self.norm(x)
-        centre = inverse_sigmoid(reference)
-        boxes = self.box_head(x) + torch.cat((centre, torch.zeros_like(centre)), dim=-1)
-        return self.class_head(x), boxes.sigmoid()
+        return self.class_head(x), boxes_around(self.box_head(x), inverse_sigmoid(reference))
 
 
 def build_conditional_detr(section: ModelSection) -> ConditionalDETR:

@@ -28,12 +28,12 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, query_position: Tensor, key: Tensor, memory: Tensor, key_mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, query_position: Tensor, key: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         """x [B, Q, width]; query_position [Q, width]; key (memory with its position code), memory [B, S, width];
-        key_mask [B, S] bool, True: attended. Returns [B, Q, width]."""
+        mask of the attention to the map, as of `attend`. Returns [B, Q, width]."""
         placed = x + query_position
         x = self.norm1(x + self.dropout(self.self_attention(placed, placed, x)))
-        attended = self.cross_attention(x + query_position, key, memory, key_mask[:, None, None])
+        attended = self.cross_attention(x + query_position, key, memory, mask)
         return self.feed_forward(self.norm2(x + self.dropout(attended)))
 
 
@@ -61,7 +61,7 @@ class DETR(MapDetector):
     def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:
         """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
         memory, position, geometry = self.encode(images, image_sizes)
-        memory, position, mask = memory.flatten(1, 2), position.flatten(1, 2), geometry.mask.flatten(1)
+        memory, position, mask = memory.flatten(1, 2), position.flatten(1, 2), geometry.mask.flatten(1)[:, None, None]
         key = memory + position
         x = memory.new_zeros(len(memory), *self.query_positions.shape)
         layers = []

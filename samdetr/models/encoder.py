@@ -81,7 +81,7 @@ class MapDetector(nn.Module):
 
     def encode(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, MapGeometry]:
         """Images [B, 3, H, W] and sizes [B, 2] -> the encoded map [B, h, w, width], its position code, its geometry."""
-        features = self.backbone(images, image_sizes)
+        (features,) = self.backbone(images, image_sizes)
         x, position, geometry = self.embed(features, image_sizes, (images.shape[2], images.shape[3]))
         mask = geometry.mask
         memory = self.encoder(x.flatten(1, 2), position.flatten(1, 2), mask.flatten(1)).view(x.shape)
@@ -99,7 +99,7 @@ class MapDetector(nn.Module):
         """
         height, width = features.shape[2:]
         if self.mask_padding:
-            valid = covered_cells(image_sizes, self.backbone.stride)
+            valid = covered_cells(image_sizes, self.backbone.strides[0])
         else:
             valid = valid_cells(image_sizes, image_shape, (height, width))
         mask = valid_mask(valid, height, width)
@@ -119,7 +119,7 @@ def build_encoder_half(section: ModelSection) -> EncoderHalf:
     backbone, width = build_backbone(section.backbone, padding=section.padding), section.width
     return EncoderHalf(
         backbone,
-        nn.Linear(backbone.out_channels, width),
+        nn.Linear(backbone.channels[0], width),
         MapGroupNorm(GROUPS, width) if section.input_norm == "group_norm" else None,
         Encoder(
             layers=section.encoder_layers,

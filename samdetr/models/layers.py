@@ -161,6 +161,11 @@ class MapGroupNorm(nn.GroupNorm):
         return normalised.view(x.shape) * self.weight + self.bias
 
 
+def boxes_around(offset: Tensor, centre: Tensor) -> Tensor:
+    """Boxes (cx, cy, w, h) in [0, 1] from offsets [..., 4] and where they begin, [..., 2] (x, y) before the sigmoid."""
+    return (offset + torch.cat((centre, torch.zeros_like(centre)), dim=-1)).sigmoid()
+
+
 def inverse_sigmoid(x: Tensor) -> Tensor:
     """log(x / (1 - x)) of x in [0, 1], both sides clamped at 1e-5 (as published)."""
     x = x.clamp(0, 1)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from samdetr.models.aligner import AlignedQueries, SemanticAligner
+from samdetr.models.aligner import AlignedQueries, PooledAligner, SemanticAligner, build_aligner
 from samdetr.models.encoder import EncoderHalf, MapDetector, build_encoder_half
 from samdetr.models.layers import (
     MLP,
     FeedForward,
     PlacedSelfAttention,
+    attend,
     box_head,
     class_head,
     initialise,
@@ -31,7 +33,10 @@ SEEDS = 2**62  # from which a call of attention draws that of its dropout
 
 
 class CrossAttention(nn.Module):
-    """Attention from aligned queries to the map: a full-width key shared by all heads, values split among them."""
+    """Attention from aligned queries to the map: a full-width key shared by all heads, values split among them.
+
+    Where all heads have one query, each takes its share of the channels of query and key, as in DETR.
+    """
 
     def __init__(self, *, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -51,11 +56,14 @@ class CrossAttention(nn.Module):
         query = self.query_content(aligned.content) + self.query_position(aligned.position)
         key, value = joint_linear(memory, self.key_content, self.value)
         key = key + self.key_position(memory_position)
+        dropout = self.dropout if self.training else 0.0
+        if query.shape[2] < self.heads:
+            key, value, mask = key.flatten(1, 2), value.flatten(1, 2), geometry.mask.flatten(1)[:, None, None]
+            return self.out(attend(query[:, :, 0], key, value, heads=self.heads, dropout=dropout, mask=mask))
         value = value.unflatten(-1, (self.heads, -1))
         points = None
         if aligned.scales is not None:
             points = aligned.locations * geometry.valid.flip(-1)[:, None, None].to(aligned.locations.dtype)
-        dropout = self.dropout if self.training else 0.0
         attended = salient_cross_attention(
             query,
             key.flatten(1, 2),
@@ -71,15 +79,21 @@ class CrossAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, semantic alignment, cross-attention, feed-forward."""
+    """Self-attention, semantic alignment, cross-attention, feed-forward. aligner: makes the one of this layer."""
 
     def __init__(
-        self, *, width: int, heads: int, ffn: int, dropout: float, smca: bool, smca_initial_scale: float
+        self,
+        *,
+        width: int,
+        heads: int,
+        ffn: int,
+        dropout: float,
+        aligner: Callable[[], SemanticAligner | PooledAligner],
     ) -> None:
         super().__init__()
         self.self_attention = PlacedSelfAttention(width=width, heads=heads, dropout=dropout)
         self.norm1 = nn.LayerNorm(width)
-        self.aligner = SemanticAligner(width=width, heads=heads, smca=smca, initial_scale=smca_initial_scale)
+        self.aligner = aligner()
         self.cross_attention = CrossAttention(width=width, heads=heads, dropout=dropout)
         self.norm2 = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
@@ -146,8 +160,7 @@ def build_sam_detr(section: ModelSection) -> SAMDETR:
             heads=section.heads,
             ffn=section.ffn,
             dropout=section.dropout,
-            smca=section.smca,
-            smca_initial_scale=section.smca_initial_scale,
+            aligner=partial(build_aligner, section),
         )
         for _ in range(section.decoder_layers)
     ]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from samdetr.models import detr
 from samdetr.models.encoder import EncoderHalf, MapDetector, build_encoder_half
-from samdetr.models.layers import MLP, Attention, ExactLinear, FeedForward, class_head, initialise
+from samdetr.models.layers import MLP, ExactLinear, boxes_around, class_head, initialise
 from samdetr.structures import Outputs
 
 if TYPE_CHECKING:
@@ -62,20 +63,14 @@ class Gaussian(nn.Module):
         return bias.flatten(3), centre, offset, scale
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(detr.DecoderLayer):
     """DETR's decoder layer with a Gaussian in its cross-attention."""
 
     def __init__(self, *, width: int, heads: int, ffn: int, dropout: float, first: bool) -> None:
-        super().__init__()
+        super().__init__(width=width, heads=heads, ffn=ffn, dropout=dropout)
         self.gaussian = Gaussian(width=width, heads=heads, first=first)
-        self.self_attention = Attention(width=width, heads=heads, dropout=dropout)
-        self.norm1 = nn.LayerNorm(width)
-        self.cross_attention = Attention(width=width, heads=heads, dropout=dropout)
-        self.norm2 = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
-        self.dropout = nn.Dropout(dropout)
 
-    def forward(
+    def forward(  # type: ignore[override]  # also takes and gives the centre
         self,
         x: Tensor,
         centre: Tensor | None,
@@ -87,11 +82,8 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [B, Q, width]; query_position [Q, width]; key (memory with its position code), memory [B, h * w, width];
         centre, mask and extent as of `Gaussian`. Returns the new x and the centre."""
-        placed = x + query_position
-        bias, centre, _, _ = self.gaussian(placed, centre, extent, mask)
-        x = self.norm1(x + self.dropout(self.self_attention(placed, placed, x)))
-        attended = self.cross_attention(x + query_position, key, memory, bias)
-        return self.feed_forward(self.norm2(x + self.dropout(attended))), centre
+        bias, centre, _, _ = self.gaussian(x + query_position, centre, extent, mask)
+        return super().forward(x, query_position, key, memory, bias), centre
 
 
 class SMCADETR(MapDetector):
@@ -138,8 +130,7 @@ class SMCADETR(MapDetector):
     def predict(self, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
         """What the layers give, x [L, B, Q, width], centre [B, Q, 2] -> logits [L, B, Q, K] and boxes [L, B, Q, 4]."""
         x = self.norm(x)
-        boxes = self.box_head(x) + torch.cat((centre, torch.zeros_like(centre)), dim=-1)
-        return self.class_head(x), boxes.sigmoid()
+        return self.class_head(x), boxes_around(self.box_head(x), centre)
 
 
 def build_smca_detr(section: ModelSection) -> SMCADETR:
@@ -157,5 +148,5 @@ def build_smca_detr(section: ModelSection) -> SMCADETR:
         width=section.width,
         num_classes=section.num_classes,
         num_queries=section.num_queries,
-        unit=PUBLISHED_STRIDE if section.smca_stride == "published" else half.backbone.stride,
+        unit=PUBLISHED_STRIDE if section.smca_stride == "published" else half.backbone.strides[0],
     )

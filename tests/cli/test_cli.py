@@ -12,6 +12,9 @@ from types import ModuleType
 
 import pytest
 
+# the train command asks these two how many processes to start: they stay the real ones
+import samdetr.engine.launch
+import samdetr.engine.parallel  # noqa: F401
 from samdetr import __version__
 from samdetr.cli.main import main, main_train
 from samdetr.cli.train import mark_resume
@@ -20,6 +23,7 @@ from samdetr.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "recipes" / "quickstart.toml"
+WRONG_SIZES = ("0x800", "31x64", "64x31", "10001x64", "800", "wide", "", "-8x64", "800x1066x3", "9999999999x64")
 SLOWEST_ANSWER = 1.0  # seconds; 0.5 is promised, the machine may be shared
 
 
@@ -48,6 +52,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> None:
         calls.append((checkpoint, source, output, threshold))
 
+    def report_recipes(recipes: dict[Path, Recipe], sizes: list[tuple[int, int]], form: str) -> None:
+        calls.append((recipes, sizes, form))
+
     package = ModuleType("samdetr.engine")
     package.__path__ = []
     monkeypatch.setitem(sys.modules, "samdetr.engine", package)
@@ -55,6 +62,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         "train": [train],
         "evaluate": [evaluate_checkpoint, evaluate_official],
         "predict": [predict],
+        "report_text": [report_recipes],
     }.items():
         module = ModuleType(f"samdetr.engine.{name}")
         for function in functions:
@@ -144,6 +152,43 @@ def test_predict(engine: list[object], capsys: pytest.CaptureFixture[str]) -> No
     assert engine == [("best", "photos", "predictions", 0.3), ("best", "a.jpg", "out", 0.5)]
 
 
+def test_report(engine: list[object]) -> None:
+    recipe = {QUICKSTART: load_recipe(QUICKSTART)}
+    assert exit_code(main, "report", str(QUICKSTART)) == 0
+    assert exit_code(main, "report", str(QUICKSTART), "--sizes", "64x96,32x10000", "--sizes", "64x96", "--json") == 0
+    assert exit_code(main, "report", "--all", "--markdown") == 0
+    assert engine[:2] == [(recipe, [], "table"), (recipe, [(64, 96), (32, 10000)], "json")]
+    everything, sizes, form = engine[2]  # type: ignore[misc]
+    assert (list(everything), sizes, form) == (sorted((ROOT / "recipes").glob("*.toml")), [], "markdown")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give recipe files, or --all"),
+        (["R", "--all"], "give recipe files, or --all"),
+        (["R", "--json", "--markdown"], "one of --json and --markdown"),
+        (["R", "--sizes", "800x1066", "800x1201"], "--sizes HxW,800x1201"),
+        *((["R", "--sizes", f"64x64,{wrong}"], f'--sizes: "{wrong}" is not HEIGHTxWIDTH') for wrong in WRONG_SIZES),
+    ],
+)
+def test_report_names_the_wrong_argument(
+    engine: list[object], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(QUICKSTART) if argument == "R" else argument for argument in arguments]
+    assert exit_code(main, "report", *given) == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert engine == []
+
+
+def test_report_of_all_needs_the_repository(
+    engine: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("samdetr.cli.report.SHIPPED", tmp_path)
+    assert exit_code(main, "report", "--all") == 2
+    assert capsys.readouterr().err.startswith(f"--all: there are no recipes in {tmp_path}")
+
+
 def test_recipe_mistakes_are_printed_as_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,11 +238,12 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("from samdetr.cli.main import main_train; main_train(['--help'])", 0),
         ("from samdetr.cli.main import main; main(['predict', '--help'])", 0),
+        ("from samdetr.cli.main import main; main(['report', '--help'])", 0),
         ("from samdetr.cli.main import main_train; main_train(['RECIPE', '--set', 'optim.lrr=1'])", 2),
         ("from samdetr.cli.main import main_train; main_train(['RECIPE', '--print-recipe'])", 0),
         ("import samdetr", 0),
     ],
-    ids=["train --help", "predict --help", "recipe error", "print recipe", "import"],
+    ids=["train --help", "predict --help", "report --help", "recipe error", "print recipe", "import"],
 )
 def test_answers_at_once_and_without_torch(code: str, status: int) -> None:
     code = code.replace("RECIPE", str(QUICKSTART))

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 TINY = """
 [run]
 name = "tiny"
-seed = 7
+seed = 5
 device = "cpu"
 
 [compute]
@@ -69,7 +69,7 @@ weights = "none"
 norm = "batch"
 frozen_stages = 0
 stages = 2
-width = 8
+width = 16
 
 [optim]
 lr = 1e-3

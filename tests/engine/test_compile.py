@@ -35,6 +35,8 @@ SHAPES = [(64, 64), (96, 80)]  # the first one square: equal sizes must not beco
 REGIONS = 7  # beside the backbones: embed, encoder layer, first and later decoder layer and predict, criterion
 PUBLISHED = ('model.padding="published"', 'model.backbone.norm="frozen"')  # the other of each is tiny's
 SYSTEMS = [
+    ("model.smca=false", 'model.resampling="max"'),
+    ("model.smca=false", 'model.resampling="point"', 'model.search_range="image"', "model.reweighting=false"),
     ("model.smca=false", 'model.system="detr"', "model.num_classes=9", 'loss.classification="softmax"'),
     ("model.smca=false", 'model.system="conditional_detr"'),
     ("model.smca=false", 'model.system="smca_detr"'),

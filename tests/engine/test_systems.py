@@ -1,4 +1,4 @@
-"""Every recipe of a system other than SAM-DETR: its size, and two steps and an evaluation of a reduced version."""
+"""Every recipe of an ablation or another system: its size, and two steps and an evaluation of a reduced version."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ from tests.engine.runs import metrics
 RECIPES = Path(__file__).parents[2] / "recipes"
 FROZEN = 222_400  # parameters of the stem and layer1
 PARAMETERS = {
+    "r50_12ep_average": 44_648_618,  # without the point branch and the gates
+    "r50_12ep_max": 44_648_618,
+    "r50_12ep_1point": 51_937_334,  # in a layer 256 x 64 + 64, 3136 x 256 + 256, 256 x 512 + 512, 512 x 512 + 512, ...
+    "r50_12ep_1point_reweighted": 52_726_838,  # and twice 256 x 256 + 256
+    "r50_12ep_8points": 51_980_426,
+    "r50_12ep_whole_image": 58_296_458,
     "detr_r50_500ep": 41_524_768,
     "detr_r50_dc5_500ep": 41_524_768,
     "detr_focal_r50_12ep": 41_575_968,
@@ -69,7 +75,7 @@ def reduced(name: str, folder: Path, shapes_folder: Path) -> Recipe:
         "model.encoder_layers": 1,
         "model.decoder_layers": 2,
         "model.ffn": 32,
-        "model.backbone.width": 8,
+        "model.backbone.width": 16,
         "train.epochs": 1,
         "train.total_batch": 4,
         "train.micro_batch": 2,

@@ -24,14 +24,17 @@ def test_features_equal_torchvision(name: str, dilation: bool, tmp_path: Path) -
             torch.nn.init.uniform_(module.weight, 0.5, 1.0)
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
     images = torch.randn(1, 3, 97, 130)
-    wanted = torch.nn.Sequential(*list(theirs.children())[:-2])(images)
+    parts = list(theirs.children())[:-2]
+    wanted = [torch.nn.Sequential(*parts[:count])(images) for count in range(len(parts) - 2, len(parts) + 1)]
     for norm in ("frozen", "batch"):
-        ours = Backbone(name=name, norm=norm, dilation=dilation).eval()
-        load_backbone_weights(ours, str(tmp_path / "weights.pth"))
-        got = ours(images, torch.tensor([[97, 130]]))
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
-        assert ours.stride == (16 if dilation else 32)
-        assert ours.out_channels == wanted.shape[1]
+        for levels in (1, 3):
+            ours = Backbone(name=name, norm=norm, dilation=dilation, levels=levels).eval()
+            load_backbone_weights(ours, str(tmp_path / "weights.pth"))
+            got = ours(images, torch.tensor([[97, 130]]))
+            assert ours.channels == tuple(one.shape[1] for one in wanted[-levels:])
+            assert ours.strides == (8, 16, 16 if dilation else 32)[-levels:]
+            for one, other in zip(got, wanted[-levels:], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
 
 
 @pytest.mark.parametrize(("frozen_stages", "expected"), [(0, set()), (1, {"conv1"}), (2, {"conv1", "layer1"})])

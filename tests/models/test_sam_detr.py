@@ -133,8 +133,8 @@ def test_backbone_depth_and_width_are_values(stages: int, stride: int) -> None:
         'model.backbone.norm="batch"',
         "model.backbone.frozen_stages=0",
     )
-    features = model.backbone(torch.zeros(1, 3, 67, 95), torch.tensor([[67, 95]]))
-    assert model.backbone.stride == stride
+    (features,) = model.backbone(torch.zeros(1, 3, 67, 95), torch.tensor([[67, 95]]))
+    assert model.backbone.strides == (stride,)
     assert features.shape == (1, 16 * 2 ** (stages - 1), -(-67 // stride), -(-95 // stride))
     assert all(parameter.requires_grad for parameter in model.backbone.parameters())
 

@@ -33,11 +33,11 @@ def test_what_lies_in_masked_cells_is_not_attended(recipe: str) -> None:
     images, sizes = images_of((64, 64), height=128, width=96)
     plain = model(images, sizes)
 
-    def disturb(_: object, __: object, features: Tensor) -> Tensor:
-        features = features.clone()
+    def disturb(_: object, __: object, maps: tuple[Tensor]) -> tuple[Tensor]:
+        features = maps[0].clone()
         features[:, :, 2:] += 3
         features[:, :, :, 2:] -= 5
-        return features
+        return (features,)
 
     handle = model.backbone.register_forward_hook(disturb)
     disturbed = model(images, sizes)

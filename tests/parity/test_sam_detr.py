@@ -27,6 +27,7 @@ from tests.parity.checks import (
 )
 from tests.parity.reference import MODELS, Inputs, arrays, inputs_of, model_of
 
+HEADS = 8
 OTHER_LAYOUT = ("point2.0.weight",)  # our order of its inputs differs, and a head is of the first eight
 
 
@@ -50,7 +51,7 @@ def run(request: pytest.FixtureRequest) -> Run:
     recorded: dict[str, list[Tensor]] = {key: [] for key in ("backbone", "src", "ref_boxes", "hs")}
     recorded |= {key: [] for key in ("content", "qpos", "points", "gauss_scale")}
     handles = [
-        model.backbone.register_forward_hook(lambda _, __, out: recorded["backbone"].append(out)),
+        model.backbone.register_forward_hook(lambda _, __, out: recorded["backbone"].extend(out)),
         (model.input_norm or model.input_proj).register_forward_hook(lambda _, __, out: recorded["src"].append(out)),
     ]
     for layer in model.decoder:
@@ -60,11 +61,14 @@ def run(request: pytest.FixtureRequest) -> Run:
         def keep(_: object, __: object, out: object) -> None:
             recorded["content"].append(out.content)
             recorded["qpos"].append(out.position)
-            recorded["points"].append(out.points)
             if out.scales is not None:
                 recorded["gauss_scale"].append(out.scales)
 
+        def keep_points(_: object, __: object, numbers: Tensor) -> None:
+            recorded["points"].append(numbers.unflatten(-1, (-1, HEADS, 2))[:, :, 0].tanh())
+
         handles.append(layer.aligner.register_forward_hook(keep))
+        handles.append(layer.aligner.point_mlp.register_forward_hook(keep_points))
     with torch.no_grad():
         outputs = model(inputs.images, inputs.image_sizes)
         for handle in handles:

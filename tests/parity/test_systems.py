@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ class Run(NamedTuple):
 def run(request: pytest.FixtureRequest) -> Run:
     name: str = request.param
     model, inputs = model_of(name), inputs_of(name)
-    recorded: dict[str, Tensor] = {}
+    recorded: dict[str, Any] = {}
     handles = [
         module.register_forward_hook(lambda _, __, out, key=key: recorded.update({key: out}))
         for key, module in (("features", model.backbone), ("source", model.input_proj), ("normed", model.norm))
@@ -51,7 +51,7 @@ def run(request: pytest.FixtureRequest) -> Run:
         memory, position, geometry = model.encode(inputs.images, inputs.image_sizes)
     for handle in handles:
         handle.remove()
-    encoded = EncodedMap(recorded["features"], recorded["source"], memory, position, geometry.mask)
+    encoded = EncodedMap(recorded["features"][0], recorded["source"], memory, position, geometry.mask)
     return Run(name, model, inputs, outputs, encoded, recorded["normed"])
 
 

@@ -1,0 +1,76 @@
+"""What is published about the recipes that reproduce a row of the SAM-DETR paper's comparison.
+
+AP is of COCO val2017; GFLOPs (one multiply-accumulate is one) are the mean over its first 100 images at 800/1333.
+Source: Zhang et al., CVPR 2022, and the tables of the published code. What is called counted was counted in that code:
+its parameters to the unit, its operations by fvcore (and baddbmm, which fvcore leaves out). Nothing here was measured
+with this package.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Published(NamedTuple):
+    """A row of the table."""
+
+    system: str
+    backbone: str
+    ap: float | None  # None: the table has no such schedule
+    gflops: int | None  # None: not published
+    millions: int | None  # of parameters, as the table has it
+    parameters: int | None  # of the published code, counted; None: it was never released
+    trainable: int | None
+    counted: tuple[float, float] | None  # GFLOPs of the published code at 800x1066 and 800x1201, counted
+    compared: bool = False  # with outputs, matching, losses and gradients of the published code, in tests/parity
+
+
+_SAM = "SAM-DETR"
+_SAM_SMCA = "SAM-DETR w/ SMCA"
+_DETR = "DETR"
+_DETR_FOCAL = "DETR, 300 queries, focal loss"
+_CONDITIONAL = "Conditional-DETR"
+_SMCA = "SMCA-DETR, one scale"
+_R50, _DC5 = "R50", "R50-DC5"
+
+PUBLISHED = {  # by name of the recipe's file
+    "r50_12ep": Published(_SAM, _R50, 33.1, 100, 58, 58_296_458, 58_074_058, (96.0, 107.0), compared=True),
+    "r50_50ep": Published(_SAM, _R50, 39.8, 100, 58, 58_295_946, 58_073_546, (96.0, 107.0), compared=True),
+    "r50_dc5_12ep": Published(_SAM, _DC5, 38.3, 210, 58, 58_296_458, 58_074_058, (199.6, 229.9)),
+    "r50_dc5_50ep": Published(_SAM, _DC5, 43.3, 210, 58, 58_295_946, 58_073_546, (199.6, 229.9), compared=True),
+    "r50_smca_12ep": Published(_SAM_SMCA, _R50, 36.0, 100, 58, 58_345_706, 58_123_306, (96.0, 107.0)),
+    "r50_smca_50ep": Published(_SAM_SMCA, _R50, 41.8, 100, 58, 58_345_194, 58_122_794, (96.0, 107.0), compared=True),
+    "r50_dc5_smca_12ep": Published(
+        _SAM_SMCA, _DC5, 40.6, 210, 58, 58_345_706, 58_123_306, (199.6, 229.9), compared=True
+    ),
+    "r50_dc5_smca_50ep": Published(_SAM_SMCA, _DC5, 45.0, 210, 58, 58_345_194, 58_122_794, (199.6, 229.9)),
+    # the paper's ablations, of which no code was published
+    "r50_12ep_average": Published(_SAM, _R50, 25.2, None, None, None, None, None),
+    "r50_12ep_max": Published(_SAM, _R50, 27.0, None, None, None, None, None),
+    "r50_12ep_1point": Published(_SAM, _R50, 28.6, None, None, None, None, None),
+    "r50_12ep_1point_reweighted": Published(_SAM, _R50, 30.3, None, None, None, None, None),
+    "r50_12ep_8points": Published(_SAM, _R50, 32.0, None, None, None, None, None),
+    "r50_12ep_whole_image": Published(_SAM, _R50, 30.0, None, None, None, None, None),
+    "detr_r50_500ep": Published(_DETR, _R50, 42.0, 86, 41, 41_524_768, 41_302_368, (81.3, 91.7), compared=True),
+    "detr_r50_dc5_500ep": Published(_DETR, _DC5, 43.3, 187, 41, 41_524_768, 41_302_368, (173.3, 201.5), compared=True),
+    "detr_focal_r50_12ep": Published(_DETR_FOCAL, _R50, 22.3, 86, 41, 41_575_968, 41_353_568, (84.0, 94.5)),
+    "detr_focal_r50_50ep": Published(_DETR_FOCAL, _R50, 34.9, 86, 41, 41_575_968, 41_353_568, (84.0, 94.5)),
+    "detr_focal_r50_dc5_12ep": Published(_DETR_FOCAL, _DC5, 25.9, 187, 41, 41_575_968, 41_353_568, (177.5, 206.0)),
+    "detr_focal_r50_dc5_50ep": Published(_DETR_FOCAL, _DC5, 36.7, 187, 41, 41_575_968, 41_353_568, (177.5, 206.0)),
+    "conditional_detr_r50_12ep": Published(
+        _CONDITIONAL, _R50, 32.2, 90, 44, 43_418_401, 43_196_001, (85.3, 95.9), compared=True
+    ),
+    "conditional_detr_r50_50ep": Published(
+        _CONDITIONAL, _R50, 40.9, 90, 44, 43_418_401, 43_196_001, (85.3, 95.9), compared=True
+    ),
+    "conditional_detr_r50_dc5_12ep": Published(
+        _CONDITIONAL, _DC5, 35.9, 195, 44, 43_418_401, 43_196_001, (181.0, 209.8), compared=True
+    ),
+    "conditional_detr_r50_dc5_50ep": Published(
+        _CONDITIONAL, _DC5, 43.8, 195, 44, 43_418_401, 43_196_001, (181.0, 209.8), compared=True
+    ),
+    "smca_detr_r50_12ep": Published(_SMCA, _R50, 31.6, 86, 42, 41_760_482, 41_538_082, (84.0, 94.5), compared=True),
+    "smca_detr_r50_50ep": Published(_SMCA, _R50, 41.0, 86, 42, 41_760_482, 41_538_082, (84.0, 94.5), compared=True),
+    "smca_detr_r50_dc5_12ep": Published(_SMCA, _DC5, 32.5, 187, 42, 41_760_482, 41_538_082, (177.6, 206.0)),
+    "smca_detr_r50_dc5_50ep": Published(_SMCA, _DC5, None, 187, 42, 41_760_482, 41_538_082, (177.6, 206.0)),
+}
