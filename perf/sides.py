@@ -24,15 +24,16 @@ from perf.baseline import (
 )
 from samdetr.data.prefetch import finish
 from samdetr.engine.compile import EXACT, Compute, computing_in, prepare_step
-from samdetr.engine.log import STEP_VALUES
+from samdetr.engine.log import step_values
 from samdetr.engine.optim import build_optimizer, set_learning_rate
 from samdetr.engine.train import forward_backward, train_step, update
-from samdetr.loss import build_criterion
+from samdetr.loss import SetCriterion, build_criterion
 from samdetr.models import SAMDETR, build_model
 from samdetr.recipe import Recipe
 from samdetr.structures import Batch, Targets
 
 Mark = Callable[[str], None]  # called at the end of every phase with its name
+STEP_VALUES = step_values(SetCriterion.logged)
 PHASES = ("data", "forward", "criterion", "backward", "update", "log")
 
 

@@ -31,6 +31,7 @@ _DETR = "DETR"
 _DETR_FOCAL = "DETR, 300 queries, focal loss"
 _CONDITIONAL = "Conditional-DETR"
 _SMCA = "SMCA-DETR, one scale"
+_C4, _RCNN, _FPN = "Faster R-CNN C4", "Faster R-CNN", "Faster R-CNN FPN"
 _R50, _DC5 = "R50", "R50-DC5"
 
 PUBLISHED = {  # by name of the recipe's file
@@ -73,4 +74,11 @@ PUBLISHED = {  # by name of the recipe's file
     "smca_detr_r50_50ep": Published(_SMCA, _R50, 41.0, 86, 42, 41_760_482, 41_538_082, (84.0, 94.5), compared=True),
     "smca_detr_r50_dc5_12ep": Published(_SMCA, _DC5, 32.5, 187, 42, 41_760_482, 41_538_082, (177.6, 206.0)),
     "smca_detr_r50_dc5_50ep": Published(_SMCA, _DC5, None, 187, 42, 41_760_482, 41_538_082, (177.6, 206.0)),
+    # parameters are those of torchvision's model with frozen BatchNorm; operations depend on trained proposals
+    "faster_rcnn_r50_c4_12ep": Published(_C4, _R50, 35.7, 547, 34, 33_799_840, 33_577_440, None),
+    "faster_rcnn_r50_c4_36ep": Published(_C4, _R50, 38.4, 547, 34, 33_799_840, 33_577_440, None),
+    "faster_rcnn_r50_dc5_12ep": Published(_RCNN, _DC5, 37.3, 320, 166, 165_585_568, 165_363_168, None),
+    "faster_rcnn_r50_dc5_36ep": Published(_RCNN, _DC5, 39.0, 320, 166, 165_585_568, 165_363_168, None),
+    "faster_rcnn_r50_dc5_108ep": Published(_RCNN, _DC5, 41.1, 320, 166, 165_585_568, 165_363_168, None),
+    "faster_rcnn_r50_fpn_108ep": Published(_FPN, _R50, 42.0, 180, 42, 41_704_036, 41_481_636, None),
 }

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, ValidationInfo, field_validator
 
 from samdetr.errors import RecipeError
 from samdetr.recipe_messages import explain, keys_named
-from samdetr.recipe_model import BackboneSection, ModelSection
+from samdetr.recipe_model import BackboneSection, ModelSection, RegionsSection
 from samdetr.recipe_sections import (
     AugmentSection,
+    CheckpointSection,
     ComputeSection,
     DataSection,
     EvalSection,
@@ -32,6 +33,7 @@ from samdetr.toml_text import apply_override, key_lines, syntax_mistake, value_t
 __all__ = [
     "AugmentSection",
     "BackboneSection",
+    "CheckpointSection",
     "ComputeSection",
     "DataSection",
     "EvalSection",
@@ -41,6 +43,7 @@ __all__ = [
     "OptimSection",
     "ParallelSection",
     "Recipe",
+    "RegionsSection",
     "RunSection",
     "ShapesSection",
     "TrainSection",
@@ -66,7 +69,35 @@ class Recipe(Section):
     loss: LossSection = LossSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
+
+    @field_validator("model")
+    @classmethod
+    def _can_be_recorded(cls, value: ModelSection, info: ValidationInfo) -> ModelSection:
+        compute = info.data.get("compute")
+        if value.system == "faster_rcnn" and compute and compute.cuda_graph == "on":
+            raise ValueError('system "faster_rcnn" waits for the device: set compute.cuda_graph = "off"')
+        return value
+
+    @field_validator("loss")
+    @classmethod
+    def _fits_the_model(cls, value: LossSection, info: ValidationInfo) -> LossSection:
+        model = info.data.get("model")
+        if model and model.system == "faster_rcnn" and value != LossSection(classification="softmax"):
+            raise ValueError(
+                'with model.system = "faster_rcnn" the losses are torchvision\'s: set classification = "softmax" and '
+                "no other key"
+            )
+        return value
+
+    @field_validator("optim")
+    @classmethod
+    def _can_be_shared(cls, value: OptimSection, info: ValidationInfo) -> OptimSection:
+        parallel = info.data.get("parallel")
+        if value.optimizer == "sgd" and parallel and parallel.strategy != "ddp":
+            raise ValueError('optimizer "sgd" cannot be shared among processes: set parallel.strategy = "ddp"')
+        return value
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -53,14 +53,31 @@ class BackboneSection(Section):
         return value
 
 
+class RegionsSection(Section):
+    candidates_train: PositiveInt = Field(2000, description="best anchors of each map before suppression, in training")
+    candidates_eval: PositiveInt = Field(1000, description="the same in evaluation")
+    proposals_train: PositiveInt = Field(2000, description="most proposals of an image, in training")
+    proposals_eval: PositiveInt = Field(1000, description="the same in evaluation")
+    hidden: PositiveInt = Field(1024, description="channels of the two fully connected layers; C4 has the fourth stage")
+    score_threshold: Probability = Field(0.05, description="lowest score of a detection before suppression")
+
+
+# keys that have no meaning for Faster R-CNN
+OF_TRANSFORMERS = ("heads", "encoder_layers", "decoder_layers", "ffn", "dropout", "input_norm", "padding")
+
+
 class ModelSection(Section):
-    system: Literal["sam_detr", "detr", "conditional_detr", "smca_detr"] = Field(
-        "sam_detr", description="which detector"
+    system: Literal["sam_detr", "detr", "conditional_detr", "smca_detr", "faster_rcnn"] = Field(
+        "sam_detr",
+        description="which detector; faster_rcnn is C4 where model.backbone.stages = 3, DC5 with "
+        "model.backbone.dilation, else FPN",
     )
     num_classes: PositiveInt = Field(
         91, description="class logits (91: raw COCO category ids); with softmax the last one is no object"
     )
-    num_queries: PositiveInt = Field(300, description="object queries; the most objects an image can have")
+    num_queries: PositiveInt = Field(
+        300, description="object queries; the most objects an image can have. faster_rcnn: most detections of an image"
+    )
     class_prior: Probability = Field(
         0.01,
         description="initial probability of every class, for the focal loss; 0: torch's own start (softmax). "
@@ -98,7 +115,7 @@ class ModelSection(Section):
         description="pixels a unit of SMCA-DETR's Gaussians: published, 32 also under DC5; feature: a cell of the map",
         json_schema_extra=only_with("model.system", "smca_detr"),
     )
-    width: int = Field(256, ge=32, multiple_of=8, description="channels of the transformer")
+    width: int = Field(256, ge=32, multiple_of=8, description="channels of the transformer, or of an FPN")
     heads: PositiveInt = Field(8, description="attention heads and salient points; divides width")
     encoder_layers: int = Field(6, ge=0, description="encoder layers")
     decoder_layers: PositiveInt = Field(6, description="decoder layers")
@@ -113,6 +130,21 @@ class ModelSection(Section):
         description="published: padded cells reach the result through convolutions and RoIAlign; masked: they are zero",
     )
     backbone: BackboneSection = BackboneSection()
+    regions: RegionsSection = Field(RegionsSection(), json_schema_extra=only_with("model.system", "faster_rcnn"))
+
+    @field_validator(*OF_TRANSFORMERS)
+    @classmethod
+    def _is_of_a_transformer(cls, value: object, info: ValidationInfo) -> object:
+        if info.data.get("system") == "faster_rcnn" and value != cls.model_fields[str(info.field_name)].default:
+            raise ValueError('has no meaning with model.system = "faster_rcnn": leave it out')
+        return value
+
+    @field_validator("backbone")
+    @classmethod
+    def _gives_regions(cls, value: BackboneSection, info: ValidationInfo) -> BackboneSection:
+        if info.data.get("system") == "faster_rcnn" and value.stages < 3:
+            raise ValueError('with model.system = "faster_rcnn" stages must be 3 (C4) or 4 (DC5, FPN)')
+        return value
 
     @field_validator("heads")
     @classmethod

@@ -213,9 +213,13 @@ class LossSection(Section):
 
 
 class OptimSection(Section):
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw (published, DETR family) or sgd")
+    momentum: Probability = Field(
+        0.9, description="momentum of SGD", json_schema_extra=only_with("optim.optimizer", "sgd")
+    )
     lr: Positive = Field(1e-4, description="learning rate")
     backbone_lr: NonNegative = Field(1e-5, description="learning rate of the backbone")
-    weight_decay: NonNegative = Field(1e-4, description="AdamW weight decay")
+    weight_decay: NonNegative = Field(1e-4, description="weight decay; that of SGD is part of the gradient")
     clip_norm: NonNegative = Field(0.1, description="largest gradient norm; 0: no clipping")
     schedule: Literal["step", "cosine"] = Field(
         "step", description="step: drops after drop_epochs (published); cosine: to zero at the last step"
@@ -247,6 +251,11 @@ class TrainSection(Section):
         if info.data.get("total_batch", 0) % value:
             raise ValueError(f"must divide train.total_batch, {info.data['total_batch']} (got {value})")
         return value
+
+
+class CheckpointSection(Section):
+    every: int = Field(0, ge=0, description="steps between two saves within an epoch; 0: only at ends of epochs")
+    keep: PositiveInt = Field(2, description="newest checkpoints that stay on the disk; the best one stays besides")
 
 
 class EvalSection(Section):

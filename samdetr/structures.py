@@ -59,6 +59,16 @@ class Outputs(NamedTuple):
     boxes: Tensor  # [L, B, Q, 4] (cx, cy, w, h) in [0, 1] of the valid image
 
 
+class RegionLosses(NamedTuple):
+    """What Faster R-CNN's forward pass gives in training: scalars, means over what it draws of a micro-batch."""
+
+    loss_objectness: Tensor  # anchors: object or not
+    loss_rpn_box_reg: Tensor  # anchors: boxes
+    loss_classifier: Tensor  # proposals: classes
+    loss_box_reg: Tensor  # proposals: boxes
+    class_error: Tensor  # percentage of the proposals with an object whose class is wrong
+
+
 class Regions(NamedTuple):
     """What of a model is compiled besides its backbone, each part one graph for maps of all sizes."""
 

@@ -12,6 +12,7 @@ import pytest
 from samdetr.errors import RecipeError
 from samdetr.recipe import Recipe, dump_recipe, load_recipe
 from samdetr.recipe_messages import keys_of
+from samdetr.recipe_model import OF_TRANSFORMERS
 from samdetr.toml_text import key_lines
 
 RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.toml"))
@@ -44,6 +45,14 @@ PUBLISHED_SMCA = {  # epochs, drop epoch, total batch, dilation
     "smca_detr_r50_50ep": (50, (40,), 16, False),
     "smca_detr_r50_dc5_12ep": (12, (10,), 16, True),
     "smca_detr_r50_dc5_50ep": (50, (40,), 16, True),
+}
+PUBLISHED_RCNN = {  # epochs, drop epochs, stages, dilation, candidates and proposals in training
+    "faster_rcnn_r50_c4_12ep": (12, (8, 11), 3, False, 12000, 2000),
+    "faster_rcnn_r50_c4_36ep": (36, (28, 34), 3, False, 12000, 2000),
+    "faster_rcnn_r50_dc5_12ep": (12, (8, 11), 4, True, 12000, 2000),
+    "faster_rcnn_r50_dc5_36ep": (36, (28, 34), 4, True, 12000, 2000),
+    "faster_rcnn_r50_dc5_108ep": (108, (101, 107), 4, True, 12000, 2000),
+    "faster_rcnn_r50_fpn_108ep": (108, (101, 107), 4, False, 2000, 1000),
 }
 OURS = ("quickstart", "small_scratch", "smca_detr_r50_dc5_50ep")  # rows of no published table
 
@@ -160,7 +169,7 @@ init = {official = "a.pth", checkpoint = "b"} \
     | init.checkpoint: init.official is set too; a run starts from one of them
 zzzzzz = 1 \
     | zzzzzz: unknown key. The sections are run, compute, parallel, init, data, augment, model, \
-loss, optim, train, eval.
+loss, optim, train, checkpoint, eval.
 eval.zzzzzz = 1                   | eval.zzzzzz: unknown key. eval has every, batch, top_k, evaluator.
 data.shapes.zzzzzz = 1 \
     | data.shapes.zzzzzz: unknown key. data.shapes has folder, train_images, val_images, image_size, max_objects, seed.
@@ -376,13 +385,16 @@ def test_published_schedules(name: str) -> None:
 
 def keys_without_meaning(recipe: Recipe) -> set[tuple[str, ...]]:
     found = set()
-    for name in ("model", "loss"):
+    for name in ("model", "loss", "optim"):
         section = getattr(recipe, name)
         for key, field in type(section).model_fields.items():
             for other, choices in (field.json_schema_extra or {}).items():
                 if getattr(section, other.rpartition(".")[2]) not in choices:
                     found.add((name, key))
-    return found
+    if recipe.model.system == "faster_rcnn":
+        found |= {("model", key) for key in OF_TRANSFORMERS}
+        found |= {("loss", key) for key in type(recipe.loss).model_fields if key != "classification"}
+    return found | {keys for keys, _ in keys_of(Recipe) if keys[:2] in found}
 
 
 @pytest.mark.parametrize("name", PUBLISHED_DETR)
@@ -415,6 +427,25 @@ def test_published_schedules_of_other_systems(name: str) -> None:
     assert (model.padding, model.smca_stride, recipe.eval.batch) == ("published", "published", 1)
     assert (recipe.augment, recipe.loss) == (Recipe().augment, Recipe().loss)
     assert (optim.lr, optim.backbone_lr, optim.weight_decay, optim.clip_norm) == (1e-4, 1e-5, 1e-4, 0.1)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_RCNN)
+def test_published_schedules_of_faster_rcnn(name: str) -> None:
+    recipe = load_recipe(next(path for path in RECIPES if path.stem == name))
+    model, optim, train = recipe.model, recipe.optim, recipe.train
+    regions, stages = model.regions, (model.backbone.stages, model.backbone.dilation)
+    found = (train.epochs, optim.drop_epochs, *stages, regions.candidates_train, regions.proposals_train)
+    assert found == PUBLISHED_RCNN[name]
+    assert (model.num_classes, recipe.data.class_index, model.num_queries, recipe.eval.top_k) == (
+        81,
+        "contiguous",
+        100,
+        100,
+    )
+    assert (regions.proposals_eval, regions.score_threshold, train.total_batch) == (1000, 0.05, 16)
+    assert (optim.optimizer, optim.momentum, optim.warmup_steps) == ("sgd", 0.9, 1000)
+    assert (optim.lr, optim.backbone_lr, optim.weight_decay, optim.clip_norm) == (0.02, 0.02, 1e-4, 0)
+    assert (recipe.augment.train_sizes, recipe.augment.crop) == (tuple(range(640, 801, 32)), 0)
 
 
 def test_every_key_is_described() -> None:

@@ -10,6 +10,7 @@ import typer
 
 from samdetr import __version__
 from samdetr.cli.eval import evaluate
+from samdetr.cli.export import export
 from samdetr.cli.predict import predict
 from samdetr.cli.report import report
 from samdetr.cli.train import mark_resume, train
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     app.command("eval")(evaluate)
     app.command("predict")(predict)
     app.command("report")(report)
+    app.command("export")(export)
     _run(app, mark_resume(given) if given[:1] == ["train"] else given, "samdetr")
 
 

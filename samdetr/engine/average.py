@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from samdetr.engine.parallel import drop_gathered, share_like
+from samdetr.engine.parallel import drop_gathered, own_share, share_like
 from samdetr.errors import CheckpointError
 
 WARM_UP = 10  # the first averages forget fast: after n updates the decay is at most (1 + n) / (WARM_UP + n)
@@ -38,9 +38,9 @@ class WeightAverage:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within the context the model's parameters hold their averages."""
-        parameters = [value.detach() for value in self.parameters.values()]
+        parameters = [own_share(value.detach()) for value in self.parameters.values()]
         trained = [value.clone() for value in parameters]
-        torch._foreach_copy_(parameters, list(self.averages.values()))
+        torch._foreach_copy_(parameters, [own_share(value) for value in self.averages.values()])
         drop_gathered(self.model)
         try:
             yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,23 +17,24 @@ from samdetr.data.loader import EvalLoader, Share, TrainLoader, build_eval_loade
 from samdetr.data.splits import Splits, batch_shapes, build_dataset, load_splits
 from samdetr.engine.average import WeightAverage
 from samdetr.engine.checkpoint import (
+    AVERAGE,
+    BEST,
     LAST,
+    MODEL,
+    OPTIMIZER,
     Progress,
-    load_checkpoint,
     load_model_state,
     load_optimizer_state,
     model_tensors,
     optimizer_tensors,
-    restore_links,
-    save_checkpoint,
-    whole_tensors,
 )
+from samdetr.engine.checkpoint_folder import load_newest
 from samdetr.engine.coco import Evaluator, choose_evaluator
 from samdetr.engine.compile import Compute, choose_compute
 from samdetr.engine.cuda_graph import StepGraphs
 from samdetr.engine.interrupt import StopSignal
-from samdetr.engine.log import Meter, Stopwatch, print_findings
-from samdetr.engine.optim import GuardedAdamW, build_optimizer
+from samdetr.engine.log import Meter, Stopwatch, print_findings, step_values
+from samdetr.engine.optim import Guarded, build_optimizer
 from samdetr.engine.parallel import World, distribute, micro_batches_of
 from samdetr.engine.readings import Readings
 from samdetr.engine.run_folder import (
@@ -43,9 +45,10 @@ from samdetr.engine.run_folder import (
     resume_command,
     write_environment,
 )
+from samdetr.engine.saving import Saver
 from samdetr.engine.setup import load_initial_weights
 from samdetr.errors import CheckpointError
-from samdetr.loss import SetCriterion, build_criterion
+from samdetr.loss import Criterion, build_criterion
 from samdetr.models import Detector, build_model
 
 if TYPE_CHECKING:
@@ -64,8 +67,8 @@ class Training:
     world: World
     model: Detector
     replica: nn.Module  # what to call for a forward pass in training: the model itself, in a process alone
-    criterion: SetCriterion
-    optimizer: GuardedAdamW
+    criterion: Criterion
+    optimizer: Guarded
     average: WeightAverage | None
     train_loader: TrainLoader
     val_loader: EvalLoader
@@ -76,6 +79,7 @@ class Training:
     interval_meter: Meter  # of the steps since the last line of metrics.jsonl
     console: Console
     stop: StopSignal
+    saver: Saver
     readings: Readings = field(default_factory=Readings)
     graphs: StepGraphs | None = None
 
@@ -85,30 +89,27 @@ class Training:
         return bool(self.stop)
 
     def save(self) -> None:
-        """Write the checkpoint ``last``. All processes must call it, at the same step."""
+        """Start to write the checkpoint ``last``. All processes must call it, at the same step."""
         self.progress.epoch_sums = self.epoch_meter.to_json()
         self.progress.interval_sums = self.interval_meter.to_json()
-        model, optimizer = model_tensors(self.model), optimizer_tensors(self.model, self.optimizer)
-        average = whole_tensors(self.average.averages) if self.average else None
-        if not self.world.is_main:
-            return
-        save_checkpoint(
-            self.folder / CHECKPOINTS,
-            model=model,
-            optimizer=optimizer,
-            average=average,
-            progress=self.progress,
-            meta={
-                "recipe": self.recipe.model_dump_json(),
-                "categories": self.splits.categories.to_json(),
-                "data": self.splits.fingerprint(),
-                "environment": self.environment,
-                "averaged_steps": self.average.count if self.average else 0,
-            },
-        )
+        parts = {
+            # other processes' statistics of BatchNorm are not the run's; first, as it gives up gathered layers
+            MODEL: model_tensors(self.model, with_buffers=self.world.is_main),
+            OPTIMIZER: optimizer_tensors(self.model, self.optimizer),
+            AVERAGE: self.average.averages if self.average else {},
+        }
+        meta = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "categories": self.splits.categories.to_json(),
+            "data": self.splits.fingerprint(),
+            "environment": self.environment,
+            "averaged_steps": self.average.count if self.average else 0,
+        }
+        self.saver.save(parts, self.progress, meta)
 
     def leave(self) -> None:
-        """Answer a signal, once everything is saved: say how to continue, and end."""
+        """Answer a signal, once what was to be saved is on the disk: say how to continue, and end."""
+        self.saver.wait()
         self.say_how_to_continue(f"stopped after step {self.progress.step}")
         self.stop.leave()
 
@@ -126,6 +127,7 @@ def build_training(
     """Everything from the recipe, in order; nothing is written before the data has passed its checks."""
     evaluator = choose_evaluator(recipe.eval.evaluator)
     folder = None if resume is None else world.from_main(lambda: find_run(recipe, resume))
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     watch = Stopwatch()
     with console.status("reading and checking the data"), world.machine_first():
         splits = load_splits(
@@ -153,9 +155,7 @@ def build_training(
         average = build_average(model, recipe)
         folder = world.from_main(lambda: new_run(recipe, environment))
     else:
-        with world.machine_first():
-            restore_links(folder / CHECKPOINTS)
-        checkpoint = load_checkpoint((folder / CHECKPOINTS / LAST).resolve(), with_optimizer=True)
+        checkpoint = load_newest(folder / CHECKPOINTS, world, say)
         if checkpoint.meta["data"] != splits.fingerprint():
             raise CheckpointError(
                 f"--resume: the training split is not the one that {folder} was trained on "
@@ -169,6 +169,8 @@ def build_training(
         if average:
             average.load(checkpoint.average, checkpoint.meta["averaged_steps"])
         progress = replace(checkpoint.progress, finished=False)
+        if not (folder / CHECKPOINTS / BEST).exists():  # it was damaged: the next one is the best again
+            progress.best_ap, progress.best_epoch = -1.0, -1
         if world.is_main:
             write_environment(folder, environment, step=progress.step)
         note = f"continuing after step {progress.step}"
@@ -178,6 +180,8 @@ def build_training(
     place = device if world.size == 1 else f"{device}, {world.size} processes ({recipe.parallel.strategy})"
     for line in (f"model: {count:,} parameters on {place}; {note}", f"run: {folder}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    criterion = build_criterion(recipe)
+    logged = step_values(criterion.logged)
     return Training(
         recipe=recipe,
         device=device,
@@ -187,7 +191,7 @@ def build_training(
         world=world,
         model=model,
         replica=replica,
-        criterion=build_criterion(recipe),
+        criterion=criterion,
         optimizer=optimizer,
         average=average,
         train_loader=train_loader,
@@ -195,10 +199,11 @@ def build_training(
         evaluator=evaluator,
         environment=environment,
         progress=progress,
-        epoch_meter=Meter.from_json(progress.epoch_sums),
-        interval_meter=Meter.from_json(progress.interval_sums),
+        epoch_meter=Meter.from_json(logged, progress.epoch_sums),
+        interval_meter=Meter.from_json(logged, progress.interval_sums),
         console=console,
         stop=StopSignal(speaks=world.is_main),
+        saver=Saver(folder / CHECKPOINTS, world, keep=recipe.checkpoint.keep, timeout=recipe.parallel.timeout, say=say),
     )
 
 

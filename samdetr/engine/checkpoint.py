@@ -1,10 +1,10 @@
-"""Checkpoints: a folder of safetensors files and a JSON, complete or absent, with a checksum of every file.
+"""A checkpoint: a folder of safetensors files and a JSON that names all of them with size and checksum.
 
-    checkpoints/epoch-0003/{model.safetensors, optimizer.safetensors, [average.safetensors], meta.json}
-    checkpoints/last -> epoch-0003      checkpoints/best -> epoch-0002
+    step-00001200/{meta.json, model/*.safetensors, optimizer/*.safetensors, [average/*.safetensors]}
 
-A checkpoint is written beside its place and renamed; the links move after it is on disk, and only then are
-folders that no link names removed. Nothing is pickled.
+Every process wrote its share of the tensors, by torch.distributed.checkpoint; the files say where in a tensor their
+part belongs, so any number of processes can read them. Nothing is pickled, and nothing is read before its checksum is
+right. What `samdetr export` wrote is a checkpoint too: NAME.safetensors with NAME.json beside it.
 """
 
 from __future__ import annotations
@@ -12,27 +12,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from samdetr.engine.parallel import share_like, whole
+from samdetr.engine.parallel import share_like
 from samdetr.errors import CheckpointError
 from samdetr.models.state import CLASS_HEADS, differences, first_of
 
-MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
-AVERAGE_FILE = "average.safetensors"  # where the run averages its weights
-LAST, BEST = "last", "best"
+META_FILE = "meta.json"
+MODEL, OPTIMIZER, AVERAGE = "model", "optimizer", "average"  # the parts; no average where the run has none
+LAST, BEST = "last", "best"  # links beside the checkpoints of a run
+EXPORTED = ".safetensors"
 _OWN_CHECKSUM = "sha256_of_the_rest"  # of meta.json, in itself
 _OTHER = "use another checkpoint, or train again."
 _DAMAGED = f"its content does not match its checksum; {_OTHER}"
+# torch says so of every process that reads or writes alone, which ours do on purpose
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 @dataclass
@@ -52,7 +58,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_checkpoint` returns; tensors are on the CPU."""
+    """What `load_checkpoint` returns; tensors are whole, on the CPU."""
 
     path: Path
     model: dict[str, Tensor]
@@ -71,80 +77,17 @@ class Checkpoint:
         return Progress(**self.meta["progress"])
 
 
-def save_checkpoint(
-    folder: Path,
-    *,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    average: Mapping[str, Tensor] | None = None,
-    progress: Progress,
-    meta: Mapping[str, object],
-) -> Path:
-    """Write ``folder/epoch-<n>`` [-step-<m>] and point ``folder/last`` at it. Returns its path.
-
-    model, optimizer: what `model_tensors` and `optimizer_tensors` return. average: of the parameters, on the CPU.
-
-    Raises CheckpointError when the disk refuses; what was there before stays whole.
-    """
-    name = f"epoch-{progress.epoch:04d}"
-    if not progress.evaluation_due:
-        name += f"-step-{progress.step_in_epoch:06d}"
-    temporary = folder / f".{name}.tmp"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        parts = {MODEL_FILE: model, OPTIMIZER_FILE: optimizer, **({AVERAGE_FILE: average} if average else {})}
-        for file, tensors in parts.items():
-            save_file(dict(tensors), temporary / file)
-        files = {file: _checksum(temporary / file) for file in parts}
-        _write_meta(temporary / META_FILE, {**meta, "progress": asdict(progress), "sha256": files})
-        for place in temporary.iterdir():
-            # safetensors writes for the owner alone; colleagues may read what the umask lets them
-            place.chmod((temporary / META_FILE).stat().st_mode)
-            _sync(place)
-        _sync(temporary)
-        target = _free_place(folder / name)
-        temporary.rename(target)
-        _link(folder, LAST, target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot save the checkpoint {folder / name} ({_reason(error)}); the previous checkpoint is intact. "
-            "Free some space or choose another run.folder, then continue with --resume."
-        ) from error
-    _remove_unlinked(folder)
-    return target
-
-
-def update_progress(folder: Path, progress: Progress, *, best: bool) -> None:
-    """Store the progress after an evaluation in ``folder/last``; with ``best`` point ``folder/best`` at it first.
-
-    The link moves first: what dies in between is evaluated again, and moves it again. Raises CheckpointError when
-    the disk refuses.
-    """
-    checkpoint = (folder / LAST).resolve()
-    meta = read_meta(checkpoint / META_FILE)
-    try:
-        if best:
-            _link(folder, BEST, checkpoint)
-        _write_meta(checkpoint / META_FILE, {**meta, "progress": asdict(progress)})
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot update the checkpoint {checkpoint} ({_reason(error)}); it is as before. "
-            "Free some space, then continue with --resume."
-        ) from error
-    _remove_unlinked(folder)
-
-
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that a person means by a run folder, a checkpoint folder or a file in one.
+    """The checkpoint that a person means by a run folder, a checkpoint folder or a file in one, or an exported file.
 
     For a run folder: its best checkpoint, or the last where no evaluation has been. Raises CheckpointError.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".pth":
         raise CheckpointError(f"{path} looks like a published checkpoint: use samdetr eval --official {path} RECIPE.")
-    places = (path, path / "checkpoints" / BEST, path / "checkpoints" / LAST, path.parent)
+    if path.suffix == EXPORTED and path.with_suffix(".json").is_file():
+        return path.resolve()
+    places = (path, path / "checkpoints" / BEST, path / "checkpoints" / LAST, path.parent, path.parent.parent)
     for place in places:
         if (place / META_FILE).is_file():
             return place.resolve()
@@ -153,21 +96,62 @@ def find_checkpoint(path: str | Path) -> Path:
     )
 
 
+def meta_file(path: Path) -> Path:
+    """The JSON of a checkpoint, which names all its files."""
+    return path.with_suffix(".json") if path.suffix == EXPORTED else path / META_FILE
+
+
 def load_checkpoint(path: Path, *, with_optimizer: bool) -> Checkpoint:
-    """Read a checkpoint folder and verify its checksums. Raises CheckpointError naming the file that is bad."""
-    meta = read_meta(path / META_FILE)
-    wanted = [MODEL_FILE, AVERAGE_FILE, *([OPTIMIZER_FILE] if with_optimizer else [])]
-    tensors = {file: _read_tensors(path / file, meta["sha256"][file]) for file in wanted if file in meta["sha256"]}
-    return Checkpoint(path, tensors[MODEL_FILE], tensors.get(OPTIMIZER_FILE, {}), tensors.get(AVERAGE_FILE, {}), meta)
+    """Read a checkpoint and verify its checksums. Raises CheckpointError naming the file that is bad."""
+    meta = read_meta(meta_file(path))
+    if "files" not in meta:
+        raise CheckpointError(f"{meta_file(path)} is of an earlier version of samdetr, or no checkpoint: {_OTHER}")
+    if path.suffix == EXPORTED:
+        if path.name not in meta["files"]:
+            raise CheckpointError(f"{meta_file(path)} is of {', '.join(meta['files'])}: keep the names of an export.")
+        _verify(path.parent, {path.name: meta["files"][path.name]})
+        return Checkpoint(path, load_file(path), {}, {}, meta)
+    model, average = _read_part(path, MODEL, meta), _read_part(path, AVERAGE, meta)
+    return Checkpoint(path, model, _read_part(path, OPTIMIZER, meta) if with_optimizer else {}, average, meta)
 
 
-def _read_tensors(file: Path, checksum: str) -> dict[str, Tensor]:
+def _read_part(folder: Path, part: str, meta: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a part of a checkpoint, whole; of all processes, whose shares each file names."""
+    files = {name: facts for name, facts in meta["files"].items() if name.startswith(f"{part}/")}
+    _verify(folder, files)
+    place = folder / part
+    if not files:
+        return {}
+    surplus = sorted({entry.name for entry in place.iterdir()} - {Path(name).name for name in files})
+    if surplus:
+        raise CheckpointError(f"{place / surplus[0]} is not one of the checkpoint's files, all of which it names.")
     try:
-        if _checksum(file) != checksum:
-            raise CheckpointError(f"{file} is damaged: {_DAMAGED}")
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {file} ({_reason(error)}): {_OTHER}") from error
+        tensors: dict[str, Tensor] = {}
+        for name, facts in HuggingFaceStorageReader(str(place)).read_metadata().state_dict_metadata.items():
+            assert isinstance(facts, TensorStorageMetadata)
+            if sum(chunk.sizes.numel() for chunk in facts.chunks) != facts.size.numel():
+                raise CheckpointError(f"{place} lacks a part of {name}; {_OTHER}")
+            tensors[name] = torch.empty(facts.size, dtype=facts.properties.dtype)
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=True)
+    except (OSError, SafetensorError, CheckpointException) as error:
+        raise CheckpointError(f"cannot read {place} ({reason_of(error)}): {_OTHER}") from error
+    return tensors
+
+
+def _verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, facts in files.items():
+        try:
+            if facts_of(folder / name) != facts:
+                raise CheckpointError(f"{folder / name} is damaged: {_DAMAGED}")
+        except OSError as error:
+            raise CheckpointError(f"cannot read {folder / name} ({reason_of(error)}): {_OTHER}") from error
+
+
+def facts_of(file: Path) -> dict[str, object]:
+    """Size and checksum, as a meta.json holds them of every file."""
+    with file.open("rb") as stream:
+        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"size": stream.tell(), "sha256": checksum}
 
 
 def read_meta(file: Path) -> dict[str, Any]:
@@ -176,12 +160,44 @@ def read_meta(file: Path) -> dict[str, Any]:
         meta: dict[str, Any] = json.loads(file.read_bytes())
         intact = meta.pop(_OWN_CHECKSUM) == _json_checksum(meta)
     except OSError as error:
-        raise CheckpointError(f"cannot read {file} ({_reason(error)}): {_OTHER}") from error
+        raise CheckpointError(f"cannot read {file} ({reason_of(error)}): {_OTHER}") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {_DAMAGED}") from error
     if not intact:
         raise CheckpointError(f"{file} is damaged: {_DAMAGED}")
     return meta
+
+
+def write_meta(file: Path, meta: Mapping[str, object]) -> None:
+    """Write or replace a meta.json, with a checksum of itself, so that a crash leaves the one or the other."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps({**meta, _OWN_CHECKSUM: _json_checksum(meta)}, indent=1))
+    sync(temporary)
+    os.replace(temporary, file)
+    sync(file.parent)
+
+
+def _json_checksum(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Return once a file or a folder's names are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def reason_of(error: BaseException) -> str:
+    """What a person needs to know of an error of the system or of a library."""
+    if isinstance(error, CheckpointException):
+        failures = {rank: reason_of(failure[0]) for rank, failure in error.failures.items()}
+        return "; ".join(f"process {rank}: {why}" if rank else why for rank, why in sorted(failures.items()))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}"
 
 
 def load_model_state(
@@ -196,7 +212,8 @@ def load_model_state(
     if remake_class_heads:
         for key in [key for key in state if key.startswith(CLASS_HEADS) and key in own]:
             if state[key].shape[0] != own[key].shape[0]:
-                remade = state[key].shape[0]
+                classes = state[key].shape[0]
+                remade = min(remade or classes, classes)  # a head of boxes has four rows a class
                 state[key] = own[key]
     problems = differences(own, state)
     if problems:
@@ -220,8 +237,7 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, che
         state = optimizer.state[parameter]
         for field, value in saved[name].items():
             if value.dim() == 0:
-                # a copy: a view into the mapped file would keep its disk space after its removal
-                state[field] = value.to(parameter.device, copy=True)
+                state[field] = value.to(parameter.device)
             elif value.shape == parameter.shape:
                 # fused AdamW walks memory in order: the moments need the parameter's own strides
                 state[field] = torch.empty_like(parameter, dtype=value.dtype).copy_(share_like(value, parameter))
@@ -229,92 +245,23 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, che
                 raise CheckpointError(f"the optimizer state of {name} in {checkpoint.path} has another shape.")
 
 
-def _named_optimizer_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+def _named_optimizer_parameters(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterable[tuple[str, nn.Parameter]]:
     managed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in managed]
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state, whole and on the CPU. Where it is shared among processes all of them must ask."""
-    return whole_tensors(model.state_dict())
+def model_tensors(model: nn.Module, *, with_buffers: bool = True) -> dict[str, Tensor]:
+    """The model's state, as this process has it. Without buffers: its parameters alone."""
+    without = set() if with_buffers else {name for name, _ in model.named_buffers()}
+    return {name: value for name, value in model.state_dict().items() if name not in without}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by ``<parameter>:<field>``, as `model_tensors`."""
-    return whole_tensors(
-        {
-            f"{name}:{key}": value
-            for name, parameter in _named_optimizer_parameters(model, optimizer)
-            for key, value in optimizer.state.get(parameter, {}).items()
-        }
-    )
-
-
-def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies on the CPU. Where they are shared among processes all of them must ask."""
-    return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _free_place(target: Path) -> Path:
-    """The path itself, or with a number behind it: what a link names is never removed to make room."""
-    place, number = target, 2
-    while place.exists():
-        place, number = target.with_name(f"{target.name}-{number}"), number + 1
-    return place
-
-
-def _write_meta(file: Path, meta: Mapping[str, object]) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps({**meta, _OWN_CHECKSUM: _json_checksum(meta)}, indent=1))
-    _sync(temporary)
-    os.replace(temporary, file)
-
-
-def _json_checksum(content: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _link(folder: Path, name: str, target: Path) -> None:
-    temporary = folder / f".{name}.tmp"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    os.replace(temporary, folder / name)
-    _sync(folder)
-
-
-def restore_links(folder: Path) -> None:
-    """Make links of ``last`` and ``best`` again where copying a run has made folders of them."""
-    for name in (LAST, BEST):
-        if (folder / name).is_dir() and not (folder / name).is_symlink():
-            copy = _free_place(folder / f"epoch-{name}")
-            (folder / name).rename(copy)
-            _link(folder, name, copy)
-
-
-def _remove_unlinked(folder: Path) -> None:
-    keep = {(folder / link).resolve() for link in (LAST, BEST)}
-    for entry in folder.iterdir():
-        if entry.is_symlink():
-            if entry.name.startswith("."):
-                entry.unlink(missing_ok=True)
-        elif entry.name.startswith((".epoch-", "epoch-")) and entry.resolve() not in keep:
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return f"{type(error).__name__}: {error}"
+    """The optimizer's state by ``<parameter>:<field>``, as this process has it."""
+    return {
+        f"{name}:{key}": value
+        for name, parameter in _named_optimizer_parameters(model, optimizer)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }

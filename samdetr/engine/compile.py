@@ -34,8 +34,8 @@ from samdetr.errors import SamdetrError
 from samdetr.structures import Batch, Targets
 
 if TYPE_CHECKING:
-    from samdetr.engine.optim import GuardedAdamW
-    from samdetr.loss import SetCriterion
+    from samdetr.engine.optim import Guarded
+    from samdetr.loss import Criterion
     from samdetr.models import Detector
     from samdetr.recipe import ComputeSection
 
@@ -101,7 +101,7 @@ def computing_in(precision: torch.dtype, device: torch.device) -> AbstractContex
     return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
 
 
-def compile_regions(model: Detector, criterion: SetCriterion, *, shapes: int) -> None:
+def compile_regions(model: Detector, criterion: Criterion, *, shapes: int) -> None:
     """Mark the regions for compilation, which comes with their first call. shapes: padded shapes to expect."""
     # two dynamic sizes that are equal in the first shape must not become one symbol: the next shape would recompile
     torch.fx.experimental._config.use_duck_shape = False
@@ -137,8 +137,8 @@ class ForwardBackward(Protocol):
 
 def prepare_step(
     model: Detector,
-    criterion: SetCriterion,
-    optimizer: GuardedAdamW,
+    criterion: Criterion,
+    optimizer: Guarded,
     forward_backward: ForwardBackward,
     update: Callable[[Tensor], Tensor],
     *,

@@ -27,7 +27,7 @@ from samdetr.structures import Outputs, Targets
 if TYPE_CHECKING:
     from samdetr.recipe import ModelSection, Recipe
 
-MOMENTS = 2  # of AdamW, for every trained parameter
+MOMENTS = {"adamw": 2, "sgd": 1}  # for every trained parameter
 BOXES = 20  # of each image, for the loss; the bytes hardly depend on it
 Formula = Callable[[Sequence[Any], Any], int]  # of an op's arguments and result
 
@@ -121,8 +121,14 @@ def _one_value(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(1), x.new_empty(x.shape, dtype=torch.int64), x.new_empty(1, dtype=torch.int64)
 
 
-# Ops whose result has a size that only data tell: nothing is dropped, so that as many proposals remain as may.
+def _number(x: Tensor) -> Any:
+    return 2**20 if x.is_meta else torch.ops.aten._local_scalar_dense(x)
+
+
+# Ops whose result has a size that only data tell: nothing is dropped, so that as many proposals remain as may. A number
+# that is read, a size or a count, sets no limit.
 KEEP_ALL: Mapping[str, Callable[..., Any]] = {
+    "aten::_local_scalar_dense": _number,
     "torchvision::nms": _kept_boxes,
     "aten::nonzero": _kept_cells,
     "aten::_unique2": _one_value,
@@ -230,8 +236,9 @@ def training_memory(model: Detector, recipe: Recipe) -> Memory:
         saved.append(tensor)
         return tensor
 
-    with saved_tensors_hooks(save, lambda tensor: tensor), FusedAttention():
-        build_criterion(recipe)(model.train()(images, image_sizes), _targets(len(images)))
+    criterion, targets = build_criterion(recipe), _targets(len(images))
+    with saved_tensors_hooks(save, lambda tensor: tensor), FusedAttention(), MacCounter():
+        criterion(model.train()(images, image_sizes, *criterion.model_targets(targets)), targets)
     held = [*model.parameters(), *model.buffers()]
     trained = _bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     return Memory(
@@ -239,7 +246,7 @@ def training_memory(model: Detector, recipe: Recipe) -> Memory:
         size=size,
         parameters=_bytes(held),
         gradients=trained,
-        optimizer=(MOMENTS + bool(recipe.optim.ema_decay)) * trained,
+        optimizer=(MOMENTS[recipe.optim.optimizer] + bool(recipe.optim.ema_decay)) * trained,
         activations=_bytes([*held, *saved]) - _bytes(held),
     )
 

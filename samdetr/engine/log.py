@@ -22,19 +22,34 @@ from samdetr.engine.checkpoint import Progress
 from samdetr.engine.run_folder import METRICS_FILE
 from samdetr.errors import SamdetrError
 
-STEP_VALUES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "grad_norm")
+LOSS_NAMES = {  # of a finished epoch's line
+    "loss": "loss",
+    "loss_ce": "class",
+    "loss_bbox": "L1",
+    "loss_giou": "GIoU",
+    "loss_objectness": "objectness",
+    "loss_rpn_box_reg": "anchor boxes",
+    "loss_classifier": "class",
+    "loss_box_reg": "boxes",
+}
 STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-class Meter:
-    """Means of the step values over some steps."""
+def step_values(logged: Sequence[str]) -> tuple[str, ...]:
+    """The names of what a step reports, in their order; logged: the criterion's terms."""
+    return ("loss", *logged, "class_error", "grad_norm")
 
-    def __init__(self) -> None:
+
+class Meter:
+    """Means of the step values ``names`` over some steps."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
         self.count = 0
-        self.sums = [0.0] * len(STEP_VALUES)
+        self.sums = [0.0] * len(names)
 
     def add(self, values: Sequence[float]) -> None:
-        """Count one step; values in the order of STEP_VALUES."""
+        """Count one step; values in the order of the names."""
         self.sums = [total + value for total, value in zip(self.sums, values, strict=True)]
         self.count += 1
 
@@ -42,19 +57,19 @@ class Meter:
         """Mean of every step value, by name; empty if there was no step."""
         if not self.count:
             return {}
-        return {name: total / self.count for name, total in zip(STEP_VALUES, self.sums, strict=True)}
+        return {name: total / self.count for name, total in zip(self.names, self.sums, strict=True)}
 
     def to_json(self) -> dict[str, float]:
         """The sums and their count, for `from_json`."""
-        return {"count": self.count, **dict(zip(STEP_VALUES, self.sums, strict=True))}
+        return {"count": self.count, **dict(zip(self.names, self.sums, strict=True))}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, float] | None) -> Meter:
+    def from_json(cls, names: Sequence[str], value: Mapping[str, float] | None) -> Meter:
         """The inverse of `to_json`; an empty meter from None."""
-        meter = cls()
+        meter = cls(names)
         if value:
             meter.count = int(value["count"])
-            meter.sums = [value[name] for name in STEP_VALUES]
+            meter.sums = [value[name] for name in names]
         return meter
 
 
@@ -159,10 +174,8 @@ class RunLog:
     def epoch(self, epoch: int, means: Mapping[str, float]) -> None:
         """The permanent line of a finished epoch."""
         self.write("epoch", epoch=epoch, step=self.done, **means)
-        self.note(
-            f"{self._name(epoch)}  loss {means['loss']:.3f}  class {means['loss_ce']:.3f}  "
-            f"L1 {means['loss_bbox']:.3f}  GIoU {means['loss_giou']:.3f}  ETA {self.eta()}"
-        )
+        losses = (f"{LOSS_NAMES[name]} {value:.3f}" for name, value in means.items() if name in LOSS_NAMES)
+        self.note("  ".join((self._name(epoch), *losses, f"ETA {self.eta()}")))
 
     def starting(self, what: str) -> None:
         """Show what happens before the first step."""

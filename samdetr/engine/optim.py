@@ -1,4 +1,4 @@
-"""AdamW with a slower backbone, and the learning-rate schedule as a function of the step."""
+"""AdamW or SGD with a slower backbone, and the learning-rate schedule as a function of the step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from samdetr.recipe import OptimSection
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """Fused AdamW that changes nothing any more once a number was not finite; nobody waits to find out.
+class Guarded(torch.optim.Optimizer):
+    """An optimizer that changes nothing any more once a number was not finite; nobody waits to find out.
 
     The switch is ``found_inf`` ([] float32, 0 or 1), which torch's fused optimizers read on the device, made for
     loss scaling. Parameters must be on their device already.
@@ -22,23 +22,43 @@ class GuardedAdamW(torch.optim.AdamW):
 
     found_inf: Tensor
 
-    def __init__(self, groups: Iterable[Any], *, lr: float, weight_decay: float = 0.0) -> None:
-        groups = list(groups)
-        first = groups[0]["params"][0] if isinstance(groups[0], dict) else groups[0]
-        on_gpu = first.device.type == "cuda"
-        super().__init__(groups, lr=lr, weight_decay=weight_decay, fused=True, capturable=on_gpu)
-        if on_gpu:  # a rate that a CUDA graph reads must be a tensor on the device, of each group its own
+    def prepare(self) -> None:
+        """Put the switch, and on a GPU the rates, where the fused step reads them."""
+        device = self.param_groups[0]["params"][0].device
+        if device.type == "cuda":  # a rate that a CUDA graph reads must be a tensor there, of each group its own
             for group in self.param_groups:
-                group["lr"] = torch.tensor(lr, device=first.device)
-        self.found_inf = torch.zeros((), device=first.device)
+                group["lr"] = torch.tensor(group["lr"], device=device)
+        self.found_inf = torch.zeros((), device=device)
 
     def guard(self, value: Tensor) -> None:
         """Leave everything as it is from now on if ``value`` (a scalar) is NaN or infinite."""
         torch.maximum(self.found_inf, (~torch.isfinite(value)).to(torch.float32), out=self.found_inf)
 
 
-def build_optimizer(model: nn.Module, section: OptimSection) -> GuardedAdamW:
-    """AdamW over the parameters that have a gradient, in two groups: the backbone and the rest."""
+class GuardedAdamW(Guarded, torch.optim.AdamW):
+    """Fused AdamW with the guard."""
+
+    def __init__(self, groups: Iterable[Any], *, lr: float, weight_decay: float = 0.0) -> None:
+        groups = list(groups)
+        first = groups[0]["params"][0] if isinstance(groups[0], dict) else groups[0]
+        super().__init__(groups, lr=lr, weight_decay=weight_decay, fused=True, capturable=first.device.type == "cuda")
+        self.prepare()
+
+
+class GuardedSGD(Guarded, torch.optim.SGD):
+    """Fused SGD with momentum and the guard."""
+
+    def __init__(self, groups: Iterable[Any], *, lr: float, momentum: float, weight_decay: float = 0.0) -> None:
+        super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+        self.prepare()
+        if momentum:
+            for group in self.param_groups:
+                for parameter in group["params"]:  # torch would leave them unset in a first step that is guarded
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def build_optimizer(model: nn.Module, section: OptimSection) -> GuardedAdamW | GuardedSGD:
+    """The recipe's optimizer over the parameters that have a gradient, in two groups: the backbone and the rest."""
     backbone: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -47,6 +67,8 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> GuardedAdamW:
     groups: list[dict[str, Any]] = [{"params": rest, "base_lr": section.lr}]
     if backbone:
         groups.append({"params": backbone, "base_lr": section.backbone_lr})
+    if section.optimizer == "sgd":
+        return GuardedSGD(groups, lr=section.lr, momentum=section.momentum, weight_decay=section.weight_decay)
     return GuardedAdamW(groups, lr=section.lr, weight_decay=section.weight_decay)
 
 

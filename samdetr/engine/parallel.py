@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from samdetr.errors import RecipeError
+from samdetr.errors import RecipeError, SamdetrError
 
 if TYPE_CHECKING:
     from samdetr.models import Detector
@@ -46,6 +46,7 @@ class World(NamedTuple):
     local_rank: int = 0  # among the processes of this machine
     local_size: int = 1
     store: dist.Store | None = None  # what the processes can tell each other when nothing else works any more
+    group: dist.ProcessGroup | None = None  # None: the one that all share
 
     @property
     def is_main(self) -> bool:
@@ -55,7 +56,7 @@ class World(NamedTuple):
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, on the device of ``values``, which it replaces."""
         if self.size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def most(self, value: int) -> int:
@@ -63,17 +64,42 @@ class World(NamedTuple):
         if self.size == 1:
             return value
         values = torch.tensor(value)
-        dist.all_reduce(values, dist.ReduceOp.MAX)
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         return int(values)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What the main process makes; all others wait for it."""
-        made: list[T | None] = [make() if self.is_main else None]
+        """What the main process makes; all others wait for it. Where it fails, they end too."""
+        if self.size == 1:
+            return make()
+        made: list[T | None] = [None]
+        failure: SamdetrError | OSError | None = None
+        if self.is_main:
+            try:
+                made = [make()]
+            except (SamdetrError, OSError) as error:
+                failure = error
+        dist.broadcast_object_list(made, group=self.group)
+        if made[0] is None:
+            raise failure or SystemExit(1)  # the main process says why
+        return made[0]
+
+    def first(self, text: str) -> str:
+        """The text of the first process that has one, "" where none has."""
+        texts = [text] * self.size
         if self.size > 1:
-            dist.broadcast_object_list(made)
-        value = made[0]
-        assert value is not None
-        return value
+            dist.all_gather_object(texts, text, group=self.group)
+        return next(filter(None, texts), "")
+
+    def apart(self, timeout: float) -> World:
+        """The same processes, talking on the CPU past what they say here: for a thread. All of them must ask.
+
+        timeout: seconds that one waits for another.
+        """
+        if self.size == 1:
+            return self
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        assert isinstance(group, dist.ProcessGroup)
+        return self._replace(group=group)
 
     def gather(self, rows: Tensor) -> Tensor | None:
         """The rows [n, ...] of all processes, on the CPU, in the order of ranks; None except in the main process."""
@@ -207,6 +233,11 @@ def drop_gathered(model: nn.Module) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with the shares of all processes; each of them must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_share(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def share_like(value: Tensor, example: Tensor) -> Tensor:

@@ -97,7 +97,8 @@ def make_reports(recipes: Mapping[Path, Recipe], sizes: Sequence[Size] = ()) -> 
     with Console(stderr=True).status("counting") as status:
         for path, recipe in recipes.items():
             wanted = tuple(sizes) or evaluation_sizes(recipe)
-            alike = (recipe.model, recipe.loss, recipe.augment, recipe.train.micro_batch, recipe.optim.ema_decay)
+            state = (recipe.optim.optimizer, recipe.optim.ema_decay)
+            alike = (recipe.model, recipe.loss, recipe.augment, recipe.train.micro_batch, state)
             if (alike, wanted) not in found:
                 status.update(f"counting {path.stem}")
                 found[alike, wanted] = measure(recipe, wanted)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from samdetr.engine.checkpoint import LAST, META_FILE, read_meta
+from samdetr.engine.checkpoint import LAST
+from samdetr.engine.checkpoint_folder import newest_first, newest_progress
 from samdetr.errors import CheckpointError, RecipeError, SamdetrError
 from samdetr.recipe import dump_recipe, load_recipe, with_absolute_paths
 
@@ -27,7 +28,7 @@ CHECKPOINTS = "checkpoints"
 FREE_KEYS = (
     *("run.folder", "run.device", "train.epochs", "train.micro_batch", "train.log_every", "eval."),
     *("data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations"),
-    *("data.shapes.folder", "data.max_pixels", "data.workers", "compute.on_failure", "parallel."),
+    *("data.shapes.folder", "data.max_pixels", "data.workers", "compute.on_failure", "parallel.", "checkpoint."),
     "compute.activation_checkpointing",
 )
 _PACKAGES = (
@@ -77,7 +78,8 @@ def find_run(recipe: Recipe, resume: str) -> Path:
     folder = Path(resume) if resume else _newest_unfinished(Path(recipe.run.folder) / recipe.run.name)
     if not (folder / RECIPE_FILE).is_file():
         raise CheckpointError(f"--resume: {folder} is not a run folder (it has no {RECIPE_FILE}).")
-    if not (folder / CHECKPOINTS / LAST / META_FILE).is_file():
+    checkpoints = folder / CHECKPOINTS
+    if not newest_first(checkpoints) and not (checkpoints / LAST).is_dir():
         raise CheckpointError(f"--resume: the run {folder} has no checkpoint yet; start it again without --resume.")
     before, now = (_flat(with_absolute_paths(one)) for one in (load_recipe(folder / RECIPE_FILE), recipe))
     fixed = {"train.epochs"} if recipe.optim.schedule == "cosine" else set()
@@ -128,8 +130,8 @@ def _next_folder(parent: Path) -> Path:
 def _newest_unfinished(parent: Path) -> Path:
     entries = parent.iterdir() if parent.is_dir() else ()
     for entry in sorted((e for e in entries if e.name.isdigit()), key=lambda e: -int(e.name)):
-        meta = entry / CHECKPOINTS / LAST / META_FILE
-        if meta.is_file() and not read_meta(meta)["progress"]["finished"]:
+        progress = newest_progress(entry / CHECKPOINTS)
+        if progress is not None and not progress.finished:
             return entry
     raise CheckpointError(f"--resume: there is no unfinished run with a checkpoint in {parent}.")
 

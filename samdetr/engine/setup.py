@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +67,7 @@ def load_trained(path: str) -> Trained:
     """Read a run or checkpoint. Raises CheckpointError when it cannot be read."""
     checkpoint = load_checkpoint(find_checkpoint(path), with_optimizer=False)
     try:
-        recipe = Recipe.model_validate_json(checkpoint.meta["recipe"])
+        recipe = Recipe.model_validate_json(json.dumps(checkpoint.meta["recipe"]))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise CheckpointError(

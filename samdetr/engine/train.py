@@ -17,21 +17,20 @@ from torch import Tensor, nn
 
 from samdetr.data.prefetch import prefetch
 from samdetr.engine.build import Training, build_training
-from samdetr.engine.checkpoint import update_progress
 from samdetr.engine.coco import CocoDetections, coco_evaluate
 from samdetr.engine.compile import computing_in, prepare_step
 from samdetr.engine.cuda_graph import StepGraphs
 from samdetr.engine.evaluate import detect, gather_detections
-from samdetr.engine.log import STEP_VALUES, Meter, RunLog, Stopwatch
-from samdetr.engine.optim import GuardedAdamW, lr_factor, set_learning_rate
+from samdetr.engine.log import Meter, RunLog, Stopwatch
+from samdetr.engine.optim import Guarded, lr_factor, set_learning_rate
 from samdetr.engine.parallel import ALONE, World, joined, local_gradients, lost_contact, whole
 from samdetr.engine.pictures import draw_validation
 from samdetr.engine.profile import StepProfiler
 from samdetr.engine.readings import Lead, Step
-from samdetr.engine.run_folder import CHECKPOINTS, METRICS_FILE, resume_command
+from samdetr.engine.run_folder import METRICS_FILE, resume_command
 from samdetr.engine.setup import choose_device
 from samdetr.errors import DataError, NonFiniteError, SamdetrError
-from samdetr.loss import SetCriterion
+from samdetr.loss import Criterion
 from samdetr.recipe import with_absolute_paths
 from samdetr.structures import Batch
 from samdetr.visualize.curves import plot_curves
@@ -43,13 +42,13 @@ if TYPE_CHECKING:
 class StepResult(NamedTuple):
     """What one optimizer step reports, still on the device."""
 
-    values: Tensor  # [6] float, in the order of log.STEP_VALUES
+    values: Tensor  # float, in the order of `log.step_values`
 
 
 def train_step(
     model: nn.Module,
-    criterion: SetCriterion,
-    optimizer: GuardedAdamW,
+    criterion: Criterion,
+    optimizer: Guarded,
     batch: Sequence[Batch],
     *,
     device: torch.device,
@@ -84,20 +83,18 @@ def train_step(
 
 
 def forward_backward(
-    model: nn.Module, criterion: SetCriterion, batch: Batch, num_boxes: Tensor, *, precision: torch.dtype
+    model: nn.Module, criterion: Criterion, batch: Batch, num_boxes: Tensor, *, precision: torch.dtype
 ) -> Tensor:
-    """Add the gradients of one micro-batch to those of the parameters; its values [5], as in log.STEP_VALUES."""
+    """Add the gradients of one micro-batch to those of the parameters; its values, as in `log.step_values`."""
     with computing_in(precision, batch.images.device):
-        outputs = model(batch.images, batch.image_sizes)
+        outputs = model(batch.images, batch.image_sizes, *criterion.model_targets(batch.targets))
     losses = criterion(outputs, batch.targets, num_boxes)
     losses.total.backward()
     terms = losses.terms
-    return torch.stack(
-        [losses.total.detach(), terms["loss_ce"], terms["loss_bbox"], terms["loss_giou"], terms["class_error"]]
-    )
+    return torch.stack([losses.total.detach(), *(terms[name] for name in criterion.logged), terms["class_error"]])
 
 
-def update(optimizer: GuardedAdamW, clip_norm: float, loss: Tensor) -> Tensor:
+def update(optimizer: Guarded, clip_norm: float, loss: Tensor) -> Tensor:
     """Clip the gradients and take the optimizer's step; returns their norm before. All on the device."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = whole(nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf")))
@@ -147,8 +144,8 @@ def run(training: Training, *, profile: bool) -> Path:
             best = is_evaluated(recipe, progress.epoch) and evaluate_epoch(training, log)
             progress.epoch, progress.step_in_epoch, progress.evaluation_due = progress.epoch + 1, 0, False
             progress.finished = progress.epoch == epochs
+            training.saver.update(progress, best=best)
             if world.is_main:
-                update_progress(training.folder / CHECKPOINTS, progress, best=best)
                 plot_curves(training.folder / METRICS_FILE, training.folder / "curves.png")
     found = f"best AP {progress.best_ap:.3f} in epoch {progress.best_epoch + 1}; " if progress.best_epoch >= 0 else ""
     log.note(f"finished: {found}everything is in {training.folder}")
@@ -163,7 +160,14 @@ def explained(training: Training) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if training.stop.at_once:
+            training.saver.end(at_once=True)
             training.say_how_to_continue("stopped at once; what came after the last checkpoint is lost")
+        raise
+    except SamdetrError as error:
+        training.saver.end()
+        if training.saver.failed:  # before this: a full disk stops the pictures too
+            training.console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            training.saver.wait()
         raise
     except torch.OutOfMemoryError as error:
         raise SamdetrError(
@@ -182,6 +186,7 @@ def explained(training: Training) -> Iterator[None]:
             f"{resume_command(folder)}."
         ) from error
     finally:
+        training.saver.end(at_once=training.stop.at_once)
         torch.compiler.set_stance("default")  # a failed compilation may have changed it, for the whole process
         training.train_loader.close()
         training.val_loader.close()
@@ -250,17 +255,20 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
         if training.device.type == "cpu" or progress.step % recipe.train.log_every == 0:
             training.readings.send()
         report_steps(training, log, training.readings.arrived())
+        if is_saved(training):
+            report_steps(training, log, training.readings.all())
+            training.save()
         data.lap()
     report_steps(training, log, training.readings.all())
     log.epoch(epoch, training.epoch_meter.means())
-    progress.evaluation_due, training.epoch_meter = True, Meter()
+    progress.evaluation_due, training.epoch_meter = True, Meter(training.epoch_meter.names)
 
 
 def agreed_batches(training: Training, log: RunLog) -> Iterator[list[Batch]]:
     """This process's batches of the epoch's remaining steps, on the device, while every process has the next one.
 
     Where one was asked to stop, or met an image that cannot be used, all save after the same step and end; the
-    DataError is raised in the process that met it.
+    DataError is raised in the process that met it. Where a save has failed, all end with its reason.
     """
     progress = training.progress
     batches = prefetch(training.train_loader.epoch(progress.epoch, progress.step_in_epoch), training.device)
@@ -270,10 +278,14 @@ def agreed_batches(training: Training, log: RunLog) -> Iterator[list[Batch]]:
             batch = next(batches)
         except DataError as error:
             failure = error
-        failed = training.world.most(int(failure is not None))
+        failed = training.world.most(2 if training.saver.failed else int(failure is not None))
+        if failed == 2:
+            training.saver.wait()
+            raise SystemExit(1)  # of another process, which says so
         if training.asked_to_stop() or failed:
             report_steps(training, log, training.readings.all())
             training.save()  # between two steps: nothing done is lost
+            training.saver.wait()
             if failed:
                 raise failure or SystemExit(1)  # the process that met it says so
             training.leave()
@@ -284,7 +296,7 @@ def agreed_batches(training: Training, log: RunLog) -> Iterator[list[Batch]]:
 def report_steps(training: Training, log: RunLog, steps: Iterator[tuple[Step, list[float]]]) -> None:
     """Count steps whose values have arrived. Raises NonFiniteError at the first that was not finite."""
     for step, values in steps:
-        if not math.isfinite(values[STEP_VALUES.index("loss")] + values[STEP_VALUES.index("grad_norm")]):
+        if not math.isfinite(values[0] + values[-1]):  # the loss and the gradient's norm
             image_ids = training.train_loader.image_ids(step.epoch, step.step_in_epoch)
             raise NonFiniteError(
                 f"the loss or its gradient is not finite at step {step.number} (epoch {step.epoch + 1}, image ids "
@@ -295,7 +307,7 @@ def report_steps(training: Training, log: RunLog, steps: Iterator[tuple[Step, li
         training.interval_meter.add(values)
         if step.number % training.recipe.train.log_every == 0:
             log.interval(step.epoch, step.number, training.interval_meter.means(), step.lr)
-            training.interval_meter = Meter()
+            training.interval_meter = Meter(training.interval_meter.names)
 
 
 def evaluate_epoch(training: Training, log: RunLog) -> bool:
@@ -355,6 +367,13 @@ def report_evaluation(training: Training, log: RunLog, results: CocoDetections, 
 def is_evaluated(recipe: Recipe, epoch: int) -> bool:
     """Whether the epoch (from 0) ends with an evaluation; the last one always does."""
     return (epoch + 1) % recipe.eval.every == 0 or epoch + 1 == recipe.train.epochs
+
+
+def is_saved(training: Training) -> bool:
+    """Whether a checkpoint is due between two steps of an epoch; its end always is one."""
+    every, progress = training.recipe.checkpoint.every, training.progress
+    inside = progress.step_in_epoch < training.train_loader.steps_per_epoch
+    return bool(every) and inside and progress.step % every == 0
 
 
 def step_seed(seed: int, step: int, place: int) -> int:

@@ -1,5 +1,5 @@
 """Losses and matching. `build_criterion` makes the criterion of a recipe."""
 
-from samdetr.loss.criterion import SetCriterion, build_criterion
+from samdetr.loss.criterion import Criterion, RegionCriterion, SetCriterion, build_criterion
 
-__all__ = ["SetCriterion", "build_criterion"]
+__all__ = ["Criterion", "RegionCriterion", "SetCriterion", "build_criterion"]

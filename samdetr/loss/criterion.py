@@ -1,4 +1,5 @@
-"""The set-prediction loss of all systems: classification, L1 and generalised IoU on every decoder layer."""
+"""The set-prediction loss of the DETR family (classification, L1 and generalised IoU on every decoder layer), and the
+sum of Faster R-CNN's losses."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from samdetr.loss.boxes import cxcywh_to_xyxy, generalized_iou
 from samdetr.loss.matcher import UNMATCHED, focal_cost, match, matching_cost, softmax_cost
-from samdetr.structures import Losses, Outputs, Targets
+from samdetr.structures import Losses, Outputs, RegionLosses, Targets
 
 if TYPE_CHECKING:
     from samdetr.recipe import Recipe
@@ -26,6 +27,12 @@ class SetCriterion(nn.Module):
     alpha and gamma (Lin et al., ICCV 2017), or "softmax" over the classes and, the last logit, no object, which
     weighs no_object_weight (DETR). step_images: images of an optimizer step, over all its micro-batches and devices.
     """
+
+    logged = (
+        "loss_ce",
+        "loss_bbox",
+        "loss_giou",
+    )  # reported terms; a step's are the sums of its micro-batches
 
     def __init__(
         self,
@@ -47,6 +54,10 @@ class SetCriterion(nn.Module):
         self.class_cost, self.l1_cost, self.giou_cost = class_cost, l1_cost, giou_cost
         self.classification, self.no_object_weight, self.step_images = classification, no_object_weight, step_images
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
+
+    def model_targets(self, targets: Targets) -> tuple[Targets, ...]:
+        """What the model takes in training after images and sizes: nothing."""
+        return ()
 
     def forward(self, outputs: Outputs, targets: Targets, num_boxes: Tensor | None = None) -> Losses:
         """num_boxes: what the sums are divided by (at least 1); default: the boxes of these targets.
@@ -143,8 +154,39 @@ class SetCriterion(nn.Module):
         return (predicted - counts).abs().float().mean(-1)
 
 
-def build_criterion(recipe: Recipe) -> SetCriterion:
-    """The criterion of a recipe's loss section."""
+class RegionCriterion(nn.Module):
+    """The sum of the four losses that Faster R-CNN's forward pass gives, each of weight 1.
+
+    They are torchvision's: means over what was drawn of a micro-batch. An optimizer step has their mean over its
+    images, so that, other than `SetCriterion`'s, its loss depends on how the step is split into micro-batches.
+    step_images: images of an optimizer step, over all its micro-batches and devices.
+    """
+
+    logged = RegionLosses._fields[:-1]
+
+    def __init__(self, *, step_images: int = 1) -> None:
+        super().__init__()
+        self.step_images = step_images
+
+    def model_targets(self, targets: Targets) -> tuple[Targets, ...]:
+        """What the model takes in training after images and sizes: the targets."""
+        return (targets,)
+
+    def forward(self, outputs: RegionLosses, targets: Targets, num_boxes: Tensor | None = None) -> Losses:
+        """num_boxes: None where these images are the whole step; its value is not used."""
+        share = 1.0 if num_boxes is None else len(targets.counts) / self.step_images
+        losses = [share * loss for loss in outputs[:-1]]
+        terms = dict(zip(self.logged, (loss.detach() for loss in losses), strict=True))
+        return Losses(torch.stack(losses).sum(), {**terms, "class_error": outputs.class_error})
+
+
+Criterion = SetCriterion | RegionCriterion
+
+
+def build_criterion(recipe: Recipe) -> Criterion:
+    """The criterion of a recipe's system and loss section."""
+    if recipe.model.system == "faster_rcnn":
+        return RegionCriterion(step_images=recipe.train.total_batch)
     section = recipe.loss
     return SetCriterion(
         class_weight=section.class_weight,

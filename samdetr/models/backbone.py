@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -56,39 +56,25 @@ class Backbone(nn.Module):
         mask_padding: bool = False,
     ) -> None:
         super().__init__()
-        block: Any
-        block, depths = DEPTHS[name]
-        norm_layer: Callable[[int], nn.Module] = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
+        norm_layer = _norm_layer(norm)
         self.name, self.width, self.mask_padding = name, width, mask_padding
         self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = norm_layer(width)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        channels, stride = width, 4
+        stride = 4
         strides, outputs = [], []
         for stage in range(stages):
-            planes = width * 2**stage
             dilate = dilation and stage == 3
-            layer = _stage(
-                partial(block, norm_layer=norm_layer),
-                channels,
-                planes,
-                planes * block.expansion,
-                depth=depths[stage],
-                stride=1 if stage == 0 else 2,
-                dilate=dilate,
-                norm_layer=norm_layer,
-            )
-            self.add_module(f"layer{stage + 1}", layer)
-            channels = planes * block.expansion
+            self.add_module(f"layer{stage + 1}", _residual_stage(name, norm, width, stage, dilate=dilate))
             stride *= 1 if stage == 0 or dilate else 2
-            outputs.append(channels)
+            outputs.append(width * 2**stage * DEPTHS[name][0].expansion)
             strides.append(stride)
         self.layers = [f"layer{stage + 1}" for stage in range(stages)]
         # of the maps, fine to coarse
         self.channels, self.strides = tuple(outputs[-levels:]), tuple(strides[-levels:])
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        # stages of the same ResNet that another part of the model holds and runs; they load its weights
+        self.elsewhere: Mapping[str, nn.Module] = {}
+        _initialise(self)
         frozen = ["conv1", "bn1"][: 2 * frozen_stages] + self.layers[: max(0, frozen_stages - 1)]
         self.frozen = frozen
         for part in frozen:
@@ -111,8 +97,7 @@ class Backbone(nn.Module):
         x = self.maxpool(x)
         sizes, maps = image_sizes if self.mask_padding else None, []
         for name in self.layers:
-            for block in self.get_submodule(name).children():
-                x, stride = _block(block, x, stride, sizes)
+            x, stride = _run_blocks(self.get_submodule(name), x, stride, sizes)
             maps.append(x)
         return tuple(maps[-len(self.strides) :])
 
@@ -142,6 +127,44 @@ def _block(block: Any, x: Tensor, stride: int, image_sizes: Tensor | None) -> tu
         stride *= conv.stride[0]
         x = x if number == last else functional.relu(x)
     return functional.relu(x + identity), stride
+
+
+def _run_blocks(stage: nn.Module, x: Tensor, stride: int, image_sizes: Tensor | None) -> tuple[Tensor, int]:
+    for block in stage.children():
+        x, stride = _block(block, x, stride, image_sizes)
+    return x, stride
+
+
+def run_stage(stage: nn.Sequential, x: Tensor) -> Tensor:
+    """A stage that stands outside a `Backbone`, on a map [N, C, H, W] without padding."""
+    return _run_blocks(stage, x, 1, None)[0]
+
+
+def _residual_stage(name: str, norm: str, width: int, stage: int, *, dilate: bool) -> nn.Sequential:
+    """Stage ``stage`` (from 0) of a ResNet."""
+    block: Any
+    block, depths = DEPTHS[name]
+    norm_layer, planes = _norm_layer(norm), width * 2**stage
+    return _stage(
+        partial(block, norm_layer=norm_layer),
+        planes // 2 * block.expansion if stage else width,
+        planes,
+        planes * block.expansion,
+        depth=depths[stage],
+        stride=2 if stage else 1,
+        dilate=dilate,
+        norm_layer=norm_layer,
+    )
+
+
+def _norm_layer(norm: str) -> Callable[[int], nn.Module]:
+    return FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
+
+
+def _initialise(part: nn.Module) -> None:
+    for module in part.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _stage(
@@ -179,8 +202,10 @@ def load_backbone_weights(backbone: Backbone, weights: str) -> None:
     if weights == "none":
         return
     state = _imagenet_state_dict(backbone.name) if weights == "imagenet" else _read_state_dict(Path(weights))
-    own = backbone.state_dict()
-    unused = ("fc.", *(f"layer{n}." for n in range(len(backbone.layers) + 1, 5)))
+    parts = {"": backbone, **{f"{name}.": stage for name, stage in backbone.elsewhere.items()}}
+    own = {prefix + key: value for prefix, part in parts.items() for key, value in part.state_dict().items()}
+    held = (*backbone.layers, *backbone.elsewhere)
+    unused = ("fc.", *(f"layer{n}." for n in range(1, 5) if f"layer{n}" not in held))
     needed = {key: value for key, value in own.items() if not key.endswith("num_batches_tracked")}
     state = {
         key: value
@@ -193,7 +218,8 @@ def load_backbone_weights(backbone: Backbone, weights: str) -> None:
             f'model.backbone.weights = "{weights}" does not fit {backbone.name} (width {backbone.width}): '
             f'{first_of(problems)}. Use weights of this model, or "none".'
         )
-    backbone.load_state_dict(state, strict=False)
+    for prefix, part in parts.items():
+        part.load_state_dict({key.removeprefix(prefix): state[key] for key in needed if key.startswith(prefix)}, False)
 
 
 def _imagenet_state_dict(name: str) -> dict[str, Tensor]:
@@ -240,3 +266,10 @@ def build_backbone(section: BackboneSection, *, padding: str, levels: int = 1) -
         levels=levels,
         mask_padding=padding == "masked",
     )
+
+
+def build_stage(section: BackboneSection, stage: int) -> nn.Sequential:
+    """One residual stage (from 0) of a recipe's ResNet, with random weights."""
+    built = _residual_stage(section.name, section.norm, section.width, stage, dilate=False)
+    _initialise(built)
+    return built.to(memory_format=torch.channels_last)

@@ -148,8 +148,14 @@ _DUPLICATE_PREFIX = "transformer.decoder."  # SAM-DETR's box heads stand in the 
 
 def official_names(model: Detector) -> dict[str, str]:
     """Our parameters and buffers -> their published keys. Raises CheckpointError where there is none."""
-    layout = _LAYOUTS[type(model)]
+    layout = _layout_of_model(model)
     return {name: _official_name(name, layout) for name in model.state_dict()}
+
+
+def _layout_of_model(model: Detector) -> Layout:
+    if type(model) not in _LAYOUTS:
+        raise CheckpointError(f"{type(model).__name__} has no published layout: start from init.checkpoint instead.")
+    return _LAYOUTS[type(model)]
 
 
 def _official_name(name: str, layout: Layout) -> str:
@@ -273,10 +279,10 @@ def _is_legacy_pickle(path: Path) -> bool:
 def _check_system(model: Detector, state: Mapping[str, Tensor]) -> None:
     """Errors that say which key of the recipe fits the file."""
     found = layout_of(state)
-    if found is not None and found is not _LAYOUTS[type(model)]:
+    if found is not None and found is not _layout_of_model(model):
         raise CheckpointError(f'the published checkpoint is another system\'s: set model.system = "{found.system}".')
     has_norm = "input_proj.0.1.weight" in state
-    if has_norm != (model.input_norm is not None):
+    if has_norm != any(name.startswith("input_norm.") for name in model.state_dict()):
         wanted = "group_norm" if has_norm else "none"
         raise CheckpointError(
             f"the published checkpoint has {'a' if has_norm else 'no'} GroupNorm after its input projection: "

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-CLASS_HEADS = ("class_head.", "class_heads.")  # where a model's logits come from: one head, or one of each layer
+# where a model's logits come from: one head, or one of each layer; Faster R-CNN's have boxes of every class beside them
+CLASS_HEADS = ("class_head.", "class_heads.", "roi_heads.box_predictor.")
 
 
 def differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:

@@ -24,6 +24,13 @@ LOSS_PANELS = (
     ("loss_bbox", "boxes (L1)"),
     ("loss_giou", "boxes (1 - GIoU)"),
 )
+REGION_PANELS = (
+    ("loss", "total loss"),
+    ("loss_classifier", "proposals: classification"),
+    ("loss_objectness", "anchors: classification"),
+    ("loss_rpn_box_reg", "anchors: boxes (smooth L1)"),
+    ("loss_box_reg", "proposals: boxes (smooth L1)"),
+)
 AP_LINES = (("AP", "AP 0.50:0.95"), ("AP50", "AP 0.50"), ("AP75", "AP 0.75"))
 AP_SIZES = (("APs", "small"), ("APm", "medium"), ("APl", "large"))
 
@@ -103,18 +110,24 @@ def _plot_ap(axes: Axes, rows: Rows, lines: tuple[tuple[str, str], ...], title: 
 
 
 def draw_curves(metrics_jsonl: Path) -> Figure:
-    """The figure that `plot_curves` saves: four loss panels and two AP panels.
+    """The figure that `plot_curves` saves: four loss panels (of Faster R-CNN five) and two AP panels.
 
     Raises:
         SamdetrError: the file cannot be read.
     """
     kinds = _read(metrics_jsonl)
     figure = Figure(figsize=(14.0, 7.5), dpi=100, layout="constrained")
-    panels = figure.subplots(2, 3)
-    for axes, (key, title) in zip((*panels[0, :2], *panels[1, :2]), LOSS_PANELS, strict=True):
+    rows = (*kinds["train"].values(), *kinds["epoch"].values())
+    losses = REGION_PANELS if any("loss_objectness" in row for row in rows) else LOSS_PANELS
+    columns = (len(losses) + 1) // 2
+    panels = figure.subplots(2, columns + 1)
+    places = (*panels[0, :columns], *panels[1, :columns])
+    for axes, (key, title) in zip(places, losses, strict=False):
         _plot_loss(axes, kinds, key, title)
-    _plot_ap(panels[0, 2], kinds["eval"], AP_LINES, "validation AP")
-    _plot_ap(panels[1, 2], kinds["eval"], AP_SIZES, "validation AP by object size")
+    for axes in places[len(losses) :]:
+        axes.remove()
+    _plot_ap(panels[0, columns], kinds["eval"], AP_LINES, "validation AP")
+    _plot_ap(panels[1, columns], kinds["eval"], AP_SIZES, "validation AP by object size")
     return figure
 
 

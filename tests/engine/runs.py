@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from samdetr.engine.checkpoint import load_checkpoint
 from samdetr.engine.train import train
 from samdetr.recipe import Recipe
 
@@ -135,13 +136,27 @@ def train_and_die(recipe: Recipe, module: str, function: str, call: int) -> None
 
 def start_train(recipe_file: Path, *options: str, before: str = "") -> subprocess.Popen[str]:
     """``samdetr-train`` in a process of its own. before: Python that it runs first."""
-    code = (
-        f"import sys, torch; torch.set_num_threads(1)\n{before}\nfrom samdetr.cli.main import main_train; main_train()"
-    )
+    return _start("-c", _program(before), "train", str(recipe_file), *options)
+
+
+def start_in(processes: int, recipe_file: Path, *options: str, before: str = "") -> subprocess.Popen[str]:
+    """``samdetr-train`` in several processes, by torchrun. before: Python that each of them runs first."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as script:
+        script.write(_program(before))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), script.name)
+    return _start(*launcher, "train", str(recipe_file), *options)
+
+
+def _program(before: str) -> str:
+    return f"import torch; torch.set_num_threads(1)\n{before}\nfrom samdetr.cli.main import main; main()"
+
+
+def _start(*arguments: str) -> subprocess.Popen[str]:
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(recipe_file), *options],
+        [sys.executable, *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -175,13 +190,10 @@ def losses(run: Path, keys: Sequence[str] = ("step", "epoch", "loss", "loss_ce",
 
 
 def weights(run: Path, link: str = "last") -> dict[str, torch.Tensor]:
-    """Weights, buffers and optimizer moments of a checkpoint, by file and key."""
-    folder = run / "checkpoints" / link
-    return {
-        f"{file.stem}/{key}": value.clone()
-        for file in sorted(folder.glob("*.safetensors"))
-        for key, value in load_file(file).items()
-    }
+    """Weights, buffers, averages and optimizer moments of a checkpoint, by part and key."""
+    checkpoint = load_checkpoint((run / "checkpoints" / link).resolve(), with_optimizer=True)
+    parts = {"model": checkpoint.model, "optimizer": checkpoint.optimizer, "average": checkpoint.average}
+    return {f"{part}/{key}": value for part, tensors in parts.items() for key, value in tensors.items()}
 
 
 def assert_same_weights(first: Path, second: Path) -> None:

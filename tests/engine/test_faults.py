@@ -17,7 +17,9 @@ from PIL import Image
 
 from samdetr.data.batching import epoch_order
 from samdetr.data.datasets import make_categories, read_coco
-from samdetr.engine.checkpoint import Progress, load_checkpoint, model_tensors, save_checkpoint
+from samdetr.engine.checkpoint import MODEL, Progress, load_checkpoint, model_tensors
+from samdetr.engine.checkpoint_folder import newest_first
+from samdetr.engine.saving import Staging, save_checkpoint
 from samdetr.engine.train import train
 from samdetr.models import build_model
 from samdetr.models.official import to_official
@@ -238,8 +240,7 @@ def test_another_architecture(
     meta = load_checkpoint((trained / "checkpoints/last").resolve(), with_optimizer=False).meta
     mixed = save_checkpoint(
         tmp_path,
-        model=model_tensors(other),
-        optimizer={},
+        Staging().copy({MODEL: model_tensors(other)})[0],
         progress=Progress(),
         meta={key: meta[key] for key in ("recipe", "categories", "environment")},
     )
@@ -270,12 +271,22 @@ def test_a_damaged_checkpoint(
 ) -> None:
     run = tmp_path / "copy"
     shutil.copytree(trained, run, symlinks=True)
-    file = (run / "checkpoints/last").resolve() / "optimizer.safetensors"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
-    file.write_bytes(content)
-    assert f"error: {file} is damaged: " in sentence(train_command("--resume", str(run), "--set", "train.epochs=3"))
-    assert samdetr_command("eval", str(run)).code == 0  # which needs no optimizer
+    newest, before = newest_first(run / "checkpoints")
+    for folder in (newest, before):
+        file = next((folder / "optimizer").iterdir())
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+        if folder == newest:
+            assert samdetr_command("eval", str(run / "checkpoints/last")).code == 0  # which needs no optimizer
+            result = train_command("--resume", str(run), "--set", "train.epochs=2")
+            assert (result.code, result.err) == (0, "")
+            assert f"{file} is damaged: its content does not match its checksum" in result.out
+            assert "continuing after step 6" in result.out
+            assert_same_weights(run, trained)
+            assert losses(run) == losses(trained)
+            shutil.rmtree(run / "checkpoints" / "step-00000012")
+    assert f"can be used: {file} is damaged: " in sentence(train_command("--resume", str(run)))
 
 
 def test_not_a_number(train_command: Command, trained: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -283,9 +294,8 @@ def test_not_a_number(train_command: Command, trained: Path, make_recipe: MakeRe
     model = build_model(recipe.model)
     with torch.no_grad():
         model.class_heads[0].weight[3, 5] = torch.nan
-    broken = save_checkpoint(
-        tmp_path / "broken", model=model_tensors(model), optimizer={}, progress=Progress(), meta={}
-    )
+    parts, _ = Staging().copy({MODEL: model_tensors(model)})
+    broken = save_checkpoint(tmp_path / "broken", parts, progress=Progress(), meta={})
     message = sentence(train_command("--set", f"init.checkpoint={broken}"))
     assert "the loss or its gradient is not finite at step 1 (epoch 1, image ids " in message
     ids = message.split("image ids ")[1].split(")")[0]
@@ -339,11 +349,11 @@ def test_a_file_size_limit_while_saving(
         before="import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))",
     )
     message = sentence(end(process))
-    assert f"cannot save the checkpoint {run / 'checkpoints/epoch-0001'} (" in message
+    assert f"cannot save the checkpoint {run / 'checkpoints/step-00000012'} (" in message
     assert "File too large" in message and "the previous checkpoint is intact" in message
     after = weights(run)
     assert all(torch.equal(value, after[key]) for key, value in before.items())
-    assert {entry.name for entry in (run / "checkpoints").iterdir()} == {"epoch-0000", "last", "best"}
+    assert {entry.name for entry in (run / "checkpoints").iterdir()} == {"step-00000006", "last", "best"}
     train(make_recipe(), resume=str(run))
     assert_same_weights(run, trained)
     assert losses(run) == losses(trained)

@@ -12,16 +12,18 @@ from rich.console import Console
 from samdetr.engine.checkpoint import Progress
 from samdetr.engine.log import (
     STAT_NAMES,
-    STEP_VALUES,
     Meter,
     RunLog,
     duration,
     print_evaluation,
     print_findings,
     print_per_class,
+    step_values,
 )
 from samdetr.errors import SamdetrError
+from samdetr.loss import SetCriterion
 
+STEP_VALUES = step_values(SetCriterion.logged)
 MEANS = {"loss": 123.4567, "loss_ce": 1.0, "loss_bbox": 0.25, "loss_giou": 0.5, "class_error": 88.0, "grad_norm": 9.5}
 STATS = {name: 0.101 + 0.01 * place for place, name in enumerate(STAT_NAMES)}
 
@@ -42,16 +44,20 @@ def take_steps(log: RunLog, count: int, *, epoch: int = 0) -> None:
 
 
 def test_meter() -> None:
-    meter = Meter()
+    meter = Meter(STEP_VALUES)
     assert meter.means() == {}
     for value in (1.0, 2.0, 6.0):
         meter.add([value] * 6)
     assert meter.means() == dict.fromkeys(STEP_VALUES, 3.0)
-    again = Meter.from_json(json.loads(json.dumps(meter.to_json())))
+    again = Meter.from_json(STEP_VALUES, json.loads(json.dumps(meter.to_json())))
     for one in (meter, again):
         one.add([0.1] * 6)
     assert again.means() == meter.means()
-    assert Meter.from_json(None).means() == Meter.from_json(Meter().to_json()).means() == {}
+    assert (
+        Meter.from_json(STEP_VALUES, None).means()
+        == Meter.from_json(STEP_VALUES, Meter(STEP_VALUES).to_json()).means()
+        == {}
+    )
 
 
 def test_plain_lines_do_not_wrap(tmp_path: Path) -> None:

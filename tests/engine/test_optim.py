@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from samdetr.engine.checkpoint import load_checkpoint
-from samdetr.engine.optim import build_optimizer, lr_factor, set_learning_rate
+from samdetr.engine.optim import GuardedSGD, build_optimizer, lr_factor, set_learning_rate
 from samdetr.engine.setup import choose_device, load_initial_weights
 from samdetr.engine.train import train
 from samdetr.errors import CheckpointError, SamdetrError
@@ -51,6 +52,24 @@ def test_groups(make_recipe: MakeRecipe) -> None:
     assert (rest["weight_decay"], backbone["weight_decay"]) == (1e-4, 1e-4)
     set_learning_rate(optimizer, 0.5)
     assert (rest["lr"], backbone["lr"]) == (0.005, 0.001)
+
+
+def test_sgd_by_hand() -> None:
+    """Momentum 0.9, decay 0.1: v = 0.9 v + g + 0.1 p, then p - rate v; guarded from the first step, nothing moves."""
+    guarded, parameter = (nn.Parameter(torch.tensor([2.0, -1.0])) for _ in range(2))
+    for each, bad in ((guarded, True), (parameter, False)):
+        optimizer = GuardedSGD([{"params": [each], "base_lr": 0.5}], lr=0.5, momentum=0.9, weight_decay=0.1)
+        optimizer.guard(torch.tensor(float("nan") if bad else 1.0))
+        for factor in (1.0, 0.1):
+            each.grad = torch.tensor([1.0, 3.0])
+            set_learning_rate(optimizer, factor)
+            optimizer.step()
+        if bad:
+            assert optimizer.state[each]["momentum_buffer"].tolist() == [0, 0]
+    assert guarded.tolist() == [2, -1]
+    first = [2 - 0.5 * 1.2, -1 - 0.5 * 2.9]
+    second = [p - 0.05 * (0.9 * v + g + 0.1 * p) for p, v, g in zip(first, (1.2, 2.9), (1, 3), strict=True)]
+    assert parameter.tolist() == pytest.approx(second, rel=1e-6)
 
 
 def test_a_frozen_backbone_has_no_group(make_recipe: MakeRecipe) -> None:

@@ -148,7 +148,7 @@ def test_a_bad_image_in_one_process_stops_all_with_everything_saved(recipe_file:
     assert len(result.err.splitlines()) == result.err.count(victim.name) == 1, result.err
     run = tmp_path / "runs" / "tiny" / "1"
     steps = len(metrics(run, "train")) if (run / "metrics.jsonl").exists() else 0  # the bad image's place is by chance
-    assert (run / "checkpoints" / "last").resolve().name == f"epoch-0000-step-{steps:06d}"
+    assert (run / "checkpoints" / "last").resolve().name == f"step-{steps:08d}"
 
 
 def test_two_launchers_share_a_run(recipe_file: Path, tmp_path: Path, alone: Path) -> None:

@@ -18,7 +18,8 @@ import samdetr.engine.checkpoint
 import samdetr.engine.train
 from samdetr.cli.main import main_train
 from samdetr.data.splits import Splits, load_splits
-from samdetr.engine.checkpoint import load_checkpoint, read_meta
+from samdetr.engine.checkpoint import MODEL, OPTIMIZER, load_checkpoint, read_meta
+from samdetr.engine.checkpoint_folder import newest_first
 from samdetr.engine.interrupt import SAVING
 from samdetr.engine.run_folder import find_run
 from samdetr.engine.train import train
@@ -38,6 +39,7 @@ from tests.engine.runs import (
     train_and_die,
 )
 
+PARTS = (MODEL, OPTIMIZER)
 SLOW_STEPS = """
 import time, samdetr.engine.train as engine
 step = engine.train_step
@@ -64,12 +66,13 @@ def assert_as_uninterrupted(run: Path, trained: Path) -> None:
 
 
 def assert_tidy(run: Path) -> None:
-    """Nothing but the two links and what they name."""
+    """Nothing but the two links, what they name, and the newest two, of which one is the last."""
     folder = run / "checkpoints"
-    named = {(folder / link).resolve().name for link in ("last", "best") if (folder / link).is_symlink()}
-    assert {entry.name for entry in folder.iterdir()} == named | {"last", "best"}
-    files = {"meta.json", "model.safetensors", "optimizer.safetensors"}
-    assert all({file.name for file in (folder / name).iterdir()} == files for name in named)
+    newest, *others = newest_first(folder)
+    assert newest == (folder / "last").resolve()
+    kept = {newest.name, *(other.name for other in others[:1]), (folder / "best").resolve().name}
+    assert {entry.name for entry in folder.iterdir()} == kept | {"last", "best"}
+    assert all({file.name for file in (folder / name).iterdir()} == {"meta.json", *PARTS} for name in kept)
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, function: str, call: int) -> Path:
@@ -141,7 +144,7 @@ def test_ctrl_c_during_an_evaluation_keeps_the_epoch(
     assert (progress["epoch"], progress["step"], progress["evaluation_due"]) == (0, 6, True)
     assert metrics(run, "eval") == []
     saved = (run / "checkpoints" / "last").resolve()
-    assert saved.name == "epoch-0000"
+    assert saved.name == "step-00000006"
     signal_at(monkeypatch, samdetr.engine.train, "train_step", 1, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train(make_recipe(), resume="")
@@ -196,13 +199,15 @@ def test_signals_of_a_process(recipe_file: Path, make_recipe: MakeRecipe, traine
     ("module", "function", "call"),
     [
         ("train", "train_step", 9),
-        ("checkpoint", "save_file", 4),  # the second checkpoint's model is written, its optimizer is not
-        ("checkpoint", "_link", 3),  # the second checkpoint is whole, but not the last one yet
-        ("checkpoint", "_remove_unlinked", 3),
-        ("train", "coco_evaluate", 1),
+        ("saving", "HuggingFaceStorageWriter", 4),  # the second checkpoint's model is written, its optimizer is not
+        ("saving", "write_meta", 2),  # all is written but the file that names it
+        ("saving", "publish", 2),  # the second checkpoint is whole, but has no name
+        ("checkpoint_folder", "link", 3),  # it has, but is not the last one yet
+        ("saving", "remove_old", 3),
+        ("train", "coco_evaluate", 2),
         ("train", "draw_validation", 2),  # the line of the evaluation is written, its result is not saved
-        ("train", "update_progress", 1),
-        ("checkpoint", "_write_meta", 2),  # best is linked, the result is not saved
+        ("saving", "update_progress", 1),
+        ("checkpoint_folder", "write_meta", 1),  # best is linked, the result is not saved
         ("train", "plot_curves", 1),
     ],
 )
@@ -344,23 +349,37 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+TWO_SIGNALS = """
+import os, signal, time, samdetr.engine.saving as saving, samdetr.engine.train as engine
+step, write, calls = engine.train_step, saving.save_checkpoint, [0, 0]
+def stepping(*arguments, **options):
+    calls[0] += 1
+    if calls[0] == STEP:
+        os.kill(os.getpid(), signal.SIGINT)
+    return step(*arguments, **options)
+def writing(*arguments, **options):
+    calls[1] += 1
+    if calls[1] == SAVE:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    return write(*arguments, **options)
+engine.train_step, saving.save_checkpoint = stepping, writing
+"""
+
+
 @pytest.mark.parametrize("saves", [0, 1])
 def test_a_second_ctrl_c_while_saving_tells_what_is_left(
-    make_recipe: MakeRecipe,
-    trained: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    saves: int,
+    make_recipe: MakeRecipe, recipe_file: Path, trained: Path, tmp_path: Path, saves: int
 ) -> None:
-    """The first in the second step of an epoch, the second when its checkpoint is about to be written."""
-    capfd.readouterr()
-    with monkeypatch.context() as patch:
-        signal_at(patch, samdetr.engine.build, "save_checkpoint", saves + 1, signal.SIGINT)
-        run = interrupted(monkeypatch, make_recipe(), "train_step", 2 + 6 * saves)
-    out, err = capfd.readouterr()
+    """The first in the second step of an epoch, the second while its checkpoint is written, which takes long."""
+    run = tmp_path / "runs" / "tiny" / "1"
+    before = TWO_SIGNALS.replace("STEP", str(2 + 6 * saves)).replace("SAVE", str(1 + saves))
+    begin = time.monotonic()
+    result = end(start_train(recipe_file, "--set", f"run.folder={tmp_path / 'runs'}", before=before))
+    assert time.monotonic() - begin < 40
     way = f"continue with: samdetr-train --resume {run}" if saves else "there is no checkpoint yet, start it again"
-    assert out.splitlines()[-1] == f"stopped at once; what came after the last checkpoint is lost; {way}"
-    assert err == SAVING
+    assert result.out.splitlines()[-1] == f"stopped at once; what came after the last checkpoint is lost; {way}"
+    assert (result.code, result.err) == (130, SAVING)
     if saves:
         train(make_recipe(), resume=str(run))
         assert_as_uninterrupted(run, trained)

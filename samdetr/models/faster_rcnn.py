@@ -1,0 +1,200 @@
+"""Faster R-CNN (NeurIPS 2015) of torchvision's detection parts, on the C4, the dilated C5 or an FPN of the backbone."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_convert
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import LevelMapper
+
+from samdetr.models.backbone import Backbone, build_backbone, build_stage, run_stage
+from samdetr.structures import Outputs, RegionLosses, Regions, Targets
+
+if TYPE_CHECKING:
+    from samdetr.recipe import ModelSection
+
+Maps = dict[str, Tensor]  # of each level, fine to coarse [B, C, h, w]
+Sizes = list[tuple[int, int]]  # (height, width) of each image's valid pixels
+Truth = list[dict[str, Tensor]]  # of each image: boxes [n, 4] (x0, y0, x1, y1) in pixels, labels [n] from 1
+ANCHORS: tuple[int, ...] = (32, 64, 128, 256, 512)  # square roots of areas, pixels
+RATIOS = (0.5, 1.0, 2.0)  # heights over widths
+GRID = 32  # images are padded to multiples of it: anchors lie evenly on maps of whole cells only
+DRAWN_ANCHORS, DRAWN_REGIONS = 256, 512  # of an image, for the losses
+
+
+class FloatAnchors(AnchorGenerator):
+    """Anchors in float32 also where the maps are bfloat16, whose 8 bits hold no coordinates."""
+
+    def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:
+        """Anchors [A, 4] of each image, (x0, y0, x1, y1) in pixels."""
+        anchors: list[Tensor] = super().forward(images, [level[:1, :1].float() for level in maps])
+        return anchors
+
+
+class FloatRPNHead(RPNHead):
+    """Scores and box changes in float32."""
+
+    def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each level, [B, A, h, w] and [B, 4 A, h, w] for A anchors a cell."""
+        scores, changes = super().forward(maps)
+        return [level.float() for level in scores], [level.float() for level in changes]
+
+
+class Res5Head(nn.Module):
+    """The backbone's fourth residual stage, with its stride, on every region."""
+
+    def __init__(self, layer4: nn.Sequential) -> None:
+        super().__init__()
+        self.layer4 = layer4
+
+    def forward(self, regions: Tensor) -> Tensor:
+        """[R, C, 14, 14] -> [R, 2 C]."""
+        return run_stage(self.layer4, regions).mean((2, 3))
+
+
+class RegionHeads(RoIHeads):
+    """torchvision's second stage: classes and boxes of proposals."""
+
+    def predict(self, maps: Maps, proposals: list[Tensor], sizes: Sizes) -> tuple[Tensor, Tensor]:
+        """Of all images' regions: logits [R, K] (0: no object) and box changes [R, 4 K], float32."""
+        logits, changes = self.box_predictor(self.box_head(self.box_roi_pool(maps, proposals, sizes)))
+        return logits.float(), changes.float()
+
+    def subsample(self, labels: list[Tensor]) -> list[Tensor]:
+        """No more than DRAWN_REGIONS are drawn; the slice says so on the meta device too, where values are unknown."""
+        return [drawn[:DRAWN_REGIONS] for drawn in super().subsample(labels)]
+
+    def losses(self, maps: Maps, proposals: list[Tensor], sizes: Sizes, truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
+        """Class loss, box loss, and the percentage of drawn regions with an object whose class is wrong."""
+        proposals, _, labels, changes = self.select_training_samples(proposals, truth)
+        logits, predicted = self.predict(maps, proposals, sizes)
+        class_loss, box_loss = fastrcnn_loss(logits, predicted, labels, changes)
+        wanted = torch.cat(labels)
+        correct = ((logits.detach().argmax(-1) == wanted) & (wanted > 0)).sum()
+        return class_loss, box_loss, 100 - 100 * correct / (wanted > 0).sum().clamp(min=1)
+
+    def detections(self, maps: Maps, proposals: list[Tensor], sizes: Sizes) -> Outputs:
+        """The best detections after non-maximum suppression, as `FasterRCNN` gives them."""
+        logits, changes = self.predict(maps, proposals, sizes)
+        found = self.postprocess_detections(logits, changes, proposals, sizes)
+        # of each row the log of its score at its class, and of the rest at no object, the last: softmax gives the score
+        whole = logits.new_full((1, len(sizes), self.detections_per_img, logits.shape[-1]), -math.inf)
+        whole[..., -1] = 0
+        corners = logits.new_zeros(1, len(sizes), self.detections_per_img, 4)
+        for image, (boxes, scores, labels, (height, width)) in enumerate(zip(*found, sizes, strict=True)):
+            rows = torch.arange(len(boxes), device=boxes.device)
+            whole[0, image, rows, labels - 1] = scores.log()
+            whole[0, image, rows, -1] = (-scores).log1p()
+            corners[0, image, rows] = boxes / boxes.new_tensor((width, height, width, height))
+        return Outputs(whole, box_convert(corners, "xyxy", "cxcywh"))
+
+
+class FasterRCNN(nn.Module):
+    """Proposals from anchors on the maps of ``neck``, then a class and a box of each proposal.
+
+    Its parts read numbers from the device: the host waits for them. Only the backbone is compiled.
+    """
+
+    def __init__(self, backbone: Backbone, neck: nn.Module, rpn: RegionProposalNetwork, roi_heads: RegionHeads) -> None:
+        super().__init__()
+        self.backbone, self.neck, self.rpn, self.roi_heads = backbone, neck, rpn, roi_heads
+
+    def forward(self, images: Tensor, image_sizes: Tensor, targets: Targets | None = None) -> Outputs | RegionLosses:
+        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w).
+
+        In training the losses of ``targets``, whose anchors and regions are drawn by torch's generator. In evaluation
+        L = 1 and Q detections at most, best first, one class each: the logits' softmax is its score, the last logit no
+        object; rows left over have no object for certain.
+        """
+        height, width = images.shape[-2:]
+        images = functional.pad(images, (0, -width % GRID, 0, -height % GRID))
+        maps = self.neck({str(level): x for level, x in enumerate(self.backbone(images, image_sizes))})
+        sizes = [(int(h), int(w)) for h, w in image_sizes]
+        batch = ImageList(images, sizes)
+        if not self.training:
+            return self.roi_heads.detections(maps, self.rpn(batch, maps)[0], sizes)
+        if targets is None:
+            raise ValueError("Faster R-CNN needs targets in training: model(images, image_sizes, targets)")
+        truth = pixel_truth(targets, image_sizes)
+        proposals, losses = self.rpn(batch, maps, truth)
+        second = self.roi_heads.losses(maps, proposals, sizes, truth)
+        return RegionLosses(losses["loss_objectness"], losses["loss_rpn_box_reg"], *second)
+
+    def regions(self) -> Regions:
+        """None besides the backbone: all else has sizes that only data tell."""
+        return Regions((), ())
+
+
+def pixel_truth(targets: Targets, image_sizes: Tensor) -> Truth:
+    """The targets in torchvision's form."""
+    scale = image_sizes.flip(-1).repeat(1, 2)[:, None]
+    boxes = box_convert(targets.boxes * scale, "cxcywh", "xyxy")
+    counts = [int(count) for count in targets.counts]
+    return [
+        {"boxes": boxes[image, :count], "labels": targets.labels[image, :count] + 1}
+        for image, count in enumerate(counts)
+    ]
+
+
+def region_align(strides: tuple[int, ...], size: int) -> MultiScaleRoIAlign:
+    """RoIAlign of ``size`` x ``size`` cells from the level that fits a region's area.
+
+    The scales are given: torchvision would infer them from the first batch, whose padding may be large.
+    """
+    pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], output_size=size, sampling_ratio=2)
+    pool.scales = [1 / stride for stride in strides]
+    pool.map_levels = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
+    return pool
+
+
+def build_faster_rcnn(section: ModelSection) -> FasterRCNN:
+    """The model of a recipe with random weights: C4 with three stages, DC5 with dilation, else FPN."""
+    keys, stages = section.regions, section.backbone
+    one_map = stages.stages < 4 or stages.dilation
+    backbone = build_backbone(stages, padding=section.padding, levels=1 if one_map else 4)
+    neck, channels, sizes = nn.Identity(), backbone.channels[-1], [ANCHORS]
+    if not one_map:
+        channels, sizes = section.width, [(size,) for size in ANCHORS]
+        neck = FeaturePyramidNetwork(list(backbone.channels), channels, LastLevelMaxPool())
+    anchors = FloatAnchors(tuple(sizes), (RATIOS,) * len(sizes))
+    if stages.stages < 4:
+        align, head, features = region_align(backbone.strides, 14), Res5Head(build_stage(stages, 3)), 2 * channels
+        backbone.elsewhere = {"layer4": head.layer4}
+    else:
+        align, features = region_align(backbone.strides, 7), keys.hidden
+        head = TwoMLPHead(channels * 7 * 7, features)
+    rpn = RegionProposalNetwork(
+        anchors,
+        FloatRPNHead(channels, anchors.num_anchors_per_location()[0]),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=DRAWN_ANCHORS,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": keys.candidates_train, "testing": keys.candidates_eval},
+        post_nms_top_n={"training": keys.proposals_train, "testing": keys.proposals_eval},
+        nms_thresh=0.7,
+    )
+    roi_heads = RegionHeads(
+        align,
+        head,
+        FastRCNNPredictor(features, section.num_classes),
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=DRAWN_REGIONS,
+        positive_fraction=0.25,
+        bbox_reg_weights=None,
+        score_thresh=keys.score_threshold,
+        nms_thresh=0.5,
+        detections_per_img=section.num_queries,
+    )
+    return FasterRCNN(backbone, neck, rpn, roi_heads)
