@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -121,6 +121,18 @@ class Training:
         self.console.print(f"{what}; {way}", markup=False, highlight=False, soft_wrap=True)
 
 
+@dataclass(frozen=True)
+class _Start:
+    """What a new run and one that goes on bring along."""
+
+    folder: Path
+    replica: nn.Module
+    optimizer: Guarded
+    average: WeightAverage | None
+    progress: Progress
+    note: str  # for the console
+
+
 def build_training(
     recipe: Recipe, *, resume: str | None, device: torch.device, world: World, console: Console
 ) -> Training:
@@ -128,6 +140,52 @@ def build_training(
     evaluator = choose_evaluator(recipe.eval.evaluator)
     folder = None if resume is None else world.from_main(lambda: find_run(recipe, resume))
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    splits = _read_data(recipe, world, console)
+    torch.manual_seed(recipe.run.seed)
+    model = build_model(recipe.model)
+    train_loader, val_loader = build_loaders(recipe, splits, device, world)
+    say(train_loader.describe())
+    compute = choose_compute(recipe.compute, device, buckets=train_loader.shapes is not None, processes=world.size)
+    environment = environment_of(recipe, device)
+    if folder is None:
+        start = _begin(recipe, model, device, world, environment)
+    else:
+        start = _go_on(recipe, model, device, world, environment, folder=folder, data=splits.fingerprint(), say=say)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    place = device if world.size == 1 else f"{device}, {world.size} processes ({recipe.parallel.strategy})"
+    say(f"model: {count:,} parameters on {place}; {start.note}{_never_drops(recipe)}")
+    say(f"run: {start.folder}")
+    criterion = build_criterion(recipe)
+    logged = step_values(criterion.logged)
+    return Training(
+        recipe=recipe,
+        device=device,
+        compute=compute,
+        folder=start.folder,
+        splits=splits,
+        world=world,
+        model=model,
+        replica=start.replica,
+        criterion=criterion,
+        optimizer=start.optimizer,
+        average=start.average,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        evaluator=evaluator,
+        environment=environment,
+        progress=start.progress,
+        epoch_meter=Meter.from_json(logged, start.progress.epoch_sums),
+        interval_meter=Meter.from_json(logged, start.progress.interval_sums),
+        console=console,
+        stop=StopSignal(speaks=world.is_main),
+        saver=Saver(
+            start.folder / CHECKPOINTS, world, keep=recipe.checkpoint.keep, timeout=recipe.parallel.timeout, say=say
+        ),
+    )
+
+
+def _read_data(recipe: Recipe, world: World, console: Console) -> Splits:
+    """Both splits, their findings printed. Raises DatasetError where they hold what cannot be trained on."""
     watch = Stopwatch()
     with console.status("reading and checking the data"), world.machine_first():
         splits = load_splits(
@@ -142,69 +200,59 @@ def build_training(
         f"data: {len(splits.train.image_ids)} train and {len(splits.val.image_ids)} val images, "
         f"{len(splits.categories.ids)} categories, checked in {watch.lap():.1f} s"
     )
-    torch.manual_seed(recipe.run.seed)
-    model = build_model(recipe.model)
-    train_loader, val_loader = build_loaders(recipe, splits, device, world)
-    console.print(train_loader.describe(), markup=False, highlight=False, soft_wrap=True)
-    compute = choose_compute(recipe.compute, device, buckets=train_loader.shapes is not None, processes=world.size)
-    progress, environment = Progress(), environment_of(recipe, device)
-    if folder is None:
-        note = load_initial_weights(model, recipe)
-        replica = distribute(model.to(device), recipe.parallel, world, device)
-        optimizer = build_optimizer(model, recipe.optim)
-        average = build_average(model, recipe)
-        folder = world.from_main(lambda: new_run(recipe, environment))
-    else:
-        checkpoint = load_newest(folder / CHECKPOINTS, world, say)
-        if checkpoint.meta["data"] != splits.fingerprint():
-            raise CheckpointError(
-                f"--resume: the training split is not the one that {folder} was trained on "
-                "(other images, boxes or categories): start a new run with init.checkpoint instead."
-            )
-        load_model_state(model, checkpoint, averaged=False)
-        replica = distribute(model.to(device), recipe.parallel, world, device)
-        optimizer = build_optimizer(model, recipe.optim)
-        load_optimizer_state(model, optimizer, checkpoint)
-        average = build_average(model, recipe)
-        if average:
-            average.load(checkpoint.average, checkpoint.meta["averaged_steps"])
-        progress = replace(checkpoint.progress, finished=False)
-        if not (folder / CHECKPOINTS / BEST).exists():  # it was damaged: the next one is the best again
-            progress.best_ap, progress.best_epoch = -1.0, -1
-        if world.is_main:
-            write_environment(folder, environment, step=progress.step)
-        note = f"continuing after step {progress.step}"
-    count = sum(parameter.numel() for parameter in model.parameters())
-    if recipe.optim.schedule == "step" and min(recipe.optim.drop_epochs, default=0) >= recipe.train.epochs:
-        note += f"; the learning rate never drops (optim.drop_epochs begin at {recipe.optim.drop_epochs[0]})"
-    place = device if world.size == 1 else f"{device}, {world.size} processes ({recipe.parallel.strategy})"
-    for line in (f"model: {count:,} parameters on {place}; {note}", f"run: {folder}"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    criterion = build_criterion(recipe)
-    logged = step_values(criterion.logged)
-    return Training(
-        recipe=recipe,
-        device=device,
-        compute=compute,
-        folder=folder,
-        splits=splits,
-        world=world,
-        model=model,
-        replica=replica,
-        criterion=criterion,
-        optimizer=optimizer,
-        average=average,
-        train_loader=train_loader,
-        val_loader=val_loader,
-        evaluator=evaluator,
-        environment=environment,
-        progress=progress,
-        epoch_meter=Meter.from_json(logged, progress.epoch_sums),
-        interval_meter=Meter.from_json(logged, progress.interval_sums),
-        console=console,
-        stop=StopSignal(speaks=world.is_main),
-        saver=Saver(folder / CHECKPOINTS, world, keep=recipe.checkpoint.keep, timeout=recipe.parallel.timeout, say=say),
-    )
+    return splits
+
+
+def _begin(
+    recipe: Recipe, model: Detector, device: torch.device, world: World, environment: Mapping[str, object]
+) -> _Start:
+    """A new run: its initial weights, and its folder, last."""
+    note = load_initial_weights(model, recipe)
+    replica = distribute(model.to(device), recipe.parallel, world, device)
+    optimizer = build_optimizer(model, recipe.optim)
+    average = build_average(model, recipe)
+    folder = world.from_main(lambda: new_run(recipe, environment))
+    return _Start(folder, replica, optimizer, average, Progress(), note)
+
+
+def _go_on(
+    recipe: Recipe,
+    model: Detector,
+    device: torch.device,
+    world: World,
+    environment: Mapping[str, object],
+    *,
+    folder: Path,
+    data: object,
+    say: Callable[[str], None],
+) -> _Start:
+    """The run in ``folder``, from its newest whole checkpoint. Raises CheckpointError if its ``data`` is another."""
+    checkpoint = load_newest(folder / CHECKPOINTS, world, say)
+    if checkpoint.meta["data"] != data:
+        raise CheckpointError(
+            f"--resume: the training split is not the one that {folder} was trained on "
+            "(other images, boxes or categories): start a new run with init.checkpoint instead."
+        )
+    load_model_state(model, checkpoint, averaged=False)
+    replica = distribute(model.to(device), recipe.parallel, world, device)
+    optimizer = build_optimizer(model, recipe.optim)
+    load_optimizer_state(model, optimizer, checkpoint)
+    average = build_average(model, recipe)
+    if average:
+        average.load(checkpoint.average, checkpoint.meta["averaged_steps"])
+    progress = replace(checkpoint.progress, finished=False)
+    if not (folder / CHECKPOINTS / BEST).exists():  # it was damaged: the next one is the best again
+        progress.best_ap, progress.best_epoch = -1.0, -1
+    if world.is_main:
+        write_environment(folder, environment, step=progress.step)
+    return _Start(folder, replica, optimizer, average, progress, f"continuing after step {progress.step}")
+
+
+def _never_drops(recipe: Recipe) -> str:
+    drops = recipe.optim.drop_epochs
+    if recipe.optim.schedule == "step" and min(drops, default=0) >= recipe.train.epochs:
+        return f"; the learning rate never drops (optim.drop_epochs begin at {drops[0]})"
+    return ""
 
 
 def build_average(model: Detector, recipe: Recipe) -> WeightAverage | None:

@@ -59,12 +59,13 @@ class Evaluation(NamedTuple):
 def coco_detections(found: Detections, image_ids: Sequence[int], categories: Categories) -> CocoDetections:
     """The detections of B images, in one transfer from their device.
 
-    Logits without a category are left out, and scores of 0, which fill up an image that has fewer detections.
+    Logits without a category are left out, and scores of 0 of boxes at 0, which fill up an image that has fewer.
     """
     scores, labels, corners = (part.cpu() for part in found)
     boxes = torch.cat((corners[..., :2], corners[..., 2:] - corners[..., :2]), dim=-1)
     places = positions(categories.indices, labels.flatten().numpy())
-    known = (places >= 0) & (scores.flatten().numpy() != 0)
+    filling = (scores == 0) & (boxes == 0).all(dim=-1)
+    known = (places >= 0) & ~filling.flatten().numpy()
     return CocoDetections(
         np.repeat(np.array(image_ids, dtype=np.int64), scores.shape[1])[known],
         np.array(categories.ids, dtype=np.int64)[places[known]],

@@ -133,7 +133,7 @@ def test_the_start_up_leaves_no_trace(make_recipe: MakeRecipe) -> None:
 
 @pytest.mark.parametrize(  # rates at which differences of rounding do not grow
     ("options", "dtype", "lr", "difference", "decrease"),
-    [((), torch.float32, 1e-5, 2e-6, 0.95), (PUBLISHED, torch.float64, 1e-4, 1e-8, 0.6)],
+    [((), torch.float32, 1e-5, 5e-5, 0.95), (PUBLISHED, torch.float64, 1e-4, 1e-8, 0.7)],
 )
 def test_a_hundred_compiled_steps_are_the_eager_ones(
     make_recipe: MakeRecipe,

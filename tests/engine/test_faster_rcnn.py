@@ -39,7 +39,7 @@ NUMBERS = {
     "model.num_classes": 9,
     "model.num_queries": 12,
     "model.width": 32,
-    "model.backbone.width": 8,
+    "model.backbone.width": 16,
     "model.regions.candidates_train": 100,
     "model.regions.candidates_eval": 50,
     "model.regions.proposals_train": 30,

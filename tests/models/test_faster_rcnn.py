@@ -219,7 +219,7 @@ def test_a_step_is_the_mean_over_its_images() -> None:
     }
 
 
-NARROW = (*SMALL, "model.backbone.width=8", "model.regions.hidden=16")
+NARROW = (*SMALL, "model.backbone.width=16", "model.regions.hidden=16")
 
 
 @pytest.mark.parametrize("name", ["dc5_12ep", "fpn_108ep"])
