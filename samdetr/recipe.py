@@ -78,6 +78,10 @@ class Recipe(Section):
         compute = info.data.get("compute")
         if value.system == "faster_rcnn" and compute and compute.cuda_graph == "on":
             raise ValueError('system "faster_rcnn" waits for the device: set compute.cuda_graph = "off"')
+        if value.system == "faster_rcnn" and compute and compute.activation_checkpointing != "off":
+            raise ValueError(
+                'system "faster_rcnn" has no layers to recompute: set compute.activation_checkpointing = "off"'
+            )
         return value
 
     @field_validator("loss")

@@ -117,6 +117,14 @@ def compile_regions(model: Detector, criterion: Criterion, *, shapes: int) -> No
     criterion.compile(fullgraph=True, dynamic=False)
 
 
+def arrange(model: Detector, criterion: Criterion, compute: Compute, *, shapes: int) -> None:
+    """Change how the model computes, as ``compute`` says; recomputation is around what is compiled."""
+    if compute.compile:
+        compile_regions(model, criterion, shapes=shapes)
+    if compute.recompute:
+        recompute_layers(model)
+
+
 @contextmanager
 def eagerly() -> Iterator[None]:
     """Within the context compiled regions run as they are written."""
@@ -168,10 +176,7 @@ def prepare_step(
         note(f"{error} Going on without it, as compute.on_failure says.")
 
     with unchanged(model, device):
-        if compute.compile:
-            compile_regions(model, criterion, shapes=len(shapes))
-        if compute.recompute:
-            recompute_layers(model)
+        arrange(model, criterion, compute, shapes=len(shapes))
         if compute.compile:
             try:
                 _compile_shapes(model, as_computed, shapes, made_up, started, note)
