@@ -51,6 +51,7 @@ __all__ = [
     "load_recipe",
     "override_recipe",
     "with_absolute_paths",
+    "with_micro_batch",
 ]
 
 Keys = tuple[str | int, ...]
@@ -193,6 +194,11 @@ def _tables(section: Section, name: str) -> list[str]:
         else:
             rows.append(f"{key} = {value_text(value)}")
     return rows + below
+
+
+def with_micro_batch(recipe: Recipe, images: int) -> Recipe:
+    """The recipe with ``train.micro_batch`` set to a number."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": images})})
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:

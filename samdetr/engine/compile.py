@@ -269,11 +269,14 @@ def _compile_shapes(
     note(f"compiled for {len(shapes)} shapes in {seconds:.0f} s; the graphs are kept in {cache_dir()}")
 
 
-def random_batch(shape: Shape, images: int, max_objects: int) -> Batch:
-    """Noise with random boxes, as a loader gives it, the same for the same arguments; every image fills ``shape``."""
+def random_batch(shape: Shape, images: int, max_objects: int, *, least: int = 0) -> Batch:
+    """Noise with random boxes, as a loader gives it, the same for the same arguments; every image fills ``shape``.
+
+    An image has at least ``least`` boxes and at most ``max_objects``.
+    """
     generator = torch.Generator().manual_seed(0)
     boxes = torch.rand(images, max_objects, 4, generator=generator) * 0.4 + 0.3
-    counts = torch.randint(max_objects + 1, (images,), generator=generator)
+    counts = torch.randint(least, max_objects + 1, (images,), generator=generator)
     valid = torch.arange(max_objects) < counts[:, None]
     sizes = torch.tensor([shape] * images)
     return Batch(

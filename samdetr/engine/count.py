@@ -231,7 +231,7 @@ def training_memory(model: Detector, recipe: Recipe) -> Memory:
     and fragmentation are not in it.
     """
     size = Size(max(recipe.augment.train_sizes), recipe.augment.max_size)
-    images, image_sizes = _images(recipe.train.micro_batch, size)
+    images, image_sizes = _images(recipe.train.images, size)
     saved = [images]
 
     def save(tensor: Tensor) -> Tensor:

@@ -116,7 +116,10 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
     device = choose_device(recipe.run.device, recipe.compute.kernels)
     with joined(device, recipe.parallel) as world:
         console = Console(quiet=not world.is_main)
-        return run(build_training(recipe, resume=resume, device=device, world=world, console=console), profile=profile)
+        training = build_training(
+            recipe, resume=resume, device=device, world=world, console=console, train_step=train_step
+        )
+        return run(training, profile=profile)
 
 
 def run(training: Training, *, profile: bool) -> Path:
@@ -212,7 +215,7 @@ def start_step(training: Training, log: RunLog) -> StepGraphs | None:
         compute=training.compute,
         on_failure=training.recipe.compute.on_failure,
         shapes=training.train_loader.shapes or (),
-        micro_batch=training.recipe.train.micro_batch,
+        micro_batch=training.recipe.train.images,
         max_objects=training.train_loader.max_objects,
         device=training.device,
         started=started,
