@@ -31,6 +31,8 @@ _DETR = "DETR"
 _DETR_FOCAL = "DETR, 300 queries, focal loss"
 _CONDITIONAL = "Conditional-DETR"
 _SMCA = "SMCA-DETR, one scale"
+_DEFORMABLE = "Deformable-DETR, one level"
+_DEFORMABLE_MS = "Deformable-DETR, four levels"
 _C4, _RCNN, _FPN = "Faster R-CNN C4", "Faster R-CNN", "Faster R-CNN FPN"
 _R50, _DC5 = "R50", "R50-DC5"
 
@@ -74,6 +76,21 @@ PUBLISHED = {  # by name of the recipe's file
     "smca_detr_r50_50ep": Published(_SMCA, _R50, 41.0, 86, 42, 41_760_482, 41_538_082, (84.0, 94.5), compared=True),
     "smca_detr_r50_dc5_12ep": Published(_SMCA, _DC5, 32.5, 187, 42, 41_760_482, 41_538_082, (177.6, 206.0)),
     "smca_detr_r50_dc5_50ep": Published(_SMCA, _DC5, None, 187, 42, 41_760_482, 41_538_082, (177.6, 206.0)),
+    "deformable_detr_r50_12ep": Published(
+        _DEFORMABLE, _R50, 31.8, 78, 34, 34_066_593, 33_844_193, (76.4, 85.9), compared=True
+    ),
+    "deformable_detr_r50_50ep": Published(
+        _DEFORMABLE, _R50, 39.4, 78, 34, 34_066_593, 33_844_193, (76.4, 85.9), compared=True
+    ),
+    "deformable_detr_r50_dc5_12ep": Published(
+        _DEFORMABLE, _DC5, 34.9, 128, 34, 34_066_593, 33_844_193, (125.1, 141.3), compared=True
+    ),
+    "deformable_detr_r50_dc5_50ep": Published(
+        _DEFORMABLE, _DC5, 41.5, 128, 34, 34_066_593, 33_844_193, (125.1, 141.3), compared=True
+    ),
+    "deformable_detr_r50_ms_50ep": Published(
+        _DEFORMABLE_MS, _R50, 43.8, 173, 40, 40_069_665, 39_847_265, (166.0, 187.0), compared=True
+    ),
     # parameters are those of torchvision's model with frozen BatchNorm; operations depend on trained proposals
     "faster_rcnn_r50_c4_12ep": Published(_C4, _R50, 35.7, 547, 34, 33_799_840, 33_577_440, None),
     "faster_rcnn_r50_c4_36ep": Published(_C4, _R50, 38.4, 547, 34, 33_799_840, 33_577_440, None),

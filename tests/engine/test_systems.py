@@ -37,6 +37,13 @@ PARAMETERS = {
     "smca_detr_r50_50ep": 41_760_482,
     "smca_detr_r50_dc5_12ep": 41_760_482,
     "smca_detr_r50_dc5_50ep": 41_760_482,
+    "deformable_detr_r50_12ep": 34_066_593,
+    "deformable_detr_r50_50ep": 34_066_593,
+    "deformable_detr_r50_dc5_12ep": 34_066_593,
+    "deformable_detr_r50_dc5_50ep": 34_066_593,
+    "deformable_detr_r50_ms_50ep": 40_069_665,
+    "deformable_detr_r50_ms_refine_50ep": 40_849_660,
+    "deformable_detr_r50_ms_two_stage_50ep": 41_181_529,
 }
 SHAPES_CLASSES = 8
 
