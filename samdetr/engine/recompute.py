@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from samdetr.models import Detector
+
+T = TypeVar("T")
 
 
 class SavedBytes:
@@ -38,10 +40,10 @@ def recompute_layers(model: Detector) -> None:
         layer.forward = partial(_recomputed, layer.forward)
 
 
-def _recomputed(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def _recomputed(forward: Callable[..., T], *inputs: Any) -> T:
     if not torch.is_grad_enabled():
         return forward(*inputs)
-    found: Tensor = checkpoint(forward, *inputs, use_reentrant=False)
+    found: T = checkpoint(forward, *inputs, use_reentrant=False)
     return found
 
 
