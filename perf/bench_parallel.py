@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from statistics import median, quantiles
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from perf.harness import measure
-from perf.report import Report, Row, environment, table
+from perf.report import Report, environment, table
+from perf.train_step import StepRow, wait
 from samdetr.data.prefetch import finish
 from samdetr.engine.compile import random_batch
 from samdetr.engine.optim import build_optimizer, set_learning_rate
@@ -93,20 +95,36 @@ def run(recipe: Recipe, case: str, batch: Batch, device: torch.device, repeats: 
         report.failed = True
         report.note(f"RED {case}: {wrong}; no speed")
         return
-    rows: list[Row] = []
-    for way, timing in measure(steps, device, repeats).items():
-        row = Row(report.op, case, "float32", "step", way)
-        if isinstance(timing, str):
-            row.problem, report.failed = timing, True
-        else:
-            row.ms, row.p20, row.p80, row.host_ms, row.peak_mb, row.repeats = timing
-        row.times_faster = rows[0].ms / row.ms if rows and rows[0].ms and row.ms else None
+    rows: list[StepRow] = []
+    for way, times in take_turns(steps, device, repeats).items():
+        clock, cpu = zip(*times, strict=True)
+        row = StepRow(report.op, case, "float32", "step", way, median(clock), cpu_ms=median(cpu), repeats=len(times))
+        row.p20, _, _, row.p80 = quantiles(clock, n=5)
         rows.append(row)
     report.rows += rows
-    print(table(rows) + "\n", flush=True)
+    print(table([*rows]) + "\n", flush=True)
+    plain = rows[0]
     for row in rows[1:]:
-        if row.ms and rows[0].ms:
-            report.note(f"{row.variant}: {row.ms / rows[0].ms - 1:+.1%} of a plain step of {rows[0].ms:.0f} ms")
+        pairs = (("by the clock", row.ms, plain.ms), ("of processor time", row.cpu_ms, plain.cpu_ms))
+        ratios = [
+            f"{now / before - 1:+.1%} {what}, {before:.0f} to {now:.0f} ms"
+            for what, now, before in pairs
+            if now and before
+        ]
+        report.note(f"{row.variant}: {'; '.join(ratios)}")
+
+
+def take_turns(steps: dict[str, Step], device: torch.device, turns: int) -> dict[str, list[tuple[float, float]]]:
+    """Milliseconds by the clock and of processor time, all threads, of every way's steps; the ways take turns."""
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in steps}
+    for turn in range(turns):
+        for way, step in steps.items():
+            wait(device)
+            begin, cpu = time.perf_counter(), time.process_time()
+            step(turn)
+            wait(device)
+            times[way].append(((time.perf_counter() - begin) * 1e3, (time.process_time() - cpu) * 1e3))
+    return times
 
 
 def main(argv: Sequence[str] | None = None) -> int:
