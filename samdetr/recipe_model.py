@@ -165,6 +165,11 @@ class ModelSection(Section):
     backbone: BackboneSection = BackboneSection()
     regions: RegionsSection = Field(RegionsSection(), json_schema_extra=only_with("model.system", "faster_rcnn"))
 
+    @property
+    def most_objects(self) -> int | None:
+        """How many objects an image can have in training; None: any number."""
+        return None if self.system == "faster_rcnn" else self.num_queries
+
     @field_validator(*OF_TRANSFORMERS)
     @classmethod
     def _is_of_a_transformer(cls, value: object, info: ValidationInfo) -> object:

@@ -49,11 +49,11 @@ PUBLISHED_SMCA = {  # epochs, drop epoch, total batch, dilation
 SMCA_MS = {"smca_detr_r50_ms_50ep": ("convolution", 500), "smca_detr_r50_ms_attention_50ep": ("attention", 300)}
 PUBLISHED_RCNN = {  # epochs, drop epochs, stages, dilation, candidates and proposals in training
     "faster_rcnn_r50_c4_12ep": (12, (8, 11), 3, False, 12000, 2000),
-    "faster_rcnn_r50_c4_36ep": (36, (28, 34), 3, False, 12000, 2000),
+    "faster_rcnn_r50_c4_36ep": (36, (28, 33), 3, False, 12000, 2000),
     "faster_rcnn_r50_dc5_12ep": (12, (8, 11), 4, True, 12000, 2000),
-    "faster_rcnn_r50_dc5_36ep": (36, (28, 34), 4, True, 12000, 2000),
-    "faster_rcnn_r50_dc5_108ep": (108, (101, 107), 4, True, 12000, 2000),
-    "faster_rcnn_r50_fpn_108ep": (108, (101, 107), 4, False, 2000, 1000),
+    "faster_rcnn_r50_dc5_36ep": (36, (28, 33), 4, True, 12000, 2000),
+    "faster_rcnn_r50_dc5_108ep": (108, (100, 105), 4, True, 12000, 2000),
+    "faster_rcnn_r50_fpn_108ep": (108, (100, 105), 4, False, 2000, 1000),
 }
 OURS = (  # rows of no published table
     "quickstart",

@@ -86,12 +86,13 @@ class CheckReport:
 
 
 def check_data(
-    data: CocoData, *, num_queries: int, on_bad: Literal["error", "drop"], against: Mapping[int, str] | None
+    data: CocoData, *, num_queries: int | None, on_bad: Literal["error", "drop"], against: Mapping[int, str] | None
 ) -> tuple[CocoData, CheckReport]:
     """Check a split; with ``on_bad = "drop"`` the returned data lacks annotations with box-level findings.
 
     ``against`` maps the category ids of the training split to their names when a validation split is checked. The
-    number of objects is held against ``num_queries`` in the training split only. Nothing is raised for bad data.
+    number of objects is held against ``num_queries``, if any, in the training split only. Nothing is raised for bad
+    data.
     """
     masks = {**_reference_masks(data, against), **_box_masks(data)}
     findings = _image_findings(data)
@@ -107,7 +108,7 @@ def check_data(
     if not (~data.ann_crowd).any():
         findings.append(Finding("no_objects", "error", 1, (str(data.annotation_file),)))
     findings += _renamed_categories(data, against or {})
-    if data.split == "train":
+    if data.split == "train" and num_queries is not None:
         findings.append(_crowded_images(data, num_queries))
     return data, CheckReport(data.split, tuple(finding for finding in findings if finding.count))
 

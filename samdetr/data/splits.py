@@ -39,7 +39,7 @@ class Splits:
         return content.hexdigest()
 
 
-def load_splits(section: DataSection, *, num_queries: int, num_classes: int, no_object: bool = False) -> Splits:
+def load_splits(section: DataSection, *, num_queries: int | None, num_classes: int, no_object: bool = False) -> Splits:
     """Read and check the train and val split, generating the shapes data set on first use.
 
     Findings are in ``reports``; `samdetr.data.checks.raise_for_errors` turns errors among them into a DataError.

@@ -205,7 +205,7 @@ def _read_data(recipe: Recipe, world: World, console: Console) -> Splits:
     with console.status("reading and checking the data"), world.machine_first():
         splits = load_splits(
             recipe.data,
-            num_queries=recipe.model.num_queries,
+            num_queries=recipe.model.most_objects,
             num_classes=recipe.model.num_classes,
             no_object=recipe.loss.classification == "softmax",
         )

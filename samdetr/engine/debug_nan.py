@@ -183,7 +183,7 @@ def _load(recipe: Recipe, meta: Mapping[str, Any], device: torch.device) -> list
     """The micro-batches of all processes, in their order, as the loader gives them."""
     splits = load_splits(
         recipe.data,
-        num_queries=recipe.model.num_queries,
+        num_queries=recipe.model.most_objects,
         num_classes=recipe.model.num_classes,
         no_object=recipe.loss.classification == "softmax",
     )

@@ -149,7 +149,7 @@ def _evaluate_and_print(model: Detector, recipe: Recipe, raw: CocoData, categori
     evaluator = choose_evaluator(recipe.eval.evaluator)
     data, report = check_data(
         raw,
-        num_queries=recipe.model.num_queries,
+        num_queries=recipe.model.most_objects,
         on_bad=recipe.data.on_bad,
         against=dict(zip(categories.ids, categories.names, strict=True)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,26 +29,38 @@ Sizes = list[tuple[int, int]]  # (height, width) of each image's valid pixels
 Truth = list[dict[str, Tensor]]  # of each image: boxes [n, 4] (x0, y0, x1, y1) in pixels, labels [n] from 1
 ANCHORS: tuple[int, ...] = (32, 64, 128, 256, 512)  # square roots of areas, pixels
 RATIOS = (0.5, 1.0, 2.0)  # heights over widths
-GRID = 32  # images are padded to multiples of it: anchors lie evenly on maps of whole cells only
+GRID = 32  # images are padded to multiples of it, as torchvision's are
 DRAWN_ANCHORS, DRAWN_REGIONS = 256, 512  # of an image, for the losses
 
 
-class FloatAnchors(AnchorGenerator):
-    """Anchors in float32 also where the maps are bfloat16, whose 8 bits hold no coordinates."""
+class Anchors(AnchorGenerator):
+    """Anchors in float32, as bfloat16 holds no coordinates, around the cells of maps with the given strides.
+
+    torchvision divides the padded image by its map, which is another stride where the padding ends within a cell.
+    """
+
+    def __init__(self, sizes: tuple[tuple[int, ...], ...], strides: tuple[int, ...]) -> None:
+        super().__init__(sizes, (RATIOS,) * len(sizes))
+        self.strides = strides
 
     def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:
         """Anchors [A, 4] of each image, (x0, y0, x1, y1) in pixels."""
-        anchors: list[Tensor] = super().forward(images, [level[:1, :1].float() for level in maps])
-        return anchors
+        device = maps[0].device
+        self.set_cell_anchors(torch.float32, device)
+        strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
+        anchors = torch.cat(self.grid_anchors([list(level.shape[-2:]) for level in maps], strides))
+        return [anchors] * len(images.image_sizes)
 
 
-class FloatRPNHead(RPNHead):
-    """Scores and box changes in float32."""
+class ExactRPNHead(RPNHead):
+    """Scores and box changes are computed in float32: thousands of scores are compared."""
 
     def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Of each level, [B, A, h, w] and [B, 4 A, h, w] for A anchors a cell."""
-        scores, changes = super().forward(maps)
-        return [level.float() for level in scores], [level.float() for level in changes]
+        features = [self.conv(level) for level in maps]
+        with exact(maps[0]):
+            scores = [self.cls_logits(level.float()) for level in features]
+            return scores, [self.bbox_pred(level.float()) for level in features]
 
 
 class Res5Head(nn.Module):
@@ -67,8 +80,10 @@ class RegionHeads(RoIHeads):
 
     def predict(self, maps: Maps, proposals: list[Tensor], sizes: Sizes) -> tuple[Tensor, Tensor]:
         """Of all images' regions: logits [R, K] (0: no object) and box changes [R, 4 K], float32."""
-        logits, changes = self.box_predictor(self.box_head(self.box_roi_pool(maps, proposals, sizes)))
-        return logits.float(), changes.float()
+        features = self.box_head(self.box_roi_pool(maps, proposals, sizes))
+        with exact(features):
+            logits, changes = self.box_predictor(features.float())
+        return logits, changes
 
     def subsample(self, labels: list[Tensor]) -> list[Tensor]:
         """No more than DRAWN_REGIONS are drawn; the slice says so on the meta device too, where values are unknown."""
@@ -116,10 +131,9 @@ class FasterRCNN(nn.Module):
         L = 1 and Q detections at most, best first, one class each: the logits' softmax is its score, the last logit no
         object; rows left over have no object for certain.
         """
-        height, width = images.shape[-2:]
-        images = functional.pad(images, (0, -width % GRID, 0, -height % GRID))
+        images = functional.pad(images, (0, -images.shape[-1] % GRID, 0, -images.shape[-2] % GRID))
         maps = self.neck({str(level): x for level, x in enumerate(self.backbone(images, image_sizes))})
-        sizes = [(int(h), int(w)) for h, w in image_sizes]
+        sizes: Sizes = [(height, width) for height, width in image_sizes.tolist()]
         batch = ImageList(images, sizes)
         if not self.training:
             return self.roi_heads.detections(maps, self.rpn(batch, maps)[0], sizes)
@@ -135,14 +149,18 @@ class FasterRCNN(nn.Module):
         return Regions((), ())
 
 
+def exact(x: Tensor) -> AbstractContextManager[object]:
+    """Within the context autocast leaves float32 alone."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta has no autocast
+
+
 def pixel_truth(targets: Targets, image_sizes: Tensor) -> Truth:
     """The targets in torchvision's form."""
     scale = image_sizes.flip(-1).repeat(1, 2)[:, None]
     boxes = box_convert(targets.boxes * scale, "cxcywh", "xyxy")
-    counts = [int(count) for count in targets.counts]
     return [
         {"boxes": boxes[image, :count], "labels": targets.labels[image, :count] + 1}
-        for image, count in enumerate(counts)
+        for image, count in enumerate(targets.counts.tolist())
     ]
 
 
@@ -162,11 +180,13 @@ def build_faster_rcnn(section: ModelSection) -> FasterRCNN:
     keys, stages = section.regions, section.backbone
     one_map = stages.stages < 4 or stages.dilation
     backbone = build_backbone(stages, padding=section.padding, levels=1 if one_map else 4)
-    neck, channels, sizes = nn.Identity(), backbone.channels[-1], [ANCHORS]
-    if not one_map:
-        channels, sizes = section.width, [(size,) for size in ANCHORS]
+    neck, channels = nn.Identity(), backbone.channels[-1]
+    if one_map:
+        anchors = Anchors((ANCHORS,), backbone.strides)
+    else:
+        channels = section.width
         neck = FeaturePyramidNetwork(list(backbone.channels), channels, LastLevelMaxPool())
-    anchors = FloatAnchors(tuple(sizes), (RATIOS,) * len(sizes))
+        anchors = Anchors(tuple((size,) for size in ANCHORS), (*backbone.strides, 2 * backbone.strides[-1]))
     if stages.stages < 4:
         align, head, features = region_align(backbone.strides, 14), Res5Head(build_stage(stages, 3)), 2 * channels
         backbone.elsewhere = {"layer4": head.layer4}
@@ -175,7 +195,7 @@ def build_faster_rcnn(section: ModelSection) -> FasterRCNN:
         head = TwoMLPHead(channels * 7 * 7, features)
     rpn = RegionProposalNetwork(
         anchors,
-        FloatRPNHead(channels, anchors.num_anchors_per_location()[0]),
+        ExactRPNHead(channels, anchors.num_anchors_per_location()[0]),
         fg_iou_thresh=0.7,
         bg_iou_thresh=0.3,
         batch_size_per_image=DRAWN_ANCHORS,

@@ -306,7 +306,7 @@ def load_official(model: Detector, state_dict: Mapping[str, Tensor], *, remake_c
         if remake_class_heads and name.startswith(CLASS_HEADS) and value.shape[0] != own[name].shape[0]:
             remade = value.shape[0]
             continue
-        if value.numel() != own[name].numel() or value.shape[0] != own[name].shape[0]:
+        if value.shape not in (own[name].shape, _to_official_layout(name, own[name]).shape):
             problems.append(f"{key} is {list(value.shape)}, the model needs {list(own[name].shape)}")
             continue
         loaded[name] = _from_official_layout(name, value).view(own[name].shape)

@@ -64,7 +64,7 @@ def eight_pictures(recipe: Recipe) -> list[Batch]:
     """The only step of an epoch."""
     softmax = recipe.loss.classification == "softmax"
     splits = load_splits(
-        recipe.data, num_queries=recipe.model.num_queries, num_classes=recipe.model.num_classes, no_object=softmax
+        recipe.data, num_queries=recipe.model.most_objects, num_classes=recipe.model.num_classes, no_object=softmax
     )
     loader, _ = build_loaders(recipe, splits, CPU, ALONE)
     (batch,) = prefetch(loader.epoch(0, 0), CPU)

@@ -45,8 +45,8 @@ def train_in(processes: int, recipe: Path, folder: Path, *options: str) -> subpr
     return start(["samdetr", "train", str(recipe)], *options)
 
 
-def finished(process: subprocess.Popen[str]) -> Result:
-    result = end(process)
+def finished(process: subprocess.Popen[str], timeout: float = 120.0) -> Result:
+    result = end(process, timeout)
     assert result.code == 0, result.err
     return result
 
@@ -104,6 +104,18 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_in_other_numbers(recipe_file: Pat
     assert_same_weights(run, straight / "tiny" / "1")
     finished(train_in(1, recipe_file, straight, "--set", "train.epochs=5", "--resume", str(straight / "tiny" / "1")))
     assert [line["step"] for line in metrics(straight / "tiny" / "1", "train")] == list(range(1, 31))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled_processes_train_as_one_eagerly(recipe_file: Path, tmp_path: Path, strategy: str) -> None:
+    buckets = ("--set", "data.batching=buckets", "--set", "data.buckets=2", "--set", "model.dropout=0.0")
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    compiled = ("--set", "compute.compile=on", "--set", f"parallel.strategy={strategy}")
+    result = finished(train_in(2, recipe_file, together, *buckets, *compiled), timeout=900)
+    assert "compiling 1/" in result.out
+    finished(train_in(1, recipe_file, alone, *buckets))
+    assert np.allclose(losses(together / "tiny" / "1"), losses(alone / "tiny" / "1"), rtol=ROUNDING, atol=0)
 
 
 def process_of_rank(launcher: int, rank: int) -> int:

@@ -30,7 +30,7 @@ from samdetr.structures import RegionLosses, Targets
 RECIPES = Path(__file__).parents[2] / "recipes"
 FROZEN = 222_400  # parameters of the stem and layer1
 PARAMETERS = {"c4_12ep": 33_799_840, "dc5_12ep": 165_585_568, "fpn_108ep": 41_704_036}
-SIZES = [(96, 128), (96, 112)]
+SIZES = [(128, 128), (128, 112)]  # of whole cells of 64: torchvision's anchors have no other stride there
 CLASSES, PROPOSALS, DETECTIONS = 5, 60, 20  # classes with no object
 SMALL = (
     f"model.num_classes={CLASSES}",
@@ -42,7 +42,7 @@ SMALL = (
     'model.backbone.weights="none"',
 )
 SMALL_THERE = {
-    "min_size": 96,
+    "min_size": 128,
     "max_size": 128,
     "image_mean": [0.0] * 3,
     "image_std": [1.0] * 3,
@@ -154,7 +154,7 @@ def pair(name: str) -> tuple[FasterRCNN, TorchvisionFasterRCNN]:
 def example() -> tuple[Tensor, Tensor, Targets]:
     """Two images, the second narrower and padded, one with two objects and one with one."""
     generator = torch.Generator().manual_seed(4)
-    images = torch.randn(2, 3, 96, 128, generator=generator)
+    images = torch.randn(2, 3, 128, 128, generator=generator)
     images[1, :, :, 112:] = 0
     boxes = torch.zeros(2, 3, 4)
     boxes[0, :2] = torch.tensor([[0.3, 0.4, 0.5, 0.6], [0.7, 0.6, 0.3, 0.4]])
@@ -229,8 +229,13 @@ def test_padding_of_a_bucket_does_not_change_the_scale(name: str) -> None:
     model = model_of(name, *NARROW, "model.regions.score_threshold=0.0").eval()
     frame = torch.zeros(1, 3, 250, 250)
     frame[..., :64, :64] = torch.randn(3, 64, 64)
+    anchors: list[Tensor] = []
+    model.rpn.anchor_generator.register_forward_hook(lambda _, __, out: anchors.append(out[0]))
     with torch.no_grad():
         boxes = model(frame, torch.tensor([[64, 64]])).boxes
+        model(frame[..., :160, :160], torch.tensor([[64, 64]]))
+    large, small = ({tuple(anchor) for anchor in found.tolist()} for found in anchors)
+    assert small < large
     assert model.roi_heads.box_roi_pool.scales == ([1 / 16] if name == "dc5_12ep" else [1 / 4, 1 / 8, 1 / 16, 1 / 32])
     corners = torch.cat((boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2), -1)
     assert corners.min() >= -1e-6
@@ -253,6 +258,19 @@ def test_bfloat16_leaves_coordinates_exact() -> None:
     assert outputs.boxes.dtype == outputs.logits.dtype == torch.float32
     assert {loss.dtype for loss in losses} == {torch.float32}
     assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_scores_keep_their_digits_under_autocast() -> None:
+    torch.manual_seed(9)
+    model = model_of("fpn_108ep", *NARROW).eval()
+    seen: list[Tensor] = []
+    model.rpn.head.register_forward_hook(lambda _, __, out: seen.extend((*out[0], *out[1])))
+    predict = model.roi_heads.predict
+    model.roi_heads.predict = lambda *arguments: seen.extend(found := predict(*arguments)) or found
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(*example()[:2])
+    assert len(seen) == 12
+    assert not any(torch.equal(part, part.bfloat16().float()) for part in seen)
 
 
 def test_the_fourth_stage_of_c4_has_the_backbones_weights(tmp_path: Path) -> None:
