@@ -57,9 +57,11 @@ PUBLISHED = {  # by name of the recipe's file
     "r50_12ep_1point_reweighted": Published(_SAM, _R50, 30.3, None, None, None, None, None),
     "r50_12ep_8points": Published(_SAM, _R50, 32.0, None, None, None, None, None),
     "r50_12ep_whole_image": Published(_SAM, _R50, 30.0, None, None, None, None, None),
-    "r50_ms_12ep": Published(_SAM_MS, _R50, 41.1, 203, 55, 55_194_698, 54_972_298, (197.0, 220.7)),
+    "r50_ms_12ep": Published(_SAM_MS, _R50, 41.1, 203, 55, 55_194_698, 54_972_298, (197.0, 220.7), compared=True),
     "r50_ms_50ep": Published(_SAM_MS, _R50, 46.1, 203, 55, 55_194_698, 54_972_298, (197.0, 220.7), compared=True),
-    "r50_ms_smca_12ep": Published(_SAM_MS_SMCA, _R50, 42.8, 203, 55, 55_243_946, 55_021_546, (197.0, 220.7)),
+    "r50_ms_smca_12ep": Published(
+        _SAM_MS_SMCA, _R50, 42.8, 203, 55, 55_243_946, 55_021_546, (197.0, 220.7), compared=True
+    ),
     "r50_ms_smca_50ep": Published(
         _SAM_MS_SMCA, _R50, 47.1, 203, 55, 55_243_946, 55_021_546, (197.0, 220.7), compared=True
     ),

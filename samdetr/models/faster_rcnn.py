@@ -133,7 +133,7 @@ class FasterRCNN(nn.Module):
         """
         images = functional.pad(images, (0, -images.shape[-1] % GRID, 0, -images.shape[-2] % GRID))
         maps = self.neck({str(level): x for level, x in enumerate(self.backbone(images, image_sizes))})
-        sizes: Sizes = [(height, width) for height, width in image_sizes.tolist()]
+        sizes = [(int(height), int(width)) for height, width in on_host(image_sizes)]
         batch = ImageList(images, sizes)
         if not self.training:
             return self.roi_heads.detections(maps, self.rpn(batch, maps)[0], sizes)
@@ -154,13 +154,18 @@ def exact(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta has no autocast
 
 
+def on_host(numbers: Tensor) -> Tensor:
+    """In one transfer, not one a number."""
+    return numbers if numbers.is_meta else numbers.cpu()
+
+
 def pixel_truth(targets: Targets, image_sizes: Tensor) -> Truth:
     """The targets in torchvision's form."""
     scale = image_sizes.flip(-1).repeat(1, 2)[:, None]
     boxes = box_convert(targets.boxes * scale, "cxcywh", "xyxy")
     return [
-        {"boxes": boxes[image, :count], "labels": targets.labels[image, :count] + 1}
-        for image, count in enumerate(targets.counts.tolist())
+        {"boxes": boxes[image, : int(count)], "labels": targets.labels[image, : int(count)] + 1}
+        for image, count in enumerate(on_host(targets.counts))
     ]
 
 

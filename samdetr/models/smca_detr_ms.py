@@ -258,7 +258,7 @@ def build_smca_detr_ms(section: ModelSection) -> MultiScaleSMCADETR:
     stages = CONVOLVED_STAGES if convolved else ATTENDED_STAGES
     backbone, projections = build_projections(section, levels=stages, last=True)
     strides = (*backbone.strides, 2 * backbone.strides[-1])
-    encoder = _mixing_encoder(section, levels=len(strides)) if convolved else _scale_encoder(section)
+    encoder = build_mixing_encoder(section, levels=len(strides)) if convolved else build_scale_encoder(section)
     layers = [
         DecoderLayer(
             first=number == 0,
@@ -280,7 +280,7 @@ def build_smca_detr_ms(section: ModelSection) -> MultiScaleSMCADETR:
     )
 
 
-def _mixing_encoder(section: ModelSection, *, levels: int) -> PyramidEncoder:
+def build_mixing_encoder(section: ModelSection, *, levels: int) -> PyramidEncoder:
     return PyramidEncoder(
         MixingLayer(
             levels=levels,
@@ -293,7 +293,7 @@ def _mixing_encoder(section: ModelSection, *, levels: int) -> PyramidEncoder:
     )
 
 
-def _scale_encoder(section: ModelSection) -> ScaleEncoder:
+def build_scale_encoder(section: ModelSection) -> ScaleEncoder:
     return ScaleEncoder(
         EncoderLayer(width=section.width, heads=section.heads, ffn=section.ffn, dropout=section.dropout)
         for _ in range(section.encoder_layers)

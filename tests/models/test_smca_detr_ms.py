@@ -41,6 +41,15 @@ def test_masked_enlarging_is_that_of_the_valid_cells(size: tuple[int, int]) -> N
     torch.testing.assert_close(found[..., : fine[0], : fine[1]], expected, rtol=0, atol=1e-12)
 
 
+def test_places_are_not_rounded_with_the_features() -> None:
+    """A ramp over 150 cells in bfloat16, as autocast gives it, keeps its slope."""
+    ramp = torch.arange(75.0).expand(1, 1, 4, 75)
+    maps = (geometry((4, 75), 4, 75, masked=False), geometry((8, 150), 8, 150, masked=False))
+    found = enlarged(ramp.bfloat16(), *maps)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, enlarged(ramp, *maps).bfloat16(), rtol=0.004, atol=1e-4)
+
+
 def test_gaussians_by_hand() -> None:
     """One head, centre at (96, 64) pixels, offsets (1, -1) cells, scales (1, 2), on maps of stride 16 and 64."""
     gaussians = Gaussians(width=32, heads=1, strides=(16, 64), first=True)

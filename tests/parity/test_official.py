@@ -64,6 +64,12 @@ def test_another_systems_checkpoint_is_named(state: dict[str, torch.Tensor]) -> 
         load_official(model("detr_r50_500ep"), state)
     with pytest.raises(CheckpointError, match=r'another system\'s: set model\.system = "detr"'):
         load_official(model(), official_state_dict("detr_r50"))
+    several = {"transformer.decoder.layers.0.point3.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r'another system\'s: set model\.system = "smca_detr"'):
+        load_official(model("smca_detr_r50_ms_50ep"), several)
+    several["transformer.decoder.layers.0.point4.weight"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r'another system\'s: set model\.system = "smca_detr_ms"'):
+        load_official(model("smca_detr_r50_50ep"), several)
     with pytest.raises(CheckpointError, match=r'no norm after its input .*: set model\.input_norm = "none"'):
         to_official(model("detr_r50_500ep", 'model.input_norm="group_norm"'))
 
