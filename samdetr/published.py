@@ -27,10 +27,13 @@ class Published(NamedTuple):
 
 _SAM = "SAM-DETR"
 _SAM_SMCA = "SAM-DETR w/ SMCA"
+_SAM_MS, _SAM_MS_SMCA = "SAM-DETR, three maps", "SAM-DETR w/ SMCA, three maps"
 _DETR = "DETR"
 _DETR_FOCAL = "DETR, 300 queries, focal loss"
 _CONDITIONAL = "Conditional-DETR"
 _SMCA = "SMCA-DETR, one scale"
+_DEFORMABLE = "Deformable-DETR, one level"
+_DEFORMABLE_MS = "Deformable-DETR, four levels"
 _C4, _RCNN, _FPN = "Faster R-CNN C4", "Faster R-CNN", "Faster R-CNN FPN"
 _R50, _DC5 = "R50", "R50-DC5"
 
@@ -52,6 +55,12 @@ PUBLISHED = {  # by name of the recipe's file
     "r50_12ep_1point_reweighted": Published(_SAM, _R50, 30.3, None, None, None, None, None),
     "r50_12ep_8points": Published(_SAM, _R50, 32.0, None, None, None, None, None),
     "r50_12ep_whole_image": Published(_SAM, _R50, 30.0, None, None, None, None, None),
+    "r50_ms_12ep": Published(_SAM_MS, _R50, 41.1, 203, 55, 55_194_698, 54_972_298, (197.0, 220.7)),
+    "r50_ms_50ep": Published(_SAM_MS, _R50, 46.1, 203, 55, 55_194_698, 54_972_298, (197.0, 220.7), compared=True),
+    "r50_ms_smca_12ep": Published(_SAM_MS_SMCA, _R50, 42.8, 203, 55, 55_243_946, 55_021_546, (197.0, 220.7)),
+    "r50_ms_smca_50ep": Published(
+        _SAM_MS_SMCA, _R50, 47.1, 203, 55, 55_243_946, 55_021_546, (197.0, 220.7), compared=True
+    ),
     "detr_r50_500ep": Published(_DETR, _R50, 42.0, 86, 41, 41_524_768, 41_302_368, (81.3, 91.7), compared=True),
     "detr_r50_dc5_500ep": Published(_DETR, _DC5, 43.3, 187, 41, 41_524_768, 41_302_368, (173.3, 201.5), compared=True),
     "detr_focal_r50_12ep": Published(_DETR_FOCAL, _R50, 22.3, 86, 41, 41_575_968, 41_353_568, (84.0, 94.5)),
@@ -74,6 +83,21 @@ PUBLISHED = {  # by name of the recipe's file
     "smca_detr_r50_50ep": Published(_SMCA, _R50, 41.0, 86, 42, 41_760_482, 41_538_082, (84.0, 94.5), compared=True),
     "smca_detr_r50_dc5_12ep": Published(_SMCA, _DC5, 32.5, 187, 42, 41_760_482, 41_538_082, (177.6, 206.0)),
     "smca_detr_r50_dc5_50ep": Published(_SMCA, _DC5, None, 187, 42, 41_760_482, 41_538_082, (177.6, 206.0)),
+    "deformable_detr_r50_12ep": Published(
+        _DEFORMABLE, _R50, 31.8, 78, 34, 34_066_593, 33_844_193, (76.4, 85.9), compared=True
+    ),
+    "deformable_detr_r50_50ep": Published(
+        _DEFORMABLE, _R50, 39.4, 78, 34, 34_066_593, 33_844_193, (76.4, 85.9), compared=True
+    ),
+    "deformable_detr_r50_dc5_12ep": Published(
+        _DEFORMABLE, _DC5, 34.9, 128, 34, 34_066_593, 33_844_193, (125.1, 141.3), compared=True
+    ),
+    "deformable_detr_r50_dc5_50ep": Published(
+        _DEFORMABLE, _DC5, 41.5, 128, 34, 34_066_593, 33_844_193, (125.1, 141.3), compared=True
+    ),
+    "deformable_detr_r50_ms_50ep": Published(
+        _DEFORMABLE_MS, _R50, 43.8, 173, 40, 40_069_665, 39_847_265, (166.0, 187.0), compared=True
+    ),
     # parameters are those of torchvision's model with frozen BatchNorm; operations depend on trained proposals
     "faster_rcnn_r50_c4_12ep": Published(_C4, _R50, 35.7, 547, 34, 33_799_840, 33_577_440, None),
     "faster_rcnn_r50_c4_36ep": Published(_C4, _R50, 38.4, 547, 34, 33_799_840, 33_577_440, None),

@@ -14,6 +14,7 @@ from samdetr.errors import RecipeError
 from samdetr.recipe_messages import explain, keys_named
 from samdetr.recipe_model import BackboneSection, ModelSection, RegionsSection
 from samdetr.recipe_sections import (
+    PYRAMIDS,
     AugmentSection,
     CheckpointSection,
     ComputeSection,
@@ -71,6 +72,14 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
+
+    @field_validator("optim")
+    @classmethod
+    def _samples_maps(cls, value: OptimSection, info: ValidationInfo) -> OptimSection:
+        model = info.data.get("model")
+        if model is not None and model.system not in PYRAMIDS and value.sampling_lr_factor != 1:
+            raise ValueError(f'sampling_lr_factor has no meaning with model.system = "{model.system}": leave it out')
+        return value
 
     @field_validator("model")
     @classmethod

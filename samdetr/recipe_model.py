@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from samdetr.recipe_sections import NonNegative, PositiveInt, Probability, Section, only_with
+from samdetr.recipe_sections import PYRAMIDS, NonNegative, PositiveInt, Probability, Section, only_with
 
 
 class BackboneSection(Section):
@@ -64,10 +64,13 @@ class RegionsSection(Section):
 
 # keys that have no meaning for Faster R-CNN
 OF_TRANSFORMERS = ("heads", "encoder_layers", "decoder_layers", "ffn", "dropout", "input_norm", "padding")
+ALIGNED = ("sam_detr", "sam_detr_ms")  # systems with the semantic aligner
 
 
 class ModelSection(Section):
-    system: Literal["sam_detr", "detr", "conditional_detr", "smca_detr", "faster_rcnn"] = Field(
+    system: Literal[
+        "sam_detr", "sam_detr_ms", "detr", "conditional_detr", "smca_detr", "deformable_detr", "faster_rcnn"
+    ] = Field(
         "sam_detr",
         description="which detector; faster_rcnn is C4 where model.backbone.stages = 3, DC5 with "
         "model.backbone.dilation, else FPN",
@@ -88,32 +91,49 @@ class ModelSection(Section):
         "points",
         description="what of its box becomes a query; points: a salient point for each head (published); for ablation "
         "point: one for all heads; average, max: of the box's 7 x 7 bins",
-        json_schema_extra=only_with("model.system", "sam_detr"),
+        json_schema_extra=only_with("model.system", *ALIGNED),
     )
     reweighting: bool = Field(
         True,
         description="weigh what was sampled by numbers predicted from the previous query",
-        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points", "point"),
+        json_schema_extra=only_with("model.system", *ALIGNED) | only_with("model.resampling", "points", "point"),
     )
     search_range: Literal["box", "image"] = Field(
         "box",
         description="where salient points may lie: in the query's reference box (published) or in the whole image",
-        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points", "point"),
+        json_schema_extra=only_with("model.system", *ALIGNED) | only_with("model.resampling", "points", "point"),
     )
     smca: bool = Field(
         False,
         description="add the spatially modulated (Gaussian) term to cross-attention",
-        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points"),
+        json_schema_extra=only_with("model.system", *ALIGNED) | only_with("model.resampling", "points"),
     )
     smca_initial_scale: NonNegative = Field(
         0.0,
         description="initial Gaussian scale, 2 / sigma in map cells; 0: published, the term starts flat",
-        json_schema_extra=only_with("model.system", "sam_detr") | only_with("model.resampling", "points"),
+        json_schema_extra=only_with("model.system", *ALIGNED) | only_with("model.resampling", "points"),
     )
     smca_stride: Literal["published", "feature"] = Field(
         "published",
         description="pixels a unit of SMCA-DETR's Gaussians: published, 32 also under DC5; feature: a cell of the map",
         json_schema_extra=only_with("model.system", "smca_detr"),
+    )
+    feature_levels: int = Field(
+        1,
+        ge=1,
+        le=4,
+        description="maps that the encoder sees: of so many last stages; the fourth is a convolution of the last stage",
+        json_schema_extra=only_with("model.system", *PYRAMIDS),
+    )
+    box_refine: bool = Field(
+        False,
+        description="each layer looks where the boxes of the one before it lie, and has heads of its own",
+        json_schema_extra=only_with("model.system", "deformable_detr"),
+    )
+    two_stage: bool = Field(
+        False,
+        description="the queries are the best of what all cells of the encoded maps propose; needs model.box_refine",
+        json_schema_extra=only_with("model.system", "deformable_detr"),
     )
     width: int = Field(256, ge=32, multiple_of=8, description="channels of the transformer, or of an FPN")
     heads: PositiveInt = Field(8, description="attention heads and salient points; divides width")
@@ -146,6 +166,13 @@ class ModelSection(Section):
             raise ValueError('with model.system = "faster_rcnn" stages must be 3 (C4) or 4 (DC5, FPN)')
         return value
 
+    @field_validator("two_stage")
+    @classmethod
+    def _refines(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and not info.data.get("box_refine"):
+            raise ValueError("needs model.box_refine = true")
+        return value
+
     @field_validator("heads")
     @classmethod
     def _divides_width(cls, value: int, info: ValidationInfo) -> int:
@@ -156,6 +183,18 @@ class ModelSection(Section):
     @field_validator("input_norm")
     @classmethod
     def _has_groups(cls, value: str, info: ValidationInfo) -> str:
+        if value == "none" and info.data.get("system") in PYRAMIDS:
+            raise ValueError(f'must be "group_norm" with model.system = "{info.data["system"]}"')
         if value == "group_norm" and info.data.get("width", 0) % 32:
             raise ValueError(f'"group_norm" has 32 groups, which do not divide model.width, {info.data["width"]}')
+        return value
+
+    @field_validator("backbone")
+    @classmethod
+    def _has_levels(cls, value: BackboneSection, info: ValidationInfo) -> BackboneSection:
+        needed = min(info.data.get("feature_levels", 1), 3)
+        if value.stages < needed:
+            raise ValueError(
+                f"model.backbone.stages must be at least {needed} with model.feature_levels (got {value.stages})"
+            )
         return value

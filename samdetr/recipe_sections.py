@@ -11,6 +11,7 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+PYRAMIDS = ("deformable_detr", "sam_detr_ms")  # systems that sample maps of one or several levels
 
 
 class Section(BaseModel):
@@ -214,6 +215,11 @@ class OptimSection(Section):
     )
     lr: Positive = Field(1e-4, description="learning rate")
     backbone_lr: NonNegative = Field(1e-5, description="learning rate of the backbone")
+    sampling_lr_factor: Positive = Field(
+        1.0,
+        description="what the rate of sampling offsets and reference points is multiplied by (Deformable-DETR: 0.1)",
+        json_schema_extra=only_with("model.system", *PYRAMIDS),
+    )
     weight_decay: NonNegative = Field(1e-4, description="weight decay; that of SGD is part of the gradient")
     clip_norm: NonNegative = Field(0.1, description="largest gradient norm; 0: no clipping")
     schedule: Literal["step", "cosine"] = Field(

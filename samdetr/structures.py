@@ -52,11 +52,19 @@ class Batch(NamedTuple):
         )
 
 
+class Proposals(NamedTuple):
+    """Predictions of every one of S map cells, before the decoder; the first logit says whether there is an object."""
+
+    logits: Tensor  # [B, S, K]
+    boxes: Tensor  # [B, S, 4] as of Outputs
+
+
 class Outputs(NamedTuple):
     """Predictions of every decoder layer; index -1 of the first axis is the final one."""
 
     logits: Tensor  # [L, B, Q, K] raw class logits
     boxes: Tensor  # [L, B, Q, 4] (cx, cy, w, h) in [0, 1] of the valid image
+    proposals: Proposals | None = None  # of a system with two stages
 
 
 class RegionLosses(NamedTuple):

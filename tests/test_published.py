@@ -9,7 +9,7 @@ import pytest
 
 from samdetr.published import PUBLISHED
 from samdetr.recipe import load_recipe
-from tests.parity.reference import RECIPE_OF, RECIPE_OF_OTHER
+from tests.parity.reference import RECIPES_COMPARED
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.toml"))}
@@ -47,7 +47,7 @@ def test_headers_of_recipes(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_compared_are_the_models_of_the_reference_outputs(name: str) -> None:
-    compared = {**RECIPE_OF, **RECIPE_OF_OTHER}.values()
+    compared = RECIPES_COMPARED.values()
     model = load_recipe(RECIPES[name]).model
     assert PUBLISHED[name].compared == any(model == load_recipe(RECIPES[other]).model for other in compared)
 

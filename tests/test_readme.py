@@ -9,6 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+DOCS = [path.relative_to(ROOT) for path in ROOT.glob("docs/**/*.md")]
 
 
 @pytest.mark.parametrize("file", ["README.md", "kernels/README.md"])
@@ -24,10 +25,12 @@ def test_python_blocks(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(isinstance(t, torch.Tensor) and t.grad is not None and t.grad.abs().sum() > 0 for t in tensors)
 
 
-@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "kernels/README.md", "docs/models.md"])
+@pytest.mark.parametrize(
+    "file", ["README.md", "CONTRIBUTING.md", "kernels/README.md", "perf/README.md", *sorted(map(str, DOCS))]
+)
 def test_links_point_to_files(file: str) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / file).read_text())
     local = [target for target in targets if not target.startswith("http")]
-    assert local or file == "CONTRIBUTING.md"
+    assert local or file in ("CONTRIBUTING.md", "perf/README.md")
     missing = [target for target in local if not (ROOT / file).parent.joinpath(target).exists()]
     assert missing == []

@@ -54,7 +54,13 @@ PUBLISHED_RCNN = {  # epochs, drop epochs, stages, dilation, candidates and prop
     "faster_rcnn_r50_dc5_108ep": (108, (101, 107), 4, True, 12000, 2000),
     "faster_rcnn_r50_fpn_108ep": (108, (101, 107), 4, False, 2000, 1000),
 }
-OURS = ("quickstart", "small_scratch", "smca_detr_r50_dc5_50ep")  # rows of no published table
+OURS = (  # rows of no published table
+    "quickstart",
+    "small_scratch",
+    "smca_detr_r50_dc5_50ep",
+    "deformable_detr_r50_ms_refine_50ep",
+    "deformable_detr_r50_ms_two_stage_50ep",
+)
 
 
 def write(folder: Path, text: str, name: str = "x.toml") -> Path:
@@ -389,7 +395,8 @@ def keys_without_meaning(recipe: Recipe) -> set[tuple[str, ...]]:
         section = getattr(recipe, name)
         for key, field in type(section).model_fields.items():
             for other, choices in (field.json_schema_extra or {}).items():
-                if getattr(section, other.rpartition(".")[2]) not in choices:
+                where, _, which = other.rpartition(".")
+                if getattr(getattr(recipe, where), which) not in choices:
                     found.add((name, key))
     if recipe.model.system == "faster_rcnn":
         found |= {("model", key) for key in OF_TRANSFORMERS}

@@ -1,7 +1,8 @@
 """Multiply-accumulates of a forward pass and bytes of a training step, from shapes alone, on torch's meta device.
 
 A multiply-accumulate counts one, as in the papers' GFLOPs. Convolutions, linear layers and the products of attention
-are counted; RoIAlign, sampling, softmax, norms and all that goes element by element are not.
+are counted; RoIAlign, softmax, norms and all that goes element by element are not. Sampling is in the published form
+of deformable attention alone.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from samdetr.loss import build_criterion
-from samdetr.models import SAMDETR, Detector, build_model
+from samdetr.models import SAMDETR, DeformableDETR, Detector, SAMDETRMultiScale, build_model
 from samdetr.models.aligner import ROI_SIZE, AlignedQueries, SemanticAligner
+from samdetr.models.deformable_encoder import POINTS, DeformableAttention
 from samdetr.structures import Outputs, Targets
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ def _salient_cross_attention(args: Sequence[Any], out: Any) -> int:
 
 
 def _none(args: Sequence[Any], out: Any) -> int:
-    """RoIAlign, sampling with its weighted sum, matching: not counted in any paper of the table."""
+    """RoIAlign, sampling with its weighted sum, matching: no products of matrices."""
     return 0
 
 
@@ -181,16 +183,34 @@ def _projection_of_regions(aligner: SemanticAligner, args: Sequence[Any], out: A
     return int((regions * ROI_SIZE**2 - memory[..., 0].numel()) * aligner.reduce.weight.numel())
 
 
-def _repeated_box_heads(model: SAMDETR, args: Sequence[Any], out: Outputs) -> int:
-    """The published code runs every box head but the last twice: for the next reference, and for the prediction."""
-    weights = (weight for head in model.box_heads[:-1] for weight in head.parameters() if weight.dim() > 1)
+def _box_heads(heads: Iterable[nn.Module], out: Outputs) -> int:
+    """What they take for the queries of one layer each."""
+    weights = (weight for head in heads for weight in head.parameters() if weight.dim() > 1)
     return sum(weight.numel() for weight in weights) * out.boxes[0, ..., 0].numel()
+
+
+def _repeated_box_heads(model: SAMDETR | SAMDETRMultiScale, args: Sequence[Any], out: Outputs) -> int:
+    """The published code runs every box head but the last twice: for the next reference, and for the prediction."""
+    return _box_heads(model.box_heads[:-1], out)
+
+
+def _refining_box_heads(model: DeformableDETR, args: Sequence[Any], out: Outputs) -> int:
+    """The same with box refinement, for which it also runs the last one twice."""
+    return _box_heads(model.box_heads[: len(model.decoder)], out) if model.box_refine else 0
+
+
+def _sampling(attention: DeformableAttention, args: Sequence[Any], out: Tensor) -> int:
+    """4 for each sampled value of deformable attention: the tool that counted the published numbers says so."""
+    return 4 * out.numel() * attention.levels * POINTS
 
 
 # What the published code computes beyond this package: multiply-accumulates from a module, its arguments and result.
 PUBLISHED_MORE: Mapping[type[nn.Module], Callable[..., int]] = {
     SemanticAligner: _projection_of_regions,
     SAMDETR: _repeated_box_heads,
+    SAMDETRMultiScale: _repeated_box_heads,
+    DeformableDETR: _refining_box_heads,
+    DeformableAttention: _sampling,
 }
 
 

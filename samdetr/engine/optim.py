@@ -1,4 +1,4 @@
-"""AdamW or SGD with a slower backbone, and the learning-rate schedule as a function of the step."""
+"""AdamW or SGD with a slower backbone and slower sampling; the learning-rate schedule as a function of the step."""
 
 from __future__ import annotations
 
@@ -95,18 +95,26 @@ class GuardedSGD(Guarded, torch.optim.SGD):
 
 
 def build_optimizer(model: nn.Module, section: OptimSection, *, max_skips: int = 0) -> GuardedAdamW | GuardedSGD:
-    """The recipe's optimizer over the parameters that have a gradient, in two groups: the backbone and the rest.
+    """The recipe's optimizer over the parameters that have a gradient, in groups: the rest, backbone, what samples.
 
     max_skips: of `Guarded`.
     """
     backbone: list[nn.Parameter] = []
+    sampling: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (backbone if name.startswith("backbone.") else rest).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("backbone."):
+            backbone.append(parameter)
+        elif section.sampling_lr_factor != 1 and (".offsets." in name or name.startswith("reference_head.")):
+            sampling.append(parameter)
+        else:
+            rest.append(parameter)
     groups: list[dict[str, Any]] = [{"params": rest, "base_lr": section.lr}]
-    if backbone:
-        groups.append({"params": backbone, "base_lr": section.backbone_lr})
+    for parameters, rate in ((backbone, section.backbone_lr), (sampling, section.lr * section.sampling_lr_factor)):
+        if parameters:
+            groups.append({"params": parameters, "base_lr": rate})
     optimizer: GuardedAdamW | GuardedSGD
     if section.optimizer == "sgd":
         optimizer = GuardedSGD(groups, lr=section.lr, momentum=section.momentum, weight_decay=section.weight_decay)

@@ -31,12 +31,13 @@ NOTES = """\
 - **Parameters** are all of the model, in brackets those that are trained; *difference* is to those of the published
   code, both counted to the unit.
 - **GFLOPs** are billions of multiply-accumulates of one image: convolutions, linear layers and the two products of
-  attention. RoIAlign, sampling, softmax and all that goes element by element are not counted, in either column. A
-  detector with proposals is counted with as many of them as its limit allows.
+  attention. RoIAlign, softmax and all that goes element by element are not counted, in either column. A detector with
+  proposals is counted with as many of them as its limit allows.
   *Published form* is the count of what the published code computes, *as run* of what this package computes. They
   differ for SAM-DETR: its published code projects the 49 cells of every box to 64 channels after RoIAlign, which this
   package does to the map before it (the two commute), and runs all box heads but the last twice. That it also runs
-  RoIAlign twice, on all channels, shows in neither column.
+  RoIAlign twice, on all channels, shows in neither column. Where there is deformable attention, its published form has
+  4 for each sampled value, as the tool that made the published numbers counts; as run, sampling counts nothing.
 - *Published* GFLOPs are the mean over the first 100 images of COCO val2017 at 800/1333. The sizes counted by default
   are those of a 640 x 480 and a 640 x 426 photo after the recipe's resize for evaluation. Their mean is **not** the
   published mean: *difference* says how near it is, no more.

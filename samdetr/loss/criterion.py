@@ -64,8 +64,20 @@ class SetCriterion(nn.Module):
 
         An optimizer step over several micro-batches or devices passes the number of boxes of all of them. The softmax
         loss is divided by the weights of all queries instead, then of ``step_images`` images.
+        Proposals of a first stage are matched and weighed as one more layer, in which every target has the label 0.
         The total is NaN when a matching cost is NaN or infinite: reading it is up to the caller, nothing waits here.
         """
+        losses = self.layer_losses(outputs, targets, num_boxes)
+        if outputs.proposals is None:
+            return losses
+        first_stage = Outputs(outputs.proposals.logits[None], outputs.proposals.boxes[None])
+        object_or_not = targets._replace(labels=torch.zeros_like(targets.labels))
+        total, terms = self.layer_losses(first_stage, object_or_not, num_boxes)
+        terms = {f"{name}_enc": value for name, value in terms.items() if name != "class_error"}
+        return Losses(losses.total + total, losses.terms | terms)
+
+    def layer_losses(self, outputs: Outputs, targets: Targets, num_boxes: Tensor | None) -> Losses:
+        """Of the layers of ``outputs`` alone."""
         indices, bad = self.match(outputs, targets)
         boxes = targets.counts.sum() if num_boxes is None else num_boxes
         boxes = boxes.to(outputs.boxes.dtype)

@@ -12,6 +12,7 @@ from samdetr.structures import Outputs, Targets
 from samdetr_kernels import linear_assignment
 
 UNMATCHED = -1
+MAX_QUERIES = 4096  # of one assignment; of more, such as the proposals of a first stage, the cheapest
 LOG_EPSILON = 1e-8
 
 
@@ -59,6 +60,31 @@ def match(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     ``counts`` and for targets that more queries than Q would be needed for; and whether a cost is NaN or infinite,
     [L, B] bool: that image has no match in that layer.
     """
-    layers, batch, _, padded = cost.shape
-    indices, bad = linear_assignment(cost.flatten(0, 1), counts.repeat(layers))
+    layers, batch, queries, padded = cost.shape
+    cost, counts = cost.flatten(0, 1), counts.repeat(layers)
+    if queries <= MAX_QUERIES:
+        indices, bad = linear_assignment(cost, counts)
+    else:
+        among, not_finite = candidates(cost, counts)
+        indices, bad = linear_assignment(cost.gather(1, among[..., None].expand(-1, -1, padded)), counts)
+        indices = torch.where(indices == UNMATCHED, UNMATCHED, among.gather(1, indices.clamp(min=0)))
+        bad = bad | not_finite
     return indices.view(layers, batch, padded), bad.view(layers, batch)
+
+
+def candidates(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The MAX_QUERIES queries that an assignment may need, ascending, and where a cost is NaN or infinite.
+
+    cost [P, Q, T], counts [P] -> [P, MAX_QUERIES] int64 and [P] bool. Of n targets none needs more than its n cheapest
+    queries, for the others take n - 1 of these at most. The n lists are all there up to 64 targets, and beyond if they
+    share queries; else the lists lose their last places, but not the first MAX_QUERIES / n.
+    """
+    problems, queries, padded = cost.shape
+    present = torch.arange(padded, device=cost.device) < counts[:, None]
+    not_finite = (~cost.isfinite() & present[:, None]).flatten(1).any(1)
+    lists = cost.topk(min(padded, queries), dim=1, largest=False).indices  # [P, place, T]
+    place = torch.arange(lists.shape[1], device=cost.device)[:, None]
+    place = torch.where(present[:, None], place, queries).flatten(1)  # what is padding comes last
+    best = torch.full((problems, queries), queries, dtype=place.dtype, device=cost.device)
+    best = best.scatter_reduce(1, lists.flatten(1), place, "amin")
+    return best.topk(MAX_QUERIES, dim=1, largest=False).indices.sort(dim=1).values, not_finite

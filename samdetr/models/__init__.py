@@ -5,19 +5,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from samdetr.models.conditional_detr import ConditionalDETR, build_conditional_detr
+from samdetr.models.deformable_detr import DeformableDETR, build_deformable_detr
 from samdetr.models.detr import DETR, build_detr
 from samdetr.models.faster_rcnn import FasterRCNN, build_faster_rcnn
 from samdetr.models.sam_detr import SAMDETR, build_sam_detr
+from samdetr.models.sam_detr_ms import SAMDETRMultiScale, build_sam_detr_ms
 from samdetr.models.smca_detr import SMCADETR, build_smca_detr
 
 if TYPE_CHECKING:
     from samdetr.recipe import ModelSection
 
-__all__ = ["DETR", "SAMDETR", "SMCADETR", "ConditionalDETR", "Detector", "FasterRCNN", "build_model"]
+__all__ = [
+    "DETR",
+    "SAMDETR",
+    "SMCADETR",
+    "ConditionalDETR",
+    "DeformableDETR",
+    "Detector",
+    "FasterRCNN",
+    "SAMDETRMultiScale",
+    "build_model",
+]
 
 # what the engine needs: a call with images and sizes (and what the criterion adds in training) -> Outputs, in training
 # whatever the criterion takes; a backbone, regions
-Detector = SAMDETR | DETR | ConditionalDETR | SMCADETR | FasterRCNN
+Detector = SAMDETR | SAMDETRMultiScale | DETR | ConditionalDETR | SMCADETR | DeformableDETR | FasterRCNN
 
 
 def build_model(section: ModelSection) -> Detector:
@@ -25,11 +37,15 @@ def build_model(section: ModelSection) -> Detector:
     match section.system:
         case "sam_detr":
             return build_sam_detr(section)
+        case "sam_detr_ms":
+            return build_sam_detr_ms(section)
         case "detr":
             return build_detr(section)
         case "conditional_detr":
             return build_conditional_detr(section)
         case "smca_detr":
             return build_smca_detr(section)
+        case "deformable_detr":
+            return build_deformable_detr(section)
         case "faster_rcnn":
             return build_faster_rcnn(section)

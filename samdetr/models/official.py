@@ -2,7 +2,7 @@
 
 The layouts differ from ours in names, in 1x1 convolutions (ours are linear layers on channels-last maps) and, for
 SAM-DETR, in the order of the first point layer's inputs (theirs channel, row, column; ours row, column, channel).
-SAM-DETR's layout also stores every box head twice.
+SAM-DETR's and Deformable-DETR's also store heads several times.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from samdetr.errors import CheckpointError
-from samdetr.models import DETR, SAMDETR, SMCADETR, ConditionalDETR, Detector
+from samdetr.models import DETR, SAMDETR, SMCADETR, ConditionalDETR, DeformableDETR, Detector, SAMDETRMultiScale
 from samdetr.models.aligner import ROI_SIZE
+from samdetr.models.deformable_encoder import PyramidDetector
 from samdetr.models.state import CLASS_HEADS, first_of
 
 # Our prefix -> published prefix; of several that fit, the first. A value that ends in "layers." is an MLP, whose
@@ -28,6 +29,18 @@ from samdetr.models.state import CLASS_HEADS, first_of
 _ENCODER_LAYER = {
     "in_proj.": "self_attn.in_proj_",
     "out_proj.": "self_attn.out_proj.",
+    "norm.": "norm1.",
+    "feed_forward.norm.": "norm2.",
+    "feed_forward.": "",
+}
+_DEFORMABLE_ATTENTION = {
+    "offsets.": "sampling_offsets.",
+    "weights.": "attention_weights.",
+    "value.": "value_proj.",
+    "out.": "output_proj.",
+}
+_DEFORMABLE_ENCODER_LAYER = {
+    **{f"attention.{ours}": f"self_attn.{theirs}" for ours, theirs in _DEFORMABLE_ATTENTION.items()},
     "norm.": "norm1.",
     "feed_forward.norm.": "norm2.",
     "feed_forward.": "",
@@ -62,6 +75,11 @@ _SHARED_HEADS = {
     "class_head.": "class_embed.",
     "box_head.": "bbox_embed.layers.",
 }
+_PYRAMID = {
+    "backbone.": "backbone.0.body.",
+    "level_codes": "transformer.level_embed",
+    "class_heads.": "class_embed.",
+}
 
 
 class Layout(NamedTuple):
@@ -71,6 +89,7 @@ class Layout(NamedTuple):
     landmark: str  # a key that its files have, and those of no layout before it
     whole: Mapping[str, str]
     decoder_layer: Mapping[str, str]
+    encoder_layer: Mapping[str, str] = _ENCODER_LAYER
 
 
 _SAM_DETR = Layout(
@@ -137,13 +156,45 @@ _DETR = Layout(
     whole=_SHARED_HEADS,
     decoder_layer=_DECODER_LAYER | _ATTENTION,
 )
+_DEFORMABLE_DETR = Layout(
+    system="deformable_detr",
+    landmark="transformer.decoder.layers.0.cross_attn.sampling_offsets.weight",
+    whole={
+        **_PYRAMID,
+        "queries": "query_embed.weight",
+        "reference_head.": "transformer.reference_points.",
+        "first_stage.project.": "transformer.enc_output.",
+        "first_stage.norm.": "transformer.enc_output_norm.",
+        "first_stage.queries.": "transformer.pos_trans.",
+        "first_stage.queries_norm.": "transformer.pos_trans_norm.",
+    },
+    decoder_layer={
+        "self_attention.in_proj.": "self_attn.in_proj_",
+        "self_attention.out_proj.": "self_attn.out_proj.",
+        **{f"cross_attention.{ours}": f"cross_attn.{theirs}" for ours, theirs in _DEFORMABLE_ATTENTION.items()},
+        "norm1.": "norm2.",
+        "norm2.": "norm1.",
+        "feed_forward.norm.": "norm3.",
+        "feed_forward.": "",
+    },
+    encoder_layer=_DEFORMABLE_ENCODER_LAYER,
+)
+_SAM_DETR_MS = Layout(
+    system="sam_detr_ms",
+    landmark="transformer.encoder.layers.0.self_attn.sampling_offsets.weight",
+    whole={**_PYRAMID, "reference_boxes": "query_embed.weight"},
+    decoder_layer=_SAM_DETR.decoder_layer,
+    encoder_layer=_DEFORMABLE_ENCODER_LAYER,
+)
 _LAYOUTS: dict[type[Detector], Layout] = {
+    DeformableDETR: _DEFORMABLE_DETR,
+    SAMDETRMultiScale: _SAM_DETR_MS,
     SAMDETR: _SAM_DETR,
     ConditionalDETR: _CONDITIONAL_DETR,
     SMCADETR: _SMCA_DETR,
     DETR: _DETR,
 }
-_DUPLICATE_PREFIX = "transformer.decoder."  # SAM-DETR's box heads stand in the published file with and without it
+_DUPLICATE_PREFIX = "transformer.decoder."  # heads that the decoder uses stand in the file with and without it
 
 
 def official_names(model: Detector) -> dict[str, str]:
@@ -160,9 +211,11 @@ def _layout_of_model(model: Detector) -> Layout:
 
 def _official_name(name: str, layout: Layout) -> str:
     for pattern, prefix, names in (
-        (r"encoder\.layers\.(\d+)\.(.+)", "transformer.encoder.layers", _ENCODER_LAYER),
+        (r"encoder\.layers\.(\d+)\.(.+)", "transformer.encoder.layers", layout.encoder_layer),
         (r"decoder\.(\d+)\.(.+)", "transformer.decoder.layers", layout.decoder_layer),
         (r"box_heads\.(\d+)\.(.+)", "bbox_embed", _BOX_HEAD),
+        (r"projections\.(\d+)\.(.+)", "input_proj", {"": "0."}),
+        (r"norms\.(\d+)\.(.+)", "input_proj", {"": "1."}),
     ):
         if found := re.fullmatch(pattern, name):
             return f"{prefix}.{found[1]}.{_renamed(found[2], names)}"
@@ -188,6 +241,20 @@ def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
     return theirs + rest
 
 
+def _copies(model: Detector) -> dict[str, str]:
+    """The published keys that repeat another one, and that one."""
+    names = official_names(model)
+    heads = [names[name] for name in names if name.startswith("box_heads.")]
+    if isinstance(model, DeformableDETR):
+        class_heads = [names[name] for name in names if name.startswith("class_heads.")]
+        if not model.box_refine:
+            numbers = range(1, len(model.decoder))
+            return {key.replace(".0.", f".{n}.", 1): key for key in heads + class_heads for n in numbers}
+        if model.first_stage is not None:
+            heads += class_heads
+    return {_DUPLICATE_PREFIX + key: key for key in heads}
+
+
 def layout_of(keys: Iterable[str]) -> Layout | None:
     """The layout that has these keys."""
     present = set(keys)
@@ -199,17 +266,17 @@ def load_official(model: Detector, state_dict: Mapping[str, Tensor], *, remake_c
 
     remake_class_heads: leave the class heads as they are where the file has another number of classes.
     Returns that number, 0 where nothing was left out.
-    Raises CheckpointError when the file is of another system, keys or shapes do not fit, or the two copies of a box
-    head differ.
+    Raises CheckpointError when the file is of another system, keys or shapes do not fit, or the copies of a head
+    differ.
     """
     own = model.state_dict()
     remaining = dict(state_dict)
     _check_system(model, remaining)
     names = official_names(model)
-    for key in [key for key in remaining if key.startswith(f"{_DUPLICATE_PREFIX}bbox_embed.")]:
-        copy, original = remaining.pop(key), state_dict.get(key.removeprefix(_DUPLICATE_PREFIX))
-        if original is None or not torch.equal(copy, original):
-            raise CheckpointError(f"{key} differs from {key.removeprefix(_DUPLICATE_PREFIX)}, which it must repeat.")
+    for key, repeated in _copies(model).items():
+        copy, original = remaining.pop(key, None), state_dict.get(repeated)
+        if copy is not None and (original is None or not torch.equal(copy, original)):
+            raise CheckpointError(f"{key} differs from {repeated}, which it must repeat.")
     loaded: dict[str, Tensor] = {}
     problems: list[str] = []
     remade = 0
@@ -233,11 +300,10 @@ def load_official(model: Detector, state_dict: Mapping[str, Tensor], *, remake_c
 
 
 def to_official(model: Detector) -> dict[str, Tensor]:
-    """Our weights under the published keys and shapes, SAM-DETR's box heads repeated as there."""
+    """Our weights under the published keys and shapes, heads repeated as there."""
     names = official_names(model)
     state = {names[name]: _to_official_layout(name, value) for name, value in model.state_dict().items()}
-    repeated = [names[name] for name in names if name.startswith("box_heads.")]
-    return state | {_DUPLICATE_PREFIX + key: state[key] for key in repeated}
+    return state | {copy: state[key] for copy, key in _copies(model).items()}
 
 
 def read_official(path: str | Path) -> dict[str, Tensor]:
@@ -281,6 +347,9 @@ def _check_system(model: Detector, state: Mapping[str, Tensor]) -> None:
     found = layout_of(state)
     if found is not None and found is not _layout_of_model(model):
         raise CheckpointError(f'the published checkpoint is another system\'s: set model.system = "{found.system}".')
+    if isinstance(model, PyramidDetector):
+        _check_pyramid(model, state)
+        return
     has_norm = "input_proj.0.1.weight" in state
     if has_norm != any(name.startswith("input_norm.") for name in model.state_dict()):
         wanted = "group_norm" if has_norm else "none"
@@ -288,6 +357,19 @@ def _check_system(model: Detector, state: Mapping[str, Tensor]) -> None:
             f"the published checkpoint has {'a' if has_norm else 'no'} GroupNorm after its input projection: "
             f'set model.input_norm = "{wanted}".'
         )
+
+
+def _check_pyramid(model: PyramidDetector, state: Mapping[str, Tensor]) -> None:
+    facts: dict[str, tuple[object, object]] = {}
+    if "transformer.level_embed" in state:
+        facts["feature_levels"] = (len(state["transformer.level_embed"]), len(model.level_codes))
+    if isinstance(model, DeformableDETR):
+        facts["box_refine"] = (f"{_DUPLICATE_PREFIX}bbox_embed.0.layers.0.weight" in state, model.box_refine)
+        facts["two_stage"] = ("transformer.pos_trans.weight" in state, model.first_stage is not None)
+    for key, (found, wanted) in facts.items():
+        if found != wanted:
+            value = str(found).lower()
+            raise CheckpointError(f"the published checkpoint is of another model: set model.{key} = {value}.")
 
 
 def _from_official_layout(name: str, value: Tensor) -> Tensor:
@@ -299,6 +381,7 @@ def _from_official_layout(name: str, value: Tensor) -> Tensor:
 def _to_official_layout(name: str, value: Tensor) -> Tensor:
     if name.endswith("aligner.point_mlp.0.weight"):
         return value.unflatten(1, (ROI_SIZE * ROI_SIZE, -1)).transpose(1, 2).flatten(1)
-    if re.fullmatch(r"input_proj\.weight|decoder\.\d+\.aligner\.reduce\.weight", name):
+    linear = r"input_proj\.weight|projections\.\d+\.weight|decoder\.\d+\.aligner\.reduce\.weight"
+    if value.dim() == 2 and re.fullmatch(linear, name):
         return value[:, :, None, None]
     return value

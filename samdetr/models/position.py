@@ -80,6 +80,11 @@ def sine_points(points: Tensor, channels: int) -> Tensor:
     return torch.cat((_waves(y, channels // 2), _waves(x, channels // 2)), dim=-1)
 
 
+def sine_boxes(boxes: Tensor, channels: int) -> Tensor:
+    """Code of boxes (cx, cy, w, h) in [0, 1]: [..., 4] -> [..., channels] float32, a quarter for each number."""
+    return _waves(boxes.to(torch.float32) * (2 * math.pi), channels // 4).flatten(-2)
+
+
 def _waves(coordinate: Tensor, channels: int) -> Tensor:
     """[...] -> [..., channels]: sine and cosine in turns, of falling frequency."""
     index = torch.arange(channels, device=coordinate.device, dtype=torch.float32)

@@ -110,34 +110,24 @@ class DecoderLayer(nn.Module):
         return self.feed_forward(self.norm2(x + self.dropout(attended)))
 
 
-class SAMDETR(MapDetector):
-    """A detector that refines learned reference boxes layer by layer, with semantic-aligned matching."""
+class AlignedDecoder(nn.Module):
+    """The half behind the encoder, on one map or several: boxes refined layer by layer, heads for each layer."""
 
-    code_offset = 0.5
-
-    def __init__(
-        self, half: EncoderHalf, layers: Sequence[DecoderLayer], *, width: int, num_classes: int, num_queries: int
-    ) -> None:
-        super().__init__(half)
+    def start_decoder(self, layers: Sequence[DecoderLayer], *, width: int, num_classes: int, num_queries: int) -> None:
+        """Make the parts of this half; the layers' own start is the whole detector's affair."""
         self.decoder = nn.ModuleList(layers)
         self.reference_boxes = nn.Parameter(torch.randn(num_queries, 4))
         self.class_heads = nn.ModuleList(class_head(width, num_classes) for _ in layers)
         self.box_heads = nn.ModuleList(box_head(width) for _ in layers)
-        initialise(self.encoder, self.decoder)  # this also overwrites the zero start of the point branch, as published
-        nn.init.xavier_uniform_(self.input_proj.weight)
-        nn.init.zeros_(self.input_proj.bias)
 
-    def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:
-        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
-        return self.decode(*self.encode(images, image_sizes))
-
-    def decode(self, memory: Tensor, position: Tensor, geometry: MapGeometry) -> Outputs:
-        """The predictions of every layer from the encoded map and its position code [B, h, w, width]."""
+    def refine(self, maps: Sequence[tuple[Tensor, Tensor, MapGeometry]]) -> Outputs:
+        """The predictions of every layer. maps: what each one reads, memory and position code [B, h, w, width]."""
+        memory = maps[0][0]
         reference = self.reference_boxes.expand(len(memory), -1, -1)
         x = torch.zeros(*reference.shape[:2], memory.shape[-1], dtype=memory.dtype, device=memory.device)
         logits, boxes = [], []
-        for layer, classify, locate in zip(self.decoder, self.class_heads, self.box_heads, strict=True):
-            x = layer(x, reference.sigmoid(), memory, position, geometry)
+        for layer, classify, locate, read in zip(self.decoder, self.class_heads, self.box_heads, maps, strict=True):
+            x = layer(x, reference.sigmoid(), *read)
             layer_logits, layer_boxes, reference = self.predict(classify, locate, x, reference)
             logits.append(layer_logits)
             boxes.append(layer_boxes)
@@ -151,10 +141,32 @@ class SAMDETR(MapDetector):
         return classify(x), boxes, (reference + offset).detach()
 
 
-def build_sam_detr(section: ModelSection) -> SAMDETR:
-    """The model of a recipe with random weights; needs no download and no GPU."""
-    half = build_encoder_half(section)
-    layers = [
+class SAMDETR(AlignedDecoder, MapDetector):
+    """A detector that refines learned reference boxes layer by layer, with semantic-aligned matching."""
+
+    code_offset = 0.5
+
+    def __init__(
+        self, half: EncoderHalf, layers: Sequence[DecoderLayer], *, width: int, num_classes: int, num_queries: int
+    ) -> None:
+        super().__init__(half)
+        self.start_decoder(layers, width=width, num_classes=num_classes, num_queries=num_queries)
+        initialise(self.encoder, self.decoder)  # this also overwrites the zero start of the point branch, as published
+        nn.init.xavier_uniform_(self.input_proj.weight)
+        nn.init.zeros_(self.input_proj.bias)
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:
+        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
+        return self.decode(*self.encode(images, image_sizes))
+
+    def decode(self, memory: Tensor, position: Tensor, geometry: MapGeometry) -> Outputs:
+        """The predictions of every layer from the encoded map and its position code [B, h, w, width]."""
+        return self.refine([(memory, position, geometry)] * len(self.decoder))
+
+
+def build_aligned_layers(section: ModelSection) -> list[DecoderLayer]:
+    """The decoder layers of a recipe, with random weights."""
+    return [
         DecoderLayer(
             width=section.width,
             heads=section.heads,
@@ -164,4 +176,14 @@ def build_sam_detr(section: ModelSection) -> SAMDETR:
         )
         for _ in range(section.decoder_layers)
     ]
-    return SAMDETR(half, layers, width=section.width, num_classes=section.num_classes, num_queries=section.num_queries)
+
+
+def build_sam_detr(section: ModelSection) -> SAMDETR:
+    """The model of a recipe with random weights; needs no download and no GPU."""
+    return SAMDETR(
+        build_encoder_half(section),
+        build_aligned_layers(section),
+        width=section.width,
+        num_classes=section.num_classes,
+        num_queries=section.num_queries,
+    )

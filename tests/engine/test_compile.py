@@ -40,6 +40,16 @@ SYSTEMS = [
     ("model.smca=false", 'model.system="detr"', "model.num_classes=9", 'loss.classification="softmax"'),
     ("model.smca=false", 'model.system="conditional_detr"'),
     ("model.smca=false", 'model.system="smca_detr"'),
+    ('model.system="sam_detr_ms"', "model.feature_levels=2"),
+    ("model.smca=false", 'model.system="deformable_detr"', "model.feature_levels=2"),
+    (
+        "model.smca=false",
+        'model.system="deformable_detr"',
+        "model.feature_levels=4",
+        "model.backbone.stages=3",
+        "model.box_refine=true",
+        "model.two_stage=true",
+    ),
 ]
 
 

@@ -112,16 +112,22 @@ def test_torch_counts_as_many(name: str) -> None:
         ("r50_50ep", 106.4),
         ("r50_dc5_50ep", 226.7),
         ("r50_dc5_smca_12ep", 226.8),
+        ("r50_ms_50ep", 219.2),
         ("detr_r50_500ep", 91.2),
         ("detr_r50_dc5_500ep", 198.6),
         ("conditional_detr_r50_12ep", 95.3),
         ("conditional_detr_r50_dc5_12ep", 206.8),
         ("smca_detr_r50_12ep", 94.0),
+        ("deformable_detr_r50_12ep", 85.3),
+        ("deformable_detr_r50_dc5_12ep", 139.8),
+        ("deformable_detr_r50_ms_50ep", 185.6),
+        ("deformable_detr_r50_ms_refine_50ep", 185.9),
+        ("deformable_detr_r50_ms_two_stage_50ep", 190.4),
     ],
 )
 def test_published_form(name: str, published: float) -> None:
     counted = count_macs(build_on_meta(recipe_of(name).model), Size(800, 1199)).published
-    assert counted / 1e9 == pytest.approx(published, rel=1e-3)
+    assert counted / 1e9 == pytest.approx(published, rel=2.5e-3)  # fvcore counts 5 for each normalised value too
 
 
 def test_what_the_published_code_does_more() -> None:
@@ -167,7 +173,16 @@ def kept_by_a_real_step(recipe: Recipe, size: Size) -> int:
     return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
 
 
-@pytest.mark.parametrize("name", ["r50_smca_12ep", "detr_r50_500ep", "conditional_detr_r50_12ep", "smca_detr_r50_12ep"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "r50_smca_12ep",
+        "detr_r50_500ep",
+        "conditional_detr_r50_12ep",
+        "smca_detr_r50_12ep",
+        "deformable_detr_r50_ms_two_stage_50ep",
+    ],
+)
 def test_activations_are_those_of_a_real_step(name: str) -> None:
     sizes = ("augment.train_sizes=[96]", "augment.max_size=160", "train.micro_batch=2")
     recipe = recipe_of(name, *SMALL, *sizes, "model.encoder_layers=2", "model.decoder_layers=2")

@@ -13,7 +13,7 @@ from samdetr.engine.checkpoint import load_checkpoint
 from samdetr.engine.optim import GuardedSGD, build_optimizer, lr_factor, set_learning_rate
 from samdetr.engine.setup import choose_device, load_initial_weights
 from samdetr.engine.train import train
-from samdetr.errors import CheckpointError, SamdetrError
+from samdetr.errors import CheckpointError, RecipeError, SamdetrError
 from samdetr.models import build_model
 from samdetr.models.official import to_official
 from samdetr.recipe import OptimSection
@@ -52,6 +52,25 @@ def test_groups(make_recipe: MakeRecipe) -> None:
     assert (rest["weight_decay"], backbone["weight_decay"]) == (1e-4, 1e-4)
     set_learning_rate(optimizer, 0.5)
     assert (rest["lr"], backbone["lr"]) == (0.005, 0.001)
+
+
+def test_sampling_has_a_group_of_its_own(make_recipe: MakeRecipe) -> None:
+    deformable = ("model.smca=false", 'model.system="deformable_detr"', "optim.lr=0.01")
+    recipe = make_recipe(*deformable, "optim.sampling_lr_factor=0.1")
+    model = build_model(recipe.model)
+    optimizer = build_optimizer(model, recipe.optim)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(parameter)] for parameter in optimizer.param_groups[2]["params"]}
+    attentions = ["encoder.layers.0.attention", *(f"decoder.{layer}.cross_attention" for layer in range(2))]
+    modules = [f"{attention}.offsets" for attention in attentions] + ["reference_head"]
+    assert found == {f"{module}.{part}" for module in modules for part in ("weight", "bias")}
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.005, 0.0005, 0.0005])
+    assert len(build_optimizer(model, make_recipe(*deformable).optim).param_groups) == 2
+    with pytest.raises(
+        RecipeError, match=r"sampling_lr_factor has no meaning with model.system = \"sam_detr\": leave it"
+    ):
+        make_recipe("optim.sampling_lr_factor=0.1")
 
 
 def test_sgd_by_hand() -> None:

@@ -23,6 +23,10 @@ PARAMETERS = {
     "r50_12ep_1point_reweighted": 52_726_838,  # and twice 256 x 256 + 256
     "r50_12ep_8points": 51_980_426,
     "r50_12ep_whole_image": 58_296_458,
+    "r50_ms_12ep": 55_194_698,
+    "r50_ms_50ep": 55_194_698,
+    "r50_ms_smca_12ep": 55_243_946,
+    "r50_ms_smca_50ep": 55_243_946,
     "detr_r50_500ep": 41_524_768,
     "detr_r50_dc5_500ep": 41_524_768,
     "detr_focal_r50_12ep": 41_575_968,
@@ -37,6 +41,13 @@ PARAMETERS = {
     "smca_detr_r50_50ep": 41_760_482,
     "smca_detr_r50_dc5_12ep": 41_760_482,
     "smca_detr_r50_dc5_50ep": 41_760_482,
+    "deformable_detr_r50_12ep": 34_066_593,
+    "deformable_detr_r50_50ep": 34_066_593,
+    "deformable_detr_r50_dc5_12ep": 34_066_593,
+    "deformable_detr_r50_dc5_50ep": 34_066_593,
+    "deformable_detr_r50_ms_50ep": 40_069_665,
+    "deformable_detr_r50_ms_refine_50ep": 40_849_660,
+    "deformable_detr_r50_ms_two_stage_50ep": 41_181_529,
 }
 SHAPES_CLASSES = 8
 

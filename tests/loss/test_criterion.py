@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from samdetr.loss import SetCriterion
-from samdetr.loss.matcher import match
-from samdetr.structures import Outputs, Targets
+from samdetr.loss import SetCriterion, matcher
+from samdetr.loss.matcher import candidates, match
+from samdetr.structures import Outputs, Proposals, Targets
 
 
 def example(
@@ -31,7 +31,7 @@ def example(
 
 def part(outputs: Outputs, targets: Targets, image: int, padded: int) -> tuple[Outputs, Targets]:
     """One image alone, with another padding of its targets."""
-    alone = Outputs(*(value[:, image : image + 1] for value in outputs))
+    alone = Outputs(*(value[:, image : image + 1] for value in outputs[:2]))
     return alone, Targets(
         targets.labels[image : image + 1, :padded],
         targets.boxes[image : image + 1, :padded],
@@ -124,8 +124,8 @@ def test_padding_of_targets_and_other_images_change_nothing(classification: str)
         criterion(*part(outputs, targets, image, padded), torch.tensor(8)) for image, padded in enumerate((3, 1, 5))
     ]
     assert whole.total.item() == pytest.approx(sum(piece.total.item() for piece in pieces), rel=1e-12)
-    gradient = torch.autograd.grad(whole.total, outputs)
-    again = torch.autograd.grad(sum(piece.total for piece in pieces), outputs)
+    gradient = torch.autograd.grad(whole.total, outputs[:2])
+    again = torch.autograd.grad(sum(piece.total for piece in pieces), outputs[:2])
     for one, other in zip(gradient, again, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
 
@@ -137,7 +137,7 @@ def test_images_without_objects_give_finite_losses_and_gradients(classification:
     assert losses.terms["loss_bbox"].item() == 0
     assert losses.terms["loss_giou"].item() == 0
     assert losses.terms["loss_ce"].item() > 0
-    for gradient in torch.autograd.grad(losses.total, outputs):
+    for gradient in torch.autograd.grad(losses.total, outputs[:2]):
         assert torch.isfinite(gradient).all()
 
 
@@ -155,7 +155,7 @@ def test_gradients_match_finite_differences(classification: str) -> None:
     def total(logits: Tensor, boxes: Tensor) -> Tensor:
         return SetCriterion(classification=classification)(Outputs(logits, boxes), targets).total
 
-    assert torch.autograd.gradcheck(total, tuple(outputs))
+    assert torch.autograd.gradcheck(total, outputs[:2])
 
 
 def test_weights_scale_their_terms() -> None:
@@ -164,3 +164,43 @@ def test_weights_scale_their_terms() -> None:
     only_l1 = SetCriterion(class_weight=0, giou_weight=0, l1_weight=3.0)(outputs, targets)
     l1 = sum(plain.terms[name].item() for name in plain.terms if name.startswith("loss_bbox"))
     assert only_l1.total.item() == pytest.approx(3 * l1)
+
+
+def test_candidates_hold_the_cheapest_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for the whole lists, the assignment among them is that among all, even where all want the same."""
+    generator = torch.Generator().manual_seed(2)
+    wanted = torch.rand(1, 2, 60, 1, generator=generator)
+    cost = wanted + 0.01 * torch.rand(1, 2, 60, 6, generator=generator)
+    counts = torch.tensor([6, 4])
+    expected, _ = match(cost, counts)
+    monkeypatch.setattr(matcher, "MAX_QUERIES", 36)
+    found, bad = match(cost, counts)
+    assert torch.equal(found, expected)
+    assert not bad.any()
+    among, _ = candidates(cost[0], counts)
+    assert among.shape == (2, 36)
+    for image, count in enumerate(counts.tolist()):
+        lists = cost[0, image, :, :count].topk(count, dim=0, largest=False).indices
+        assert set(lists.flatten().tolist()) <= set(among[image].tolist())
+        assert among[image].tolist() == sorted(set(among[image].tolist()))
+
+
+def test_candidates_see_every_bad_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matcher, "MAX_QUERIES", 4)
+    cost = torch.arange(24.0).view(1, 2, 6, 2)
+    cost[0, 0, 5, 0] = torch.nan  # the dearest query, and no candidate
+    cost[0, 1, 5, 1] = torch.inf  # of a target that is padding
+    assert match(cost, torch.tensor([2, 1]))[1].tolist() == [[True, False]]
+
+
+def test_proposals_are_one_more_layer_of_a_single_class() -> None:
+    outputs, targets = example([3, 2])
+    proposals, _ = example([3, 2], queries=20, layers=1, seed=5)
+    losses = SetCriterion()(outputs._replace(proposals=Proposals(proposals.logits[0], proposals.boxes[0])), targets)
+    decoder = SetCriterion()(outputs, targets)
+    alone = SetCriterion()(proposals, targets._replace(labels=torch.zeros_like(targets.labels)))
+    assert losses.total.item() == pytest.approx((decoder.total + alone.total).item())
+    extra = {"loss_ce", "loss_bbox", "loss_giou", "cardinality_error"}
+    assert set(losses.terms) == set(decoder.terms) | {f"{name}_enc" for name in extra}
+    for name in extra:
+        assert losses.terms[f"{name}_enc"].item() == alone.terms[name].item()

@@ -47,6 +47,8 @@ def livened(model: SAMDETR) -> SAMDETR:
         for name, value in model.state_dict().items():
             if "running_mean" in name or (".bn" in name and name.endswith("bias")):
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
+            if name.endswith(("offsets.weight", "attention.weights.weight")):
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.2)
             if name.startswith("box_head") and name.endswith("4.weight"):
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
     return model.double().eval()

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from samdetr.errors import SamdetrError
 from samdetr.models import SMCADETR, Detector
 from tests.models.test_sam_detr import TINY_BACKBONE, images_of, livened, small
 
 SYSTEMS = ("detr_focal_r50_12ep", "conditional_detr_r50_12ep", "smca_detr_r50_12ep")
+DEFORMABLE = ("deformable_detr_r50_12ep", "deformable_detr_r50_ms_50ep", "deformable_detr_r50_ms_two_stage_50ep")
 
 
-@pytest.mark.parametrize("recipe", [*SYSTEMS, "smca_detr_r50_dc5_12ep"])
+@pytest.mark.parametrize("recipe", [*SYSTEMS, "smca_detr_r50_dc5_12ep", *DEFORMABLE])
 def test_masked_padding_makes_an_image_independent_of_its_batch(recipe: str) -> None:
     model = livened(small(recipe, 'model.padding="masked"', 'model.backbone.weights="none"'))
     alone = model(*images_of((70, 101), height=70, width=101))
@@ -53,7 +55,7 @@ def outputs_at_the_start(model: Detector) -> tuple[Tensor, Tensor]:
     return outputs.logits, outputs.boxes
 
 
-@pytest.mark.parametrize("recipe", SYSTEMS)
+@pytest.mark.parametrize("recipe", [*SYSTEMS, *DEFORMABLE])
 def test_classes_begin_at_their_prior(recipe: str) -> None:
     logits, _ = outputs_at_the_start(small(recipe, *TINY_BACKBONE))
     assert logits.sigmoid().mean().item() == pytest.approx(0.01, abs=0.01)
@@ -70,6 +72,40 @@ def test_boxes_of_conditional_detr_begin_at_their_reference_points() -> None:
     reference, _ = model.refer(torch.float32)
     torch.testing.assert_close(boxes[..., :2], reference.expand(2, 1, -1, -1), rtol=0, atol=1e-5)
     assert (boxes[..., 2:] == 0.5).all()
+
+
+@pytest.mark.parametrize("refine", ["", "_refine"])
+def test_boxes_of_deformable_detr_begin_small_at_their_reference_points(refine: str) -> None:
+    model = small(f"deformable_detr_r50_ms{refine}_50ep", *TINY_BACKBONE)
+    _, boxes = outputs_at_the_start(model)
+    _, _, reference = model.refer()
+    torch.testing.assert_close(boxes[..., :2], reference.expand(2, 1, -1, -1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(boxes[0, ..., 2:].logit(), torch.full((1, 9, 2), -2.0), rtol=0, atol=1e-5)
+
+
+def test_boxes_of_the_first_stage_begin_where_it_proposes() -> None:
+    """Cells of stride 8 propose a twentieth of the image, each level twice as much; those at the border nothing."""
+    model = small("deformable_detr_r50_ms_two_stage_50ep", *TINY_BACKBONE)
+    images, sizes = images_of((64, 128), height=64, width=128)
+    outputs = model.eval()(images.float(), sizes)
+    assert outputs.proposals is not None
+    boxes = outputs.proposals.boxes[0]
+    assert boxes.shape == (8 * 16 + 4 * 8 + 2 * 4 + 1 * 2, 4)
+    expected = torch.tensor([[2.5 / 16, 1.5 / 8, 0.05, 0.05], [0.5 / 8, 3.5 / 4, 0.1, 0.1], [0.25, 0.5, 0.4, 0.4]])
+    torch.testing.assert_close(boxes[[16 + 2, 128 + 24, 168]], expected, rtol=0, atol=1e-5)
+    assert outputs.boxes[:, 0].flatten(1).shape == (2, 9 * 4)
+    torch.testing.assert_close(outputs.boxes[0], outputs.boxes[1], rtol=0, atol=1e-4)
+    wide = images_of((64, 6400), height=64, width=6400)  # 0.5 of 800 columns is less than a hundredth
+    boxes = model(wide[0].float(), wide[1]).proposals.boxes[0]
+    assert (boxes[[0, 7]] == 1).all()
+    assert boxes[8, 0].item() == pytest.approx(8.5 / 800)
+
+
+def test_a_first_stage_needs_as_many_cells_as_queries() -> None:
+    model = small("deformable_detr_r50_ms_two_stage_50ep", *TINY_BACKBONE, "model.num_queries=200")
+    images, sizes = images_of((64, 64), height=64, width=64)
+    with pytest.raises(SamdetrError, match=r"have 85 cells, fewer than model.num_queries = 200, .* larger images"):
+        model(images.float(), sizes)
 
 
 def test_reference_points_learn_through_the_place_that_is_looked_at() -> None:
@@ -134,7 +170,7 @@ def test_unit_of_the_gaussians(recipe: str, key: str, unit: int) -> None:
     assert extents[0].tolist() == [[96 / unit, 64 / unit]]
 
 
-@pytest.mark.parametrize("recipe", ["detr_r50_500ep", *SYSTEMS[1:]])
+@pytest.mark.parametrize("recipe", ["detr_r50_500ep", *SYSTEMS[1:], *DEFORMABLE])
 def test_forward_has_no_graph_break(recipe: str) -> None:
     model = small(recipe, *TINY_BACKBONE).eval()
     images, sizes = images_of((64, 96), (50, 70), height=64, width=96)

@@ -40,6 +40,18 @@ RECIPE_OF_OTHER = {  # other systems'
     "smca_detr_r50": "smca_detr_r50_50ep",
 }
 OTHERS = tuple(RECIPE_OF_OTHER)
+RECIPE_OF_DEFORMABLE = {
+    "deformable_detr_r50_single_scale": "deformable_detr_r50_50ep",
+    "deformable_detr_r50_dc5_single_scale": "deformable_detr_r50_dc5_50ep",
+    "deformable_detr_r50_multiscale": "deformable_detr_r50_ms_50ep",
+    "deformable_detr_r50_multiscale_refine": "deformable_detr_r50_ms_refine_50ep",
+    "deformable_detr_r50_multiscale_refine_two_stage": "deformable_detr_r50_ms_two_stage_50ep",
+}
+RECIPE_OF_MULTI_SCALE = {  # SAM-DETR's on several maps
+    "samdetr_r50_ms_50ep": "r50_ms_50ep",
+    "samdetr_r50_ms_smca_50ep": "r50_ms_smca_50ep",
+}
+RECIPES_COMPARED = RECIPE_OF | RECIPE_OF_MULTI_SCALE | RECIPE_OF_OTHER | RECIPE_OF_DEFORMABLE
 
 
 class Inputs(NamedTuple):
@@ -70,7 +82,7 @@ def official_state_dict(name: str) -> dict[str, Tensor]:
 
 def recipe_of(name: str) -> Recipe:
     """The recipe that the fixture's command corresponds to."""
-    return load_recipe(RECIPES / f"{(RECIPE_OF | RECIPE_OF_OTHER)[name]}.toml")
+    return load_recipe(RECIPES / f"{RECIPES_COMPARED[name]}.toml")
 
 
 def model_of(name: str) -> Detector:

@@ -17,6 +17,7 @@ from samdetr.models.sam_detr import SAMDETR
 from samdetr.structures import Outputs
 from tests.parity.checks import (
     EncodedMap,
+    check_aligned_layers,
     check_encoded_map,
     check_gradients,
     check_losses,
@@ -24,10 +25,10 @@ from tests.parity.checks import (
     check_parameter_counts,
     check_predictions,
     close,
+    record_aligned_layers,
 )
 from tests.parity.reference import MODELS, Inputs, arrays, inputs_of, model_of
 
-HEADS = 8
 OTHER_LAYOUT = ("point2.0.weight",)  # our order of its inputs differs, and a head is of the first eight
 
 
@@ -48,31 +49,16 @@ class Run(NamedTuple):
 def run(request: pytest.FixtureRequest) -> Run:
     name: str = request.param
     model, inputs = model_of(name), inputs_of(name)
-    recorded: dict[str, list[Tensor]] = {key: [] for key in ("backbone", "src", "ref_boxes", "hs")}
-    recorded |= {key: [] for key in ("content", "qpos", "points", "gauss_scale")}
+    recorded: dict[str, list[Tensor]] = {key: [] for key in ("backbone", "src")}
     handles = [
         model.backbone.register_forward_hook(lambda _, __, out: recorded["backbone"].extend(out)),
         (model.input_norm or model.input_proj).register_forward_hook(lambda _, __, out: recorded["src"].append(out)),
     ]
-    for layer in model.decoder:
-        handles.append(layer.register_forward_hook(lambda _, __, out: recorded["hs"].append(out)))
-        handles.append(layer.register_forward_pre_hook(lambda _, args: recorded["ref_boxes"].append(args[1])))
-
-        def keep(_: object, __: object, out: object) -> None:
-            recorded["content"].append(out.content)
-            recorded["qpos"].append(out.position)
-            if out.scales is not None:
-                recorded["gauss_scale"].append(out.scales)
-
-        def keep_points(_: object, __: object, numbers: Tensor) -> None:
-            recorded["points"].append(numbers.unflatten(-1, (-1, HEADS, 2))[:, :, 0].tanh())
-
-        handles.append(layer.aligner.register_forward_hook(keep))
-        handles.append(layer.aligner.point_mlp.register_forward_hook(keep_points))
     with torch.no_grad():
-        outputs = model(inputs.images, inputs.image_sizes)
+        outputs, of_layers = record_aligned_layers(model, inputs)
         for handle in handles:
             handle.remove()
+        recorded |= of_layers
         memory, position, geometry = model.encode(inputs.images, inputs.image_sizes)
     return Run(name, model, inputs, outputs, memory, position, geometry.mask, recorded)
 
@@ -95,19 +81,7 @@ def test_position_code_at_padded_cells_is_the_published_one(run: Run) -> None:
 
 
 def test_aligner(run: Run) -> None:
-    reference = arrays(run.name)
-    queries, channels = reference["q_idx"], reference["ch_idx"]
-    recorded = {key: torch.stack(values) for key, values in run.recorded.items() if key in reference}
-    close(recorded["ref_boxes"][:, :, reference["ref_idx"]], reference["ref_boxes"], most=5e-4, all_within=1e-2)
-    close(recorded["points"][:, :, queries], reference["points"], most=3e-3, all_within=2e-2)
-    content = recorded["content"][:, :, queries[::2]][..., channels[::2]]
-    close(content, reference["content"], most=3e-3, all_within=2e-2)
-    query_position = recorded["qpos"][:, :, queries[::4]][..., channels[::2]]
-    close(query_position, reference["qpos"], most=3e-3, all_within=2e-2)
-    assert ("gauss_scale" in reference) == ("smca" in run.name)
-    if "gauss_scale" in reference:
-        close(recorded["gauss_scale"][:, :, queries], reference["gauss_scale"], most=3e-3, all_within=2e-2)
-    close(recorded["hs"][:, :, queries][..., channels], reference["hs"], most=3e-3, all_within=2e-2)
+    check_aligned_layers(run.name, run.recorded)
 
 
 def test_logits_and_boxes_of_all_layers(run: Run) -> None:

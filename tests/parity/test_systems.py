@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from samdetr.models import Detector
 from samdetr.structures import Outputs
 from tests.parity.checks import (
     EncodedMap,
+    check_detections,
     check_encoded_map,
     check_gradients,
     check_losses,
@@ -74,19 +74,9 @@ def test_logits_and_boxes_of_all_layers(run: Run) -> None:
 
 
 def test_detections(run: Run) -> None:
-    reference = arrays(run.name)
     classification = recipe_of(run.name).loss.classification
     found = best_detections(run.outputs, run.inputs.original_sizes, 100, classification)
-    order = np.argsort(-reference["post_scores"], axis=1, kind="stable")  # DETR's stand in the order of the queries
-    scores, labels = (np.take_along_axis(reference[key], order, axis=1) for key in ("post_scores", "post_labels"))
-    boxes = np.take_along_axis(reference["post_boxes"], order[..., None], axis=1)
-    close(found.scores, scores, most=3e-3, all_within=3e-3)
-    gaps = np.abs(np.diff(scores, axis=1, prepend=np.inf, append=-np.inf))
-    clear = np.minimum(gaps[:, :-1], gaps[:, 1:]) > 3e-4  # the measured noise of scores is 1e-5
-    assert clear.mean() > 0.3
-    assert np.array_equal(found.labels.numpy()[clear], labels[clear])
-    difference = np.abs(found.boxes_xyxy.numpy() - boxes)[clear]
-    assert difference.max() <= 1e-2 * run.inputs.original_sizes.max()
+    check_detections(run.name, found, run.inputs)
 
 
 def test_matching_and_losses(run: Run) -> None:
