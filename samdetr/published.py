@@ -32,6 +32,8 @@ _DETR = "DETR"
 _DETR_FOCAL = "DETR, 300 queries, focal loss"
 _CONDITIONAL = "Conditional-DETR"
 _SMCA = "SMCA-DETR, one scale"
+_SMCA_CONVOLUTIONS = "SMCA-DETR, four scales, convolutions"
+_SMCA_ATTENTION = "SMCA-DETR, three scales, attention"
 _DEFORMABLE = "Deformable-DETR, one level"
 _DEFORMABLE_MS = "Deformable-DETR, four levels"
 _C4, _RCNN, _FPN = "Faster R-CNN C4", "Faster R-CNN", "Faster R-CNN FPN"
@@ -83,6 +85,10 @@ PUBLISHED = {  # by name of the recipe's file
     "smca_detr_r50_50ep": Published(_SMCA, _R50, 41.0, 86, 42, 41_760_482, 41_538_082, (84.0, 94.5), compared=True),
     "smca_detr_r50_dc5_12ep": Published(_SMCA, _DC5, 32.5, 187, 42, 41_760_482, 41_538_082, (177.6, 206.0)),
     "smca_detr_r50_dc5_50ep": Published(_SMCA, _DC5, None, 187, 42, 41_760_482, 41_538_082, (177.6, 206.0)),
+    "smca_detr_r50_ms_50ep": Published(
+        _SMCA_CONVOLUTIONS, _R50, 44.4, None, None, 40_199_738, 39_977_338, None, compared=True
+    ),
+    "smca_detr_r50_ms_attention_50ep": Published(_SMCA_ATTENTION, _R50, 43.7, 152, 40, None, None, None),
     "deformable_detr_r50_12ep": Published(
         _DEFORMABLE, _R50, 31.8, 78, 34, 34_066_593, 33_844_193, (76.4, 85.9), compared=True
     ),

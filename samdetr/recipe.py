@@ -52,6 +52,7 @@ __all__ = [
     "load_recipe",
     "override_recipe",
     "with_absolute_paths",
+    "with_micro_batch",
 ]
 
 Keys = tuple[str | int, ...]
@@ -87,6 +88,10 @@ class Recipe(Section):
         compute = info.data.get("compute")
         if value.system == "faster_rcnn" and compute and compute.cuda_graph == "on":
             raise ValueError('system "faster_rcnn" waits for the device: set compute.cuda_graph = "off"')
+        if value.system == "faster_rcnn" and compute and compute.activation_checkpointing != "off":
+            raise ValueError(
+                'system "faster_rcnn" has no layers to recompute: set compute.activation_checkpointing = "off"'
+            )
         return value
 
     @field_validator("loss")
@@ -198,6 +203,11 @@ def _tables(section: Section, name: str) -> list[str]:
         else:
             rows.append(f"{key} = {value_text(value)}")
     return rows + below
+
+
+def with_micro_batch(recipe: Recipe, images: int) -> Recipe:
+    """The recipe with ``train.micro_batch`` set to a number."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": images})})
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:

@@ -69,11 +69,18 @@ ALIGNED = ("sam_detr", "sam_detr_ms")  # systems with the semantic aligner
 
 class ModelSection(Section):
     system: Literal[
-        "sam_detr", "sam_detr_ms", "detr", "conditional_detr", "smca_detr", "deformable_detr", "faster_rcnn"
+        "sam_detr",
+        "sam_detr_ms",
+        "detr",
+        "conditional_detr",
+        "smca_detr",
+        "smca_detr_ms",
+        "deformable_detr",
+        "faster_rcnn",
     ] = Field(
         "sam_detr",
-        description="which detector; faster_rcnn is C4 where model.backbone.stages = 3, DC5 with "
-        "model.backbone.dilation, else FPN",
+        description="which detector; ..._ms: on several maps; faster_rcnn is C4 where "
+        "model.backbone.stages = 3, DC5 with model.backbone.dilation, else FPN",
     )
     num_classes: PositiveInt = Field(
         91, description="class logits (91: raw COCO category ids); with softmax the last one is no object"
@@ -117,6 +124,12 @@ class ModelSection(Section):
         "published",
         description="pixels a unit of SMCA-DETR's Gaussians: published, 32 also under DC5; feature: a cell of the map",
         json_schema_extra=only_with("model.system", "smca_detr"),
+    )
+    scale_encoder: Literal["convolution", "attention"] = Field(
+        "convolution",
+        description="what mixes the maps of SMCA-DETR; convolution: of stride 8 to 64 (released); attention: within "
+        "maps of stride 16 to 64, in the middle layer across them (the paper's, never released)",
+        json_schema_extra=only_with("model.system", "smca_detr_ms"),
     )
     feature_levels: int = Field(
         1,
@@ -183,8 +196,11 @@ class ModelSection(Section):
     @field_validator("input_norm")
     @classmethod
     def _has_groups(cls, value: str, info: ValidationInfo) -> str:
-        if value == "none" and info.data.get("system") in PYRAMIDS:
-            raise ValueError(f'must be "group_norm" with model.system = "{info.data["system"]}"')
+        system = info.data.get("system")
+        if value == "none" and system in PYRAMIDS:
+            raise ValueError(f'must be "group_norm" with model.system = "{system}"')
+        if value == "group_norm" and system == "smca_detr_ms":
+            raise ValueError(f'must be "none" with model.system = "{system}"')
         if value == "group_norm" and info.data.get("width", 0) % 32:
             raise ValueError(f'"group_norm" has 32 groups, which do not divide model.width, {info.data["width"]}')
         return value
@@ -197,4 +213,6 @@ class ModelSection(Section):
             raise ValueError(
                 f"model.backbone.stages must be at least {needed} with model.feature_levels (got {value.stages})"
             )
+        if info.data.get("system") == "smca_detr_ms" and (value.stages < 3 or value.dilation):
+            raise ValueError('with model.system = "smca_detr_ms" stages must be at least 3 and dilation false')
         return value

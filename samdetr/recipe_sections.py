@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.config import JsonDict
 
+from samdetr.errors import RecipeError
+
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -62,6 +64,11 @@ class ComputeSection(Section):
     )
     cuda_graph: Literal["on", "off"] = Field(
         "off", description='replay each step as CUDA graphs; needs a GPU and data.batching = "buckets"'
+    )
+    activation_checkpointing: Literal["off", "layers"] = Field(
+        "off",
+        description="layers: encoder and decoder layers keep only their inputs and compute again in the backward pass; "
+        "less memory, the same numbers, more time",
     )
     on_failure: Literal["error", "eager"] = Field(
         "error", description="when compiling or recording fails: stop with the reason, or say so and go on without"
@@ -243,7 +250,11 @@ class OptimSection(Section):
 class TrainSection(Section):
     epochs: PositiveInt = Field(50, description="passes over the training split")
     total_batch: PositiveInt = Field(16, description="images of one optimizer step, over all devices")
-    micro_batch: PositiveInt = Field(2, description="images of one forward pass on one device; divides total_batch")
+    micro_batch: int | Literal["auto"] = Field(
+        2,
+        description="images of one forward pass on one device; divides total_batch. auto: the most that a step of the "
+        "largest batches leaves room for, tried on the GPU when a run begins",
+    )
     log_every: PositiveInt = Field(50, description="steps between two lines of metrics.jsonl")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
@@ -256,9 +267,13 @@ class TrainSection(Section):
         json_schema_extra=only_with("train.on_nonfinite", "skip"),
     )
 
-    @field_validator("micro_batch")
+    @field_validator("micro_batch", mode="before")
     @classmethod
-    def _divides_total(cls, value: int, info: ValidationInfo) -> int:
+    def _divides_total(cls, value: object, info: ValidationInfo) -> object:
+        if value == "auto":
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f'expected a whole number >= 1 or "auto", got {value!r}')
         if info.data.get("total_batch", 0) % value:
             raise ValueError(f"must divide train.total_batch, {info.data['total_batch']} (got {value})")
         return value
@@ -267,6 +282,13 @@ class TrainSection(Section):
     def skips_allowed(self) -> int:
         """How many steps in a row may be skipped."""
         return self.max_skips if self.on_nonfinite == "skip" else 0
+
+    @property
+    def images(self) -> int:
+        """``micro_batch`` as a number, as every run has it. Raises RecipeError while it is "auto"."""
+        if self.micro_batch == "auto":
+            raise RecipeError('train.micro_batch = "auto" is a number once a run has begun: give one here.')
+        return self.micro_batch
 
 
 class CheckpointSection(Section):

@@ -46,6 +46,7 @@ PUBLISHED_SMCA = {  # epochs, drop epoch, total batch, dilation
     "smca_detr_r50_dc5_12ep": (12, (10,), 16, True),
     "smca_detr_r50_dc5_50ep": (50, (40,), 16, True),
 }
+SMCA_MS = {"smca_detr_r50_ms_50ep": ("convolution", 500), "smca_detr_r50_ms_attention_50ep": ("attention", 300)}
 PUBLISHED_RCNN = {  # epochs, drop epochs, stages, dilation, candidates and proposals in training
     "faster_rcnn_r50_c4_12ep": (12, (8, 11), 3, False, 12000, 2000),
     "faster_rcnn_r50_c4_36ep": (36, (28, 34), 3, False, 12000, 2000),
@@ -58,6 +59,7 @@ OURS = (  # rows of no published table
     "quickstart",
     "small_scratch",
     "smca_detr_r50_dc5_50ep",
+    "smca_detr_r50_ms_50ep",
     "deformable_detr_r50_ms_refine_50ep",
     "deformable_detr_r50_ms_two_stage_50ep",
 )
@@ -434,6 +436,34 @@ def test_published_schedules_of_other_systems(name: str) -> None:
     assert (model.padding, model.smca_stride, recipe.eval.batch) == ("published", "published", 1)
     assert (recipe.augment, recipe.loss) == (Recipe().augment, Recipe().loss)
     assert (optim.lr, optim.backbone_lr, optim.weight_decay, optim.clip_norm) == (1e-4, 1e-5, 1e-4, 0.1)
+
+
+@pytest.mark.parametrize("name", SMCA_MS)
+def test_schedules_of_smca_detr_on_several_scales(name: str) -> None:
+    """That of one scale, with what its command sets otherwise."""
+    recipe, one_scale = (load_recipe(RECIPES[0].with_name(f"{stem}.toml")) for stem in (name, "smca_detr_r50_50ep"))
+    own = {"system", "scale_encoder", "encoder_layers", "ffn"}
+    assert (recipe.model.system, recipe.model.encoder_layers, recipe.model.ffn) == ("smca_detr_ms", 5, 1024)
+    assert (recipe.model.scale_encoder, recipe.eval.top_k) == SMCA_MS[name]
+    assert recipe.model.model_dump(exclude=own) == one_scale.model.model_dump(exclude=own)
+    assert recipe.eval == one_scale.eval.model_copy(update={"top_k": recipe.eval.top_k})
+    for section in ("augment", "loss", "optim", "train"):
+        assert getattr(recipe, section) == getattr(one_scale, section)
+
+
+def test_mistakes_of_smca_detr_on_several_scales() -> None:
+    recipe = RECIPES[0].with_name("smca_detr_r50_ms_50ep.toml")
+    for key, message in (
+        ('input_norm="group_norm"', r'must be "none" with model\.system = "smca_detr_ms"'),
+        ("backbone.dilation=true", r'with model\.system = "smca_detr_ms" stages must be at least 3 and dilation false'),
+        ("backbone.stages=2", r'with model\.system = "smca_detr_ms" stages must be at least 3 and dilation false'),
+        ('smca_stride="feature"', r'has no meaning with model\.system = "smca_detr_ms": leave it out'),
+        ("feature_levels=4", r'has no meaning with model\.system = "smca_detr_ms": leave it out'),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(recipe, [f"model.{key}"])
+    with pytest.raises(RecipeError, match=r'scale_encoder: has no meaning with model\.system = "smca_detr": leave it'):
+        load_recipe(RECIPES[0].with_name("smca_detr_r50_50ep.toml"), ['model.scale_encoder="attention"'])
 
 
 @pytest.mark.parametrize("name", PUBLISHED_RCNN)

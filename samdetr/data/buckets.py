@@ -100,6 +100,14 @@ def _bounds(transform: TrainTransform, heights: Ints, widths: Ints) -> tuple[int
     return short, tallest, widest
 
 
+def largest_random(transform: TrainTransform, heights: Ints, widths: Ints, images: int) -> Shape:
+    """The largest shape that a random batch of the given images can be padded to: one is high, another one wide."""
+    short, tallest, widest = _bounds(transform, heights, widths)
+    if images > 1:
+        return tallest, widest
+    return (tallest, short) if tallest > widest else (short, widest)
+
+
 def _on_grid(sides: Shape, grid: int) -> Shape:
     return -(-sides[0] // grid) * grid, -(-sides[1] // grid) * grid
 

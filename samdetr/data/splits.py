@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samdetr.data.batching import Shape
-from samdetr.data.buckets import choose_buckets
+from samdetr.data.buckets import choose_buckets, largest_random
 from samdetr.data.checks import CheckReport, check_data
 from samdetr.data.datasets import CocoData, DetectionDataset, Split, make_categories, read_coco
 from samdetr.data.shapes import ensure_shapes
@@ -130,3 +131,11 @@ def batch_shapes(dataset: DetectionDataset, section: DataSection) -> tuple[Shape
         count=section.buckets,
         grid=section.bucket_grid,
     )
+
+
+def largest_shape(dataset: DetectionDataset, section: DataSection, images: int) -> Shape:
+    """The padded shape with the most pixels that a training batch of so many images can have."""
+    shapes = batch_shapes(dataset, section)
+    if shapes is None:
+        return largest_random(dataset.train_transform(), dataset.heights, dataset.widths, images)
+    return max(shapes, key=math.prod)

@@ -34,6 +34,7 @@ from samdetr.engine.compile import Compute, choose_compute
 from samdetr.engine.cuda_graph import StepGraphs
 from samdetr.engine.interrupt import StopSignal
 from samdetr.engine.log import Meter, Stopwatch, print_findings, step_values
+from samdetr.engine.memory import choose_micro_batch
 from samdetr.engine.optim import Guarded, RunningStatistics, build_optimizer
 from samdetr.engine.parallel import World, distribute, micro_batches_of
 from samdetr.engine.readings import Readings, Step
@@ -43,6 +44,7 @@ from samdetr.engine.run_folder import (
     find_run,
     new_run,
     resume_command,
+    with_micro_batch_of,
     write_environment,
 )
 from samdetr.engine.saving import Saver
@@ -136,26 +138,36 @@ class _Start:
 
 
 def build_training(
-    recipe: Recipe, *, resume: str | None, device: torch.device, world: World, console: Console
+    recipe: Recipe,
+    *,
+    resume: str | None,
+    device: torch.device,
+    world: World,
+    console: Console,
+    train_step: Callable[..., object],
 ) -> Training:
-    """Everything from the recipe, in order; nothing is written before the data has passed its checks."""
+    """Everything from the recipe, in order; nothing is written before the data has passed its checks.
+
+    train_step: tried where the recipe leaves the micro-batch open.
+    """
     evaluator = choose_evaluator(recipe.eval.evaluator)
     folder = None if resume is None else world.from_main(lambda: find_run(recipe, resume))
+    recipe = recipe if folder is None else with_micro_batch_of(recipe, folder)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     splits = _read_data(recipe, world, console)
+    compute = choose_compute(recipe.compute, device, buckets=recipe.data.batching == "buckets", processes=world.size)
+    if recipe.train.micro_batch == "auto" and folder is None:
+        recipe = choose_micro_batch(recipe, splits, compute, device, world, train_step=train_step, say=say)
     torch.manual_seed(recipe.run.seed)
     model = build_model(recipe.model)
     train_loader, val_loader = build_loaders(recipe, splits, device, world)
     say(train_loader.describe())
-    compute = choose_compute(recipe.compute, device, buckets=train_loader.shapes is not None, processes=world.size)
     environment = environment_of(recipe, device)
     if folder is None:
         start = _begin(recipe, model, device, world, environment)
     else:
         start = _go_on(recipe, model, device, world, environment, folder=folder, data=splits.fingerprint(), say=say)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    place = device if world.size == 1 else f"{device}, {world.size} processes ({recipe.parallel.strategy})"
-    say(f"model: {count:,} parameters on {place}; {start.note}{_never_drops(recipe)}")
+    say(f"model: {_size_and_place(model, recipe, device, world)}; {start.note}{_never_drops(recipe)}")
     say(f"run: {start.folder}")
     criterion = build_criterion(recipe)
     logged = step_values(criterion.logged)
@@ -252,6 +264,12 @@ def _go_on(
     return _Start(folder, replica, optimizer, average, progress, f"continuing after step {progress.step}")
 
 
+def _size_and_place(model: Detector, recipe: Recipe, device: torch.device, world: World) -> str:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    place = device if world.size == 1 else f"{device}, {world.size} processes ({recipe.parallel.strategy})"
+    return f"{count:,} parameters on {place}"
+
+
 def _never_drops(recipe: Recipe) -> str:
     drops = recipe.optim.drop_epochs
     if recipe.optim.schedule == "step" and min(drops, default=0) >= recipe.train.epochs:
@@ -266,7 +284,7 @@ def build_average(model: Detector, recipe: Recipe) -> WeightAverage | None:
 
 def build_loaders(recipe: Recipe, splits: Splits, device: torch.device, world: World) -> tuple[TrainLoader, EvalLoader]:
     """The loaders of both splits. Raises RecipeError where the processes cannot share a step."""
-    micro_batches_of(world, total_batch=recipe.train.total_batch, micro_batch=recipe.train.micro_batch)
+    micro_batches_of(world, total_batch=recipe.train.total_batch, micro_batch=recipe.train.images)
     share = Share(world.rank, world.size)
     seed, categories = recipe.run.seed, splits.categories
     pin_memory = device.type == "cuda"
@@ -277,7 +295,7 @@ def build_loaders(recipe: Recipe, splits: Splits, device: torch.device, world: W
     train_loader = build_train_loader(
         train_set,
         total_batch=recipe.train.total_batch,
-        micro_batch=recipe.train.micro_batch,
+        micro_batch=recipe.train.images,
         workers=recipe.data.workers,
         seed=seed,
         pin_memory=pin_memory,

@@ -29,6 +29,7 @@ from samdetr.data.batching import Shape
 from samdetr.data.prefetch import finish
 from samdetr.engine.cuda_graph import StepGraphs
 from samdetr.engine.parallel import whole
+from samdetr.engine.recompute import recompute_layers
 from samdetr.errors import SamdetrError
 from samdetr.structures import Batch, Targets
 
@@ -50,6 +51,7 @@ class Compute(NamedTuple):
     precision: torch.dtype  # bfloat16 or float32
     compile: bool
     cuda_graph: bool
+    recompute: bool = False  # the layers' activations, in the backward pass
 
 
 EXACT = Compute(torch.float32, compile=False, cuda_graph=False)
@@ -69,10 +71,16 @@ def choose_compute(section: ComputeSection, device: torch.device, *, buckets: bo
         raise SamdetrError('compute.cuda_graph = "on" needs a GPU: set it to "off".')
     if section.cuda_graph == "on" and processes > 1:
         raise SamdetrError('compute.cuda_graph = "on" is for one process: set it to "off".')
+    if section.cuda_graph == "on" and section.activation_checkpointing != "off":
+        raise SamdetrError(
+            'compute.cuda_graph = "on" cannot record what compute.activation_checkpointing = '
+            f'"{section.activation_checkpointing}" does with random states: set one of them to "off".'
+        )
     return Compute(
         precision=choose_precision(section.precision, device),
         compile=section.compile == "on" or (section.compile == "auto" and buckets and device.type == "cuda"),
         cuda_graph=section.cuda_graph == "on",
+        recompute=section.activation_checkpointing == "layers",
     )
 
 
@@ -102,11 +110,19 @@ def compile_regions(model: Detector, criterion: Criterion, *, shapes: int) -> No
     dynamic = shapes > 1
     model.backbone.compile(fullgraph=True, dynamic=False)
     layers, methods = model.regions()
-    for layer in layers:
-        layer.compile(fullgraph=True, dynamic=dynamic)
+    for layer in layers:  # not their calls: what surrounds forward (sharding, recomputation) stays eager
+        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=dynamic)
     for name in methods:
         setattr(model, name, torch.compile(getattr(model, name), fullgraph=True, dynamic=dynamic))
     criterion.compile(fullgraph=True, dynamic=False)
+
+
+def arrange(model: Detector, criterion: Criterion, compute: Compute, *, shapes: int) -> None:
+    """Change how the model computes, as ``compute`` says; recomputation is around what is compiled."""
+    if compute.compile:
+        compile_regions(model, criterion, shapes=shapes)
+    if compute.recompute:
+        recompute_layers(model)
 
 
 @contextmanager
@@ -160,9 +176,9 @@ def prepare_step(
         note(f"{error} Going on without it, as compute.on_failure says.")
 
     with unchanged(model, device):
+        arrange(model, criterion, compute, shapes=len(shapes))
         if compute.compile:
             try:
-                compile_regions(model, criterion, shapes=len(shapes))
                 _compile_shapes(model, as_computed, shapes, made_up, started, note)
             except SamdetrError as error:
                 failed(error)
@@ -253,11 +269,14 @@ def _compile_shapes(
     note(f"compiled for {len(shapes)} shapes in {seconds:.0f} s; the graphs are kept in {cache_dir()}")
 
 
-def random_batch(shape: Shape, images: int, max_objects: int) -> Batch:
-    """Noise with random boxes, as a loader gives it, the same for the same arguments; every image fills ``shape``."""
+def random_batch(shape: Shape, images: int, max_objects: int, *, least: int = 0) -> Batch:
+    """Noise with random boxes, as a loader gives it, the same for the same arguments; every image fills ``shape``.
+
+    An image has at least ``least`` boxes and at most ``max_objects``.
+    """
     generator = torch.Generator().manual_seed(0)
     boxes = torch.rand(images, max_objects, 4, generator=generator) * 0.4 + 0.3
-    counts = torch.randint(max_objects + 1, (images,), generator=generator)
+    counts = torch.randint(least, max_objects + 1, (images,), generator=generator)
     valid = torch.arange(max_objects) < counts[:, None]
     sizes = torch.tensor([shape] * images)
     return Batch(

@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from samdetr.engine.recompute import recompute_layers
 from samdetr.loss import build_criterion
-from samdetr.models import SAMDETR, DeformableDETR, Detector, SAMDETRMultiScale, build_model
+from samdetr.models import SAMDETR, DeformableDETR, Detector, MultiScaleSAMDETR, build_model
 from samdetr.models.aligner import ROI_SIZE, AlignedQueries, SemanticAligner
 from samdetr.models.deformable_encoder import POINTS, DeformableAttention
 from samdetr.structures import Outputs, Targets
@@ -59,7 +60,7 @@ class Memory(NamedTuple):
     parameters: int  # and buffers
     gradients: int
     optimizer: int  # with the average of the weights, if there is one
-    activations: int  # the images, and what is kept for the backward pass
+    activations: int  # the images, and what is kept for the backward pass, layers that compute again left out
 
     @property
     def total(self) -> int:
@@ -189,7 +190,7 @@ def _box_heads(heads: Iterable[nn.Module], out: Outputs) -> int:
     return sum(weight.numel() for weight in weights) * out.boxes[0, ..., 0].numel()
 
 
-def _repeated_box_heads(model: SAMDETR | SAMDETRMultiScale, args: Sequence[Any], out: Outputs) -> int:
+def _repeated_box_heads(model: SAMDETR | MultiScaleSAMDETR, args: Sequence[Any], out: Outputs) -> int:
     """The published code runs every box head but the last twice: for the next reference, and for the prediction."""
     return _box_heads(model.box_heads[:-1], out)
 
@@ -208,7 +209,7 @@ def _sampling(attention: DeformableAttention, args: Sequence[Any], out: Tensor) 
 PUBLISHED_MORE: Mapping[type[nn.Module], Callable[..., int]] = {
     SemanticAligner: _projection_of_regions,
     SAMDETR: _repeated_box_heads,
-    SAMDETRMultiScale: _repeated_box_heads,
+    MultiScaleSAMDETR: _repeated_box_heads,
     DeformableDETR: _refining_box_heads,
     DeformableAttention: _sampling,
 }
@@ -242,20 +243,23 @@ def count_macs(model: Detector, size: Size) -> Macs:
 
 
 def training_memory(model: Detector, recipe: Recipe) -> Memory:
-    """Of ``train.micro_batch`` images of the largest training size, run eagerly. The model must be on the meta device.
+    """Of ``train.micro_batch`` images of the largest training size, run eagerly.
 
+    The model must be on the meta device; with compute.activation_checkpointing it is changed to recompute.
     Activations are the storages that autograd saves for the backward pass of forward and loss, each counted once,
     parameters left out; that of attention is what its fused kernel saves. Temporary tensors, workspace of libraries
     and fragmentation are not in it.
     """
     size = Size(max(recipe.augment.train_sizes), recipe.augment.max_size)
-    images, image_sizes = _images(recipe.train.micro_batch, size)
+    images, image_sizes = _images(recipe.train.images, size)
     saved = [images]
 
     def save(tensor: Tensor) -> Tensor:
         saved.append(tensor)
         return tensor
 
+    if recipe.compute.activation_checkpointing == "layers":
+        recompute_layers(model)
     criterion, targets = build_criterion(recipe), _targets(len(images))
     with saved_tensors_hooks(save, lambda tensor: tensor), FusedAttention(), MacCounter():
         criterion(model.train()(images, image_sizes, *criterion.model_targets(targets)), targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from samdetr.data.splits import build_dataset, read_split
 from samdetr.engine.coco import CocoDetections, choose_evaluator, coco_detections, coco_evaluate
 from samdetr.engine.compile import choose_precision, computing_in, eagerly
 from samdetr.engine.log import print_evaluation, print_findings, print_per_class
+from samdetr.engine.out_of_memory import described, evaluating, named
 from samdetr.engine.parallel import World
 from samdetr.engine.setup import choose_device, load_trained
 from samdetr.errors import RecipeError
@@ -77,7 +79,8 @@ def detect(
     model.eval()
     try:
         for done, (batch,) in enumerate(prefetch(([batch] for batch in loader), device), start=1):
-            with eagerly(), computing_in(precision, device):  # images of any size: nothing to compile
+            # images of any size: nothing to compile
+            with named(partial(described, batch)), eagerly(), computing_in(precision, device):
                 outputs = model(batch.images, batch.image_sizes)
             sizes = batch.original_sizes.to(device, non_blocking=True)
             parts.append(best_detections(outputs, sizes, top_k, classification))
@@ -157,7 +160,7 @@ def _evaluate_and_print(model: Detector, recipe: Recipe, raw: CocoData, categori
         dataset, batch=recipe.eval.batch, workers=recipe.data.workers, pin_memory=device.type == "cuda"
     )
     model.to(device)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar, evaluating(recipe, device):
         task = bar.add_task("evaluating", total=len(loader))
         results = detect(
             model,

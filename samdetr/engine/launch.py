@@ -34,7 +34,8 @@ def processes_wanted(asked: int | None, recipe: Recipe, gpus: int) -> int:
     What stays unused is said. Raises SamdetrError for more processes than there are GPUs.
     """
     if asked is None:
-        parts = recipe.train.total_batch // recipe.train.micro_batch
+        train = recipe.train
+        parts = train.total_batch // (1 if train.micro_batch == "auto" else train.micro_batch)
         processes = max(number for number in range(1, max(gpus, 1) + 1) if parts % number == 0)
         if processes < gpus:
             sys.stdout.write(

@@ -197,8 +197,11 @@ def distribute(model: Detector, section: ParallelSection, world: World, device: 
 
     With sharding the model's parameters become DTensors: build the optimizer afterwards.
     """
-    if world.size == 1:
-        return model
+    return model if world.size == 1 else wrapped(model, section, world, device)
+
+
+def wrapped(model: Detector, section: ParallelSection, world: World, device: torch.device) -> nn.Module:
+    """As `distribute`, whatever the number of processes; they must be in a process group."""
     if section.strategy == "ddp":
         replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
         replica.broadcast_buffers = any(isinstance(part, nn.BatchNorm2d) for part in model.modules())

@@ -39,7 +39,7 @@ def write_replay(
     Raises CheckpointError.
     """
     recipe, world = training.recipe, training.world
-    image_ids, micro = training.train_loader.image_ids(step.epoch, step.step_in_epoch), recipe.train.micro_batch
+    image_ids, micro = training.train_loader.image_ids(step.epoch, step.step_in_epoch), recipe.train.images
     micro_batches = [
         {
             "process": place % world.size,

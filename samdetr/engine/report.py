@@ -98,7 +98,8 @@ def make_reports(recipes: Mapping[Path, Recipe], sizes: Sequence[Size] = ()) -> 
         for path, recipe in recipes.items():
             wanted = tuple(sizes) or evaluation_sizes(recipe)
             state = (recipe.optim.optimizer, recipe.optim.ema_decay)
-            alike = (recipe.model, recipe.loss, recipe.augment, recipe.train.micro_batch, state)
+            step = (recipe.train.micro_batch, recipe.compute.activation_checkpointing)
+            alike = (recipe.model, recipe.loss, recipe.augment, step, state)
             if (alike, wanted) not in found:
                 status.update(f"counting {path.stem}")
                 found[alike, wanted] = measure(recipe, wanted)

@@ -17,7 +17,7 @@ import torch
 from samdetr.engine.checkpoint import LAST
 from samdetr.engine.checkpoint_folder import newest_first, newest_progress
 from samdetr.errors import CheckpointError, RecipeError, SamdetrError
-from samdetr.recipe import dump_recipe, load_recipe, with_absolute_paths
+from samdetr.recipe import dump_recipe, load_recipe, with_absolute_paths, with_micro_batch
 
 if TYPE_CHECKING:
     from samdetr.recipe import Recipe
@@ -30,6 +30,7 @@ FREE_KEYS = (
     *("train.on_nonfinite", "train.max_skips"),
     *("data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations"),
     *("data.shapes.folder", "data.max_pixels", "data.workers", "compute.on_failure", "parallel.", "checkpoint."),
+    "compute.activation_checkpointing",
 )
 _PACKAGES = (
     "samdetr",
@@ -85,6 +86,8 @@ def find_run(recipe: Recipe, resume: str) -> Path:
     fixed = {"train.epochs"} if recipe.optim.schedule == "cosine" else set()
     if recipe.data.batching == "buckets":
         fixed.add("train.micro_batch")  # which images share one decides the epoch's steps
+    if now["train.micro_batch"] == "auto":
+        now["train.micro_batch"] = before["train.micro_batch"]
     free = tuple(key for key in FREE_KEYS if key not in fixed)
     changed = [key for key in before if before[key] != now[key] and not key.startswith(free)]
     if changed:
@@ -93,6 +96,16 @@ def find_run(recipe: Recipe, resume: str) -> Path:
         lines[-1] += f", or go on as it was with {resume_command(folder)}"
         raise RecipeError("\n".join(lines))
     return folder
+
+
+def with_micro_batch_of(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe; where it says "auto", with the micro-batch that the run in ``folder`` began with.
+
+    Another one would round otherwise.
+    """
+    if recipe.train.micro_batch != "auto":
+        return recipe
+    return with_micro_batch(recipe, load_recipe(folder / RECIPE_FILE).train.images)
 
 
 def resume_command(folder: Path) -> str:

@@ -22,6 +22,7 @@ from samdetr.engine.evaluate import detect, gather_detections
 from samdetr.engine.log import Meter, RunLog, Stopwatch
 from samdetr.engine.nonfinite import report_all, report_steps
 from samdetr.engine.optim import Guarded, lr_factor, set_learning_rate
+from samdetr.engine.out_of_memory import START_UP, described, named, said_of_training
 from samdetr.engine.parallel import ALONE, World, joined, local_gradients, lost_contact, whole
 from samdetr.engine.pictures import draw_validation
 from samdetr.engine.profile import StepProfiler
@@ -86,10 +87,11 @@ def forward_backward(
     model: nn.Module, criterion: Criterion, batch: Batch, num_boxes: Tensor, *, precision: torch.dtype
 ) -> Tensor:
     """Add the gradients of one micro-batch to those of the parameters; its values, as in `log.step_values`."""
-    with computing_in(precision, batch.images.device):
-        outputs = model(batch.images, batch.image_sizes, *criterion.model_targets(batch.targets))
-    losses = criterion(outputs, batch.targets, num_boxes)
-    losses.total.backward()
+    with named(partial(described, batch)):
+        with computing_in(precision, batch.images.device):
+            outputs = model(batch.images, batch.image_sizes, *criterion.model_targets(batch.targets))
+        losses = criterion(outputs, batch.targets, num_boxes)
+        losses.total.backward()
     terms = losses.terms
     return torch.stack([losses.total.detach(), *(terms[name] for name in criterion.logged), terms["class_error"]])
 
@@ -116,7 +118,10 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
     device = choose_device(recipe.run.device, recipe.compute.kernels)
     with joined(device, recipe.parallel) as world:
         console = Console(quiet=not world.is_main)
-        return run(build_training(recipe, resume=resume, device=device, world=world, console=console), profile=profile)
+        training = build_training(
+            recipe, resume=resume, device=device, world=world, console=console, train_step=train_step
+        )
+        return run(training, profile=profile)
 
 
 def run(training: Training, *, profile: bool) -> Path:
@@ -134,7 +139,8 @@ def run(training: Training, *, profile: bool) -> Path:
     )
     profiled = training.folder / "profile" if profile and world.is_main else None
     with training.stop, explained(training), log, StepProfiler(profiled, log.note) as profiler:
-        training.graphs = start_step(training, log)
+        with named(lambda: START_UP):
+            training.graphs = start_step(training, log)
         while progress.epoch < epochs:
             if training.asked_to_stop():
                 training.leave()
@@ -171,11 +177,8 @@ def explained(training: Training) -> Iterator[None]:
             training.saver.wait()
         raise
     except torch.OutOfMemoryError as error:
-        raise SamdetrError(
-            f"{training.device} is out of memory: in an evaluation lower eval.batch and continue with "
-            f"{resume_command(folder)}; in training lower train.micro_batch or augment.max_size in a new run, "
-            "which may start from a checkpoint of this one (init.checkpoint)."
-        ) from error
+        training.saver.end()  # what it writes is there to go on from
+        raise SamdetrError(said_of_training(training, error)) from error
     except RuntimeError as error:
         if training.world.size == 1 or not lost_contact(error):
             raise
@@ -213,7 +216,7 @@ def start_step(training: Training, log: RunLog) -> StepGraphs | None:
         compute=training.compute,
         on_failure=training.recipe.compute.on_failure,
         shapes=training.train_loader.shapes or (),
-        micro_batch=training.recipe.train.micro_batch,
+        micro_batch=training.recipe.train.images,
         max_objects=training.train_loader.max_objects,
         device=training.device,
         started=started,

@@ -9,8 +9,9 @@ from samdetr.models.deformable_detr import DeformableDETR, build_deformable_detr
 from samdetr.models.detr import DETR, build_detr
 from samdetr.models.faster_rcnn import FasterRCNN, build_faster_rcnn
 from samdetr.models.sam_detr import SAMDETR, build_sam_detr
-from samdetr.models.sam_detr_ms import SAMDETRMultiScale, build_sam_detr_ms
+from samdetr.models.sam_detr_ms import MultiScaleSAMDETR, build_sam_detr_ms
 from samdetr.models.smca_detr import SMCADETR, build_smca_detr
+from samdetr.models.smca_detr_ms import MultiScaleSMCADETR, build_smca_detr_ms
 
 if TYPE_CHECKING:
     from samdetr.recipe import ModelSection
@@ -23,13 +24,16 @@ __all__ = [
     "DeformableDETR",
     "Detector",
     "FasterRCNN",
-    "SAMDETRMultiScale",
+    "MultiScaleSAMDETR",
+    "MultiScaleSMCADETR",
     "build_model",
 ]
 
 # what the engine needs: a call with images and sizes (and what the criterion adds in training) -> Outputs, in training
 # whatever the criterion takes; a backbone, regions
-Detector = SAMDETR | SAMDETRMultiScale | DETR | ConditionalDETR | SMCADETR | DeformableDETR | FasterRCNN
+Detector = (
+    SAMDETR | MultiScaleSAMDETR | DETR | ConditionalDETR | SMCADETR | MultiScaleSMCADETR | DeformableDETR | FasterRCNN
+)
 
 
 def build_model(section: ModelSection) -> Detector:
@@ -45,6 +49,8 @@ def build_model(section: ModelSection) -> Detector:
             return build_conditional_detr(section)
         case "smca_detr":
             return build_smca_detr(section)
+        case "smca_detr_ms":
+            return build_smca_detr_ms(section)
         case "deformable_detr":
             return build_deformable_detr(section)
         case "faster_rcnn":

@@ -6,6 +6,7 @@ Deformable DETR (Zhu et al., ICLR 2021): every cell of every level looks at a fe
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -93,18 +94,15 @@ class DeformableEncoderLayer(nn.Module):
         return self.feed_forward(self.norm(x + self.dropout(attended)))
 
 
-class DeformableEncoder(nn.Module):
-    """A stack of deformable encoder layers without a final norm."""
+class PyramidEncoder(nn.Module):
+    """A stack of layers, each of all maps, without a final norm."""
 
-    def __init__(self, *, layers: int, width: int, heads: int, levels: int, ffn: int, dropout: float) -> None:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            DeformableEncoderLayer(width=width, heads=heads, levels=levels, ffn=ffn, dropout=dropout)
-            for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, position: Tensor, pyramid: Pyramid) -> Tensor:
-        """As `DeformableEncoderLayer.forward`."""
+        """x, position [B, S, width] -> [B, S, width]."""
         for layer in self.layers:
             x = layer(x, position, pyramid)
         return x
@@ -117,23 +115,25 @@ class PyramidHalf(NamedTuple):
     projections: (
         nn.ModuleList
     )  # of each level: a linear layer, or a convolution with stride 2 of the backbone's last map
-    norms: nn.ModuleList  # of each level
-    encoder: DeformableEncoder
+    norms: nn.ModuleList  # of each level; SMCA-DETR has none
+    encoder: PyramidEncoder
     mask_padding: bool  # whether padded cells are zero, so that an image's result does not depend on its padding
 
 
 class PyramidDetector(nn.Module):
     """What the systems on several maps have in common: images become encoded maps and their position codes."""
 
+    # SAM-DETR's (i - 1/2) / n; Deformable-DETR's differs from it at padded cells alone, which nothing reads
+    code_offset = 0.5  # of `sine_map`
     methods: tuple[str, ...] = ("embed", "predict")  # compiled regions around the layers
     decoder: nn.ModuleList
 
     def __init__(self, half: PyramidHalf) -> None:
         super().__init__()
         self.backbone, self.projections, self.norms, self.encoder, self.mask_padding = half
-        width = half.norms[0].num_channels
-        assert isinstance(width, int)
-        self.level_codes = nn.Parameter(torch.randn(len(half.projections), width))
+        finest = half.projections[0]
+        assert isinstance(finest, nn.Linear)
+        self.level_codes = nn.Parameter(torch.randn(len(half.projections), finest.out_features))
         initialise_deformable(self.encoder)
         for projection in half.projections:
             assert isinstance(projection, nn.Linear | nn.Conv2d)
@@ -172,7 +172,8 @@ class PyramidDetector(nn.Module):
         """
         inputs, positions, geometries, points = [], [], [], []
         strides = (*self.backbone.strides, 2 * self.backbone.strides[-1])
-        levels = zip(maps, self.projections, self.norms, self.level_codes.unbind(), strict=True)
+        norms = self.norms or [None] * len(maps)
+        levels = zip(maps, self.projections, norms, self.level_codes.unbind(), strict=True)
         for stride, (features, projection, norm, code) in zip(strides, levels, strict=False):
             height, width = features.shape[2:]
             if self.mask_padding:
@@ -181,9 +182,10 @@ class PyramidDetector(nn.Module):
                 valid = valid_cells(image_sizes, image_shape, (height, width))
             mask = valid_mask(valid, height, width)
             x = features.permute(0, 2, 3, 1)
-            x = norm(projection(x) if isinstance(projection, nn.Linear) else x, mask if self.mask_padding else None)
-            # SAM-DETR's (i - 1/2) / n; Deformable-DETR's differs from it at padded cells alone, which nothing reads
-            position = sine_map(valid, height, width, x.shape[-1], offset=0.5).to(x.dtype) + code
+            x = projection(x) if isinstance(projection, nn.Linear) else x
+            if norm is not None:
+                x = norm(x, mask if self.mask_padding else None)
+            position = sine_map(valid, height, width, x.shape[-1], offset=self.code_offset).to(x.dtype) + code
             inputs.append(x.flatten(1, 2))
             positions.append(position.flatten(1, 2))
             geometries.append(MapGeometry(valid, mask, valid if self.mask_padding else None))
@@ -220,26 +222,29 @@ def initialise_deformable(*parts: nn.Module) -> None:
                 module.start()
 
 
+def build_projections(section: ModelSection, *, levels: int, last: bool) -> tuple[Backbone, nn.ModuleList]:
+    """The backbone of a recipe and projections of the maps of its last stages, as many as levels; last: and of a
+    further map, of twice the stride."""
+    backbone = build_backbone(section.backbone, padding=section.padding, levels=levels)
+    projections: list[nn.Module] = [nn.Linear(channels, section.width) for channels in backbone.channels]
+    if last:
+        convolution = nn.Conv2d(backbone.channels[-1], section.width, kernel_size=3, stride=2, padding=1)
+        projections.append(convolution.to(memory_format=torch.channels_last))
+    return backbone, nn.ModuleList(projections)
+
+
 def build_pyramid_half(section: ModelSection, *, ffn: int) -> PyramidHalf:
     """Backbone, projections and encoder of a recipe, with random weights. ffn: of the encoder."""
     width, levels = section.width, section.feature_levels
     from_backbone = min(levels, MOST_BACKBONE_LEVELS)
-    backbone = build_backbone(section.backbone, padding=section.padding, levels=from_backbone)
-    projections: list[nn.Module] = [nn.Linear(channels, width) for channels in backbone.channels]
-    for _ in range(levels - from_backbone):
-        convolution = nn.Conv2d(backbone.channels[-1], width, kernel_size=3, stride=2, padding=1)
-        projections.append(convolution.to(memory_format=torch.channels_last))
+    backbone, projections = build_projections(section, levels=from_backbone, last=levels > from_backbone)
     return PyramidHalf(
         backbone,
-        nn.ModuleList(projections),
+        projections,
         nn.ModuleList(MapGroupNorm(GROUPS, width) for _ in projections),
-        DeformableEncoder(
-            layers=section.encoder_layers,
-            width=width,
-            heads=section.heads,
-            levels=levels,
-            ffn=ffn,
-            dropout=section.dropout,
+        PyramidEncoder(
+            DeformableEncoderLayer(width=width, heads=section.heads, levels=levels, ffn=ffn, dropout=section.dropout)
+            for _ in range(section.encoder_layers)
         ),
         section.padding == "masked",
     )

@@ -100,10 +100,14 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """query [B, Q, width]; key, value [B, S, width]; mask as of `attend` -> [B, Q, width]."""
-        parts = zip((query, key, value), self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3), strict=True)
-        query, key, value = (functional.linear(x, weight, bias) for x, weight, bias in parts)
+        query, key, value = self.project(query, key, value)
         dropout = self.dropout if self.training else 0.0
         return self.out_proj(attend(query, key, value, heads=self.heads, dropout=dropout, mask=mask))
+
+    def project(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What becomes query, key and value, each [B, ..., width] -> the same, projected."""
+        parts = zip(inputs, self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3), strict=True)
+        return tuple(functional.linear(x, weight, bias) for x, weight, bias in parts)
 
 
 class PlacedSelfAttention(nn.Module):

@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 from samdetr.errors import CheckpointError
-from samdetr.models import DETR, SAMDETR, SMCADETR, ConditionalDETR, DeformableDETR, Detector, SAMDETRMultiScale
+from samdetr.models import DETR, SAMDETR, SMCADETR, ConditionalDETR, DeformableDETR, Detector, MultiScaleSAMDETR
 from samdetr.models.aligner import ROI_SIZE
 from samdetr.models.deformable_encoder import PyramidDetector
+from samdetr.models.smca_detr_ms import ConvolvedSMCADETR
 from samdetr.models.state import CLASS_HEADS, first_of
 
 # Our prefix -> published prefix; of several that fit, the first. A value that ends in "layers." is an MLP, whose
 # linear layers the published names count without the ReLUs between them.
+_LAYER_END = {"norm.": "norm1.", "feed_forward.norm.": "norm2.", "feed_forward.": ""}
 _ENCODER_LAYER = {
     "in_proj.": "self_attn.in_proj_",
     "out_proj.": "self_attn.out_proj.",
-    "norm.": "norm1.",
-    "feed_forward.norm.": "norm2.",
-    "feed_forward.": "",
+    **_LAYER_END,
 }
 _DEFORMABLE_ATTENTION = {
     "offsets.": "sampling_offsets.",
@@ -41,9 +41,7 @@ _DEFORMABLE_ATTENTION = {
 }
 _DEFORMABLE_ENCODER_LAYER = {
     **{f"attention.{ours}": f"self_attn.{theirs}" for ours, theirs in _DEFORMABLE_ATTENTION.items()},
-    "norm.": "norm1.",
-    "feed_forward.norm.": "norm2.",
-    "feed_forward.": "",
+    **_LAYER_END,
 }
 # What the decoder layers of all systems have, and below what those of some have.
 _DECODER_LAYER = {
@@ -79,6 +77,8 @@ _PYRAMID = {
     "backbone.": "backbone.0.body.",
     "level_codes": "transformer.level_embed",
     "class_heads.": "class_embed.",
+    **{f"projections.{level}.": f"input_proj.{level}.0." for level in range(4)},
+    **{f"norms.{level}.": f"input_proj.{level}.1." for level in range(4)},
 }
 
 
@@ -150,6 +150,25 @@ _SMCA_DETR = Layout(
         "gaussian.scale.": "point3.",
     },
 )
+_SMCA_DETR_MS = Layout(
+    system="smca_detr_ms",
+    landmark="transformer.decoder.layers.0.point4.weight",
+    whole={
+        **_SHARED_HEADS,
+        "level_codes": "transformer.level_embed",
+        "halve.": "transformer.conv.",
+        **{f"projections.{n}.": f"input_proj_{of}." for n, of in enumerate(("512", "1024", "2048", "2048_3"))},
+    },
+    decoder_layer={**_SMCA_DETR.decoder_layer, "gaussian.weigh.": "point4."},
+    encoder_layer={
+        "value.": "conv_1.",
+        "out.": "conv_2.",
+        **{f"within.{level}.": f"self_attn_{8 << level}." for level in range(4)},
+        **{f"down.{level}.": f"high_to_low_{level + 1}." for level in range(3)},
+        **{f"up.{level}.": f"low_to_high_{level + 1}." for level in range(3)},
+        **_LAYER_END,
+    },
+)
 _DETR = Layout(
     system="detr",
     landmark="transformer.decoder.layers.0.multihead_attn.in_proj_weight",
@@ -188,9 +207,10 @@ _SAM_DETR_MS = Layout(
 )
 _LAYOUTS: dict[type[Detector], Layout] = {
     DeformableDETR: _DEFORMABLE_DETR,
-    SAMDETRMultiScale: _SAM_DETR_MS,
+    MultiScaleSAMDETR: _SAM_DETR_MS,
     SAMDETR: _SAM_DETR,
     ConditionalDETR: _CONDITIONAL_DETR,
+    ConvolvedSMCADETR: _SMCA_DETR_MS,  # before the one whose landmark its files have too
     SMCADETR: _SMCA_DETR,
     DETR: _DETR,
 }
@@ -214,8 +234,6 @@ def _official_name(name: str, layout: Layout) -> str:
         (r"encoder\.layers\.(\d+)\.(.+)", "transformer.encoder.layers", layout.encoder_layer),
         (r"decoder\.(\d+)\.(.+)", "transformer.decoder.layers", layout.decoder_layer),
         (r"box_heads\.(\d+)\.(.+)", "bbox_embed", _BOX_HEAD),
-        (r"projections\.(\d+)\.(.+)", "input_proj", {"": "0."}),
-        (r"norms\.(\d+)\.(.+)", "input_proj", {"": "1."}),
     ):
         if found := re.fullmatch(pattern, name):
             return f"{prefix}.{found[1]}.{_renamed(found[2], names)}"
@@ -381,7 +399,7 @@ def _from_official_layout(name: str, value: Tensor) -> Tensor:
 def _to_official_layout(name: str, value: Tensor) -> Tensor:
     if name.endswith("aligner.point_mlp.0.weight"):
         return value.unflatten(1, (ROI_SIZE * ROI_SIZE, -1)).transpose(1, 2).flatten(1)
-    linear = r"input_proj\.weight|projections\.\d+\.weight|decoder\.\d+\.aligner\.reduce\.weight"
-    if value.dim() == 2 and re.fullmatch(linear, name):
+    linear = r"input_proj|projections\.\d+|decoder\.\d+\.aligner\.reduce|encoder\.layers\.\d+\.(value|out)"
+    if value.dim() == 2 and re.fullmatch(rf"({linear})\.weight", name):
         return value[:, :, None, None]
     return value

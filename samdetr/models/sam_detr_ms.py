@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ENCODER_FFN_SHARE = 2  # the encoder's feed-forward blocks have the decoder's hidden channels divided by this
 
 
-class SAMDETRMultiScale(AlignedDecoder, PyramidDetector):
+class MultiScaleSAMDETR(AlignedDecoder, PyramidDetector):
     """SAM-DETR's decoder behind Deformable-DETR's encoder: its first layers read the coarsest map, its last the finest.
 
     Published with three maps and six layers, two for each.
@@ -51,9 +51,9 @@ def maps_of(memory: Tensor, position: Tensor, pyramid: Pyramid) -> list[tuple[Te
     return maps
 
 
-def build_sam_detr_ms(section: ModelSection) -> SAMDETRMultiScale:
+def build_sam_detr_ms(section: ModelSection) -> MultiScaleSAMDETR:
     """The model of a recipe with random weights."""
-    return SAMDETRMultiScale(
+    return MultiScaleSAMDETR(
         build_pyramid_half(section, ffn=section.ffn // ENCODER_FFN_SHARE),
         build_aligned_layers(section),
         width=section.width,

@@ -1,4 +1,7 @@
-"""SMCA-DETR (ICCV 2021), single scale: DETR whose cross-attention is modulated by learned Gaussians."""
+"""SMCA-DETR (ICCV 2021), single scale: DETR whose cross-attention is modulated by learned Gaussians.
+
+Several scales: smca_detr_ms.py.
+"""
 
 from __future__ import annotations
 
@@ -43,24 +46,34 @@ class Gaussian(nn.Module):
 
         Returns the bias [B, heads, Q, h * w], the centre, and offsets and raw scales [B, Q, heads, 2] (x, y), units.
         """
+        _, centre, offset, scale = self.look(placed, centre)
+        points = (centre.sigmoid() * extent[:, None])[:, :, None] + offset
+        return gaussian_bias(points, scale, mask), centre, offset, scale
+
+    def look(self, placed: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the heads read [B, Q, width]; centre, offsets and raw scales."""
         x = self.norm(placed)
         if self.centre is not None:
             centre = self.centre(x)
         assert centre is not None
         offset, scale = (head(x).unflatten(-1, (self.heads, 2)) for head in (self.offset, self.scale))
-        points = (centre.sigmoid() * extent[:, None])[:, :, None] + offset
-        across, down = (  # [B, heads, Q, w] and [B, heads, Q, h]
-            (coordinate[..., None] - torch.arange(cells, device=x.device)).square() * weight.square()[..., None]
-            for coordinate, weight, cells in zip(
-                points.transpose(1, 2).unbind(-1),
-                scale.transpose(1, 2).unbind(-1),
-                (mask.shape[2], mask.shape[1]),
-                strict=True,
-            )
+        return x, centre, offset, scale
+
+
+def gaussian_bias(points: Tensor, scale: Tensor, mask: Tensor, smoothness: float = SMOOTHNESS) -> Tensor:
+    """points (x, y) in cells, scale [B, Q, heads, 2]; mask [B, h, w] bool -> what is added to the scores of the map's
+    cells, -inf where it is not attended: [B, heads, Q, h * w]."""
+    across, down = (  # [B, heads, Q, w] and [B, heads, Q, h]
+        (coordinate[..., None] - torch.arange(cells, device=points.device)).square() * weight.square()[..., None]
+        for coordinate, weight, cells in zip(
+            points.transpose(1, 2).unbind(-1),
+            scale.transpose(1, 2).unbind(-1),
+            (mask.shape[2], mask.shape[1]),
+            strict=True,
         )
-        bias = (down[..., None] + across[..., None, :]) / -SMOOTHNESS
-        bias = bias.masked_fill(~mask[:, None, None], float("-inf"))
-        return bias.flatten(3), centre, offset, scale
+    )
+    bias = (down[..., None] + across[..., None, :]) / -smoothness
+    return bias.masked_fill(~mask[:, None, None], float("-inf")).flatten(3)
 
 
 class DecoderLayer(detr.DecoderLayer):

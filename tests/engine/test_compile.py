@@ -41,6 +41,15 @@ SYSTEMS = [
     ("model.smca=false", 'model.system="conditional_detr"'),
     ("model.smca=false", 'model.system="smca_detr"'),
     ('model.system="sam_detr_ms"', "model.feature_levels=2"),
+    ("model.smca=false", 'model.system="smca_detr_ms"', 'model.input_norm="none"', "model.backbone.stages=3"),
+    (
+        "model.smca=false",
+        'model.system="smca_detr_ms"',
+        'model.scale_encoder="attention"',
+        'model.input_norm="none"',
+        "model.backbone.stages=3",
+        "model.encoder_layers=2",
+    ),
     ("model.smca=false", 'model.system="deformable_detr"', "model.feature_levels=2"),
     (
         "model.smca=false",

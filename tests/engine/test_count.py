@@ -95,7 +95,16 @@ def test_a_product_without_a_formula_is_no_zero() -> None:
         functional.conv2d(image, meta(4, 3, 3, 3)).sum().backward()
 
 
-@pytest.mark.parametrize("name", ["detr_r50_500ep", "conditional_detr_r50_12ep", "smca_detr_r50_12ep"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "detr_r50_500ep",
+        "conditional_detr_r50_12ep",
+        "smca_detr_r50_12ep",
+        "smca_detr_r50_ms_50ep",
+        "smca_detr_r50_ms_attention_50ep",
+    ],
+)
 def test_torch_counts_as_many(name: str) -> None:
     recipe = recipe_of(name, *SMALL)
     model = build_on_meta(recipe.model)

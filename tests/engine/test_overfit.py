@@ -24,6 +24,7 @@ SYSTEMS += ("conditional_detr_r50_12ep", "smca_detr_r50_12ep")
 SYSTEMS += ("r50_ms_12ep", "r50_ms_smca_12ep")
 SYSTEMS += ("deformable_detr_r50_12ep", "deformable_detr_r50_ms_50ep")
 SYSTEMS += ("deformable_detr_r50_ms_refine_50ep", "deformable_detr_r50_ms_two_stage_50ep")
+SYSTEMS += ("smca_detr_r50_ms_50ep", "smca_detr_r50_ms_attention_50ep")
 STEPS, FALL, CPU = 400, 10, torch.device("cpu")
 
 

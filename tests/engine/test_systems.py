@@ -41,6 +41,8 @@ PARAMETERS = {
     "smca_detr_r50_50ep": 41_760_482,
     "smca_detr_r50_dc5_12ep": 41_760_482,
     "smca_detr_r50_dc5_50ep": 41_760_482,
+    "smca_detr_r50_ms_50ep": 40_199_738,
+    "smca_detr_r50_ms_attention_50ep": 39_752_308,
     "deformable_detr_r50_12ep": 34_066_593,
     "deformable_detr_r50_50ep": 34_066_593,
     "deformable_detr_r50_dc5_12ep": 34_066_593,

@@ -12,9 +12,10 @@ from samdetr.models.backbone import Backbone
 from samdetr.models.deformable_encoder import (
     POINTS,
     DeformableAttention,
-    DeformableEncoder,
+    DeformableEncoderLayer,
     Pyramid,
     PyramidDetector,
+    PyramidEncoder,
     PyramidHalf,
 )
 from samdetr.models.layers import MapGroupNorm
@@ -36,7 +37,9 @@ def detector(*, levels: int = 4, mask_padding: bool, dilation: bool = False) -> 
         backbone,
         nn.ModuleList(projections),
         nn.ModuleList(MapGroupNorm(32, WIDTH) for _ in projections),
-        DeformableEncoder(layers=2, width=WIDTH, heads=HEADS, levels=levels, ffn=32, dropout=0.0),
+        PyramidEncoder(
+            DeformableEncoderLayer(width=WIDTH, heads=HEADS, levels=levels, ffn=32, dropout=0.0) for _ in range(2)
+        ),
         mask_padding,
     )
     model = PyramidDetector(half)

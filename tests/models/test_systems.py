@@ -13,10 +13,11 @@ from samdetr.models import SMCADETR, Detector
 from tests.models.test_sam_detr import TINY_BACKBONE, images_of, livened, small
 
 SYSTEMS = ("detr_focal_r50_12ep", "conditional_detr_r50_12ep", "smca_detr_r50_12ep")
+SMCA_MS = ("smca_detr_r50_ms_50ep", "smca_detr_r50_ms_attention_50ep")
 DEFORMABLE = ("deformable_detr_r50_12ep", "deformable_detr_r50_ms_50ep", "deformable_detr_r50_ms_two_stage_50ep")
 
 
-@pytest.mark.parametrize("recipe", [*SYSTEMS, "smca_detr_r50_dc5_12ep", *DEFORMABLE])
+@pytest.mark.parametrize("recipe", [*SYSTEMS, "smca_detr_r50_dc5_12ep", *SMCA_MS, *DEFORMABLE])
 def test_masked_padding_makes_an_image_independent_of_its_batch(recipe: str) -> None:
     model = livened(small(recipe, 'model.padding="masked"', 'model.backbone.weights="none"'))
     alone = model(*images_of((70, 101), height=70, width=101))
@@ -55,7 +56,7 @@ def outputs_at_the_start(model: Detector) -> tuple[Tensor, Tensor]:
     return outputs.logits, outputs.boxes
 
 
-@pytest.mark.parametrize("recipe", [*SYSTEMS, *DEFORMABLE])
+@pytest.mark.parametrize("recipe", [*SYSTEMS, *SMCA_MS, *DEFORMABLE])
 def test_classes_begin_at_their_prior(recipe: str) -> None:
     logits, _ = outputs_at_the_start(small(recipe, *TINY_BACKBONE))
     assert logits.sigmoid().mean().item() == pytest.approx(0.01, abs=0.01)
@@ -170,7 +171,7 @@ def test_unit_of_the_gaussians(recipe: str, key: str, unit: int) -> None:
     assert extents[0].tolist() == [[96 / unit, 64 / unit]]
 
 
-@pytest.mark.parametrize("recipe", ["detr_r50_500ep", *SYSTEMS[1:], *DEFORMABLE])
+@pytest.mark.parametrize("recipe", ["detr_r50_500ep", *SYSTEMS[1:], *SMCA_MS, *DEFORMABLE])
 def test_forward_has_no_graph_break(recipe: str) -> None:
     model = small(recipe, *TINY_BACKBONE).eval()
     images, sizes = images_of((64, 96), (50, 70), height=64, width=96)

@@ -64,8 +64,9 @@ def check_encoded_map(name: str, found: EncodedMap) -> None:
     close(memory, reference["memory"], most=1e-4, all_within=1e-4)
 
 
-def check_encoded_maps(name: str, model: PyramidDetector, inputs: Inputs) -> None:
-    """Of several levels; what no valid cell reads is left out, for it is arbitrary."""
+def check_encoded_maps(name: str, model: PyramidDetector, inputs: Inputs, *, finest: int = 0) -> None:
+    """Of several levels; what no valid cell reads is left out, for it is arbitrary. finest: the fixture's number of the
+    first one; the last one's source then comes first."""
     reference = arrays(name)
     channels = reference["ch_idx"]
     with torch.no_grad():
@@ -79,14 +80,15 @@ def check_encoded_maps(name: str, model: PyramidDetector, inputs: Inputs) -> Non
     for level, (geometry, source, codes) in enumerate(levels):
         step = -(-sizes[level] // 64)
         source = source[:, ::step][..., channels].transpose(1, 2)
-        close(source, reference[f"src{level}"], most=5e-5, all_within=5e-5)
+        close(source, reference[f"src{(level + finest) % len(sizes)}"], most=5e-5, all_within=5e-5)
         if level == len(features):
             continue
-        assert np.array_equal(~geometry.mask.numpy(), reference[f"mask{level}"])
+        assert np.array_equal(~geometry.mask.numpy(), reference[f"mask{level + finest}"])
         ours = features[level].flatten(2)
-        close(ours[:, :: ours.shape[1] // 8, ::step], reference[f"backbone{level}"], most=5e-5, all_within=5e-5)
+        seen_of_it = ours[:, :: ours.shape[1] // 8, ::step]
+        close(seen_of_it, reference[f"backbone{level + finest}"], most=5e-5, all_within=5e-5)
         code = (codes - model.level_codes[level]).detach()[:, ::step][..., channels]
-        difference = (code - torch.from_numpy(reference[f"pos{level}"]).transpose(1, 2)).abs()
+        difference = (code - torch.from_numpy(reference[f"pos{level + finest}"]).transpose(1, 2)).abs()
         assert difference[geometry.mask.flatten(1)[:, ::step]].max() <= 2e-6
     step = -(-sum(sizes) // 200)
     valid = pyramid.mask[:, ::step].numpy()

@@ -51,7 +51,8 @@ RECIPE_OF_MULTI_SCALE = {  # SAM-DETR's on several maps
     "samdetr_r50_ms_50ep": "r50_ms_50ep",
     "samdetr_r50_ms_smca_50ep": "r50_ms_smca_50ep",
 }
-RECIPES_COMPARED = RECIPE_OF | RECIPE_OF_MULTI_SCALE | RECIPE_OF_OTHER | RECIPE_OF_DEFORMABLE
+RECIPE_OF_SMCA_MS = {"smca_detr_r50_multiscale": "smca_detr_r50_ms_50ep"}
+RECIPES_COMPARED = RECIPE_OF | RECIPE_OF_MULTI_SCALE | RECIPE_OF_OTHER | RECIPE_OF_DEFORMABLE | RECIPE_OF_SMCA_MS
 
 
 class Inputs(NamedTuple):
