@@ -223,6 +223,7 @@ def test_what_is_not_finite_in_bf16_alone_is_said(
             "model.system=conditional_detr",
         ),
         ("model.smca=false", "model.system=detr", "loss.classification=softmax"),
+        ("model.smca=false", "model.system=deformable_detr"),
     ],
 )
 def test_what_is_meant_to_be_infinite_is_not_reported(make_recipe: MakeRecipe, keys: tuple[str, ...]) -> None:
