@@ -1,4 +1,4 @@
-"""SAM-DETR and SAM-DETR w/ SMCA on several maps (CVPR 2022, table 1, "multi-scale"), from coarse to fine."""
+"""SAM-DETR and SAM-DETR w/ SMCA on several maps, from coarse to fine: in the authors' code, not in the CVPR paper."""
 
 from __future__ import annotations
 
