@@ -36,12 +36,18 @@ REGIONS = 7  # beside the backbones: embed, encoder layer, first and later decod
 PUBLISHED = ('model.padding="published"', 'model.backbone.norm="frozen"')  # the other of each is tiny's
 SYSTEMS = [
     ("model.smca=false", 'model.resampling="max"'),
-    ("model.smca=false", 'model.resampling="point"', 'model.search_range="image"', "model.reweighting=false"),
+    pytest.param(
+        ("model.smca=false", 'model.resampling="point"', 'model.search_range="image"', "model.reweighting=false"),
+        marks=pytest.mark.slow,
+    ),
     ("model.smca=false", 'model.system="detr"', "model.num_classes=9", 'loss.classification="softmax"'),
     ("model.smca=false", 'model.system="conditional_detr"'),
     ("model.smca=false", 'model.system="smca_detr"'),
     ('model.system="sam_detr_ms"', "model.feature_levels=2"),
-    ("model.smca=false", 'model.system="smca_detr_ms"', 'model.input_norm="none"', "model.backbone.stages=3"),
+    pytest.param(
+        ("model.smca=false", 'model.system="smca_detr_ms"', 'model.input_norm="none"', "model.backbone.stages=3"),
+        marks=pytest.mark.slow,
+    ),
     (
         "model.smca=false",
         'model.system="smca_detr_ms"',
@@ -50,7 +56,9 @@ SYSTEMS = [
         "model.backbone.stages=3",
         "model.encoder_layers=2",
     ),
-    ("model.smca=false", 'model.system="deformable_detr"', "model.feature_levels=2"),
+    pytest.param(
+        ("model.smca=false", 'model.system="deformable_detr"', "model.feature_levels=2"), marks=pytest.mark.slow
+    ),
     (
         "model.smca=false",
         'model.system="deformable_detr"',
@@ -193,7 +201,9 @@ def test_compiled_steps_of_other_systems_are_the_eager_ones(make_recipe: MakeRec
     assert losses == pytest.approx(eager.steps(4) + eager.steps(4), rel=2e-6)
 
 
-@pytest.mark.parametrize(("precision", "micro_batch"), [(torch.float32, 1), (torch.bfloat16, 2)])
+@pytest.mark.parametrize(
+    ("precision", "micro_batch"), [pytest.param(torch.float32, 1, marks=pytest.mark.slow), (torch.bfloat16, 2)]
+)
 def test_nothing_is_compiled_after_the_start_up(
     make_recipe: MakeRecipe, precision: torch.dtype, micro_batch: int
 ) -> None:

@@ -110,7 +110,9 @@ def test_gradients(run: Run, prefix: str) -> None:
     check_gradients(run.name, run.model, SetCriterion(), run.inputs, prefix, without_heads=OTHER_LAYOUT)
 
 
-@pytest.mark.parametrize("name", ["samdetr_r50_50ep", "samdetr_r50_dc5_smca_12ep"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("samdetr_r50_50ep", marks=pytest.mark.slow), "samdetr_r50_dc5_smca_12ep"]
+)
 def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The regions as torch.compile captures and differentiates them; generating code of them is left to others."""
     torch.compiler.reset()
