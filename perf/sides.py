@@ -159,13 +159,12 @@ def build_model_on(recipe: Recipe, device: torch.device) -> SAMDETR:
 
 def pinned(batch: Batch) -> Batch:
     """The batch in page-locked memory, as the loader gives it."""
-    targets = Targets(*(part.pin_memory() for part in batch.targets))
-    return batch._replace(images=batch.images.pin_memory(), image_sizes=batch.image_sizes.pin_memory(), targets=targets)
+    return batch._replace(images=batch.images.pin_memory(), numbers=batch.numbers.pin_memory())
 
 
 def first_images(batch: Batch, count: int) -> Batch:
     """The first images of a batch."""
     targets = Targets(*(part[:count] for part in batch.targets))
-    return Batch(
+    return Batch.of(
         batch.images[:count], batch.image_sizes[:count], targets, batch.image_ids[:count], batch.original_sizes[:count]
     )

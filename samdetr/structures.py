@@ -8,10 +8,14 @@ Boxes are (cx, cy, w, h) in [0, 1] of the *valid* image unless a name says ``xyx
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+GEOMETRY = 11  # numbers that say how a photo is augmented
+ALIGNED = 16  # int64 numbers; compiled code copies what does not begin at a multiple of 16 bytes
 
 
 class Targets(NamedTuple):
@@ -23,33 +27,79 @@ class Targets(NamedTuple):
 
 
 class Resample(NamedTuple):
-    """What is still to be done to a batch's photos: `samdetr.data.resample` makes and reads it."""
+    """Sizes of what is still to be done to a batch's photos: `samdetr.data.resample` makes and reads them."""
 
-    geometry: Tensor  # [B, 11] int64
-    shape: tuple[int, int]  # padded (height, width) of the result
-    region: tuple[int, int]  # most rows and columns that are left of an image by its crop
+    height: int  # padded, of the result
+    width: int
+    rows: int  # most that are left of an image by its crop
+    columns: int
 
 
 class Batch(NamedTuple):
-    """What the model sees of a few images in one forward pass."""
+    """What the model sees of a few images in one forward pass. `Batch.of` makes one."""
 
     images: Tensor  # [B, 3, H, W] float32, normalised, zero-padded at the bottom and right; or, from a loader with
     # data.pixels = "fast", uint8 pixels (strides channels-last) that `samdetr.data.prefetch.finish` makes into these
-    image_sizes: Tensor  # [B, 2] int64, (height, width) of the valid pixels
-    targets: Targets
-    image_ids: Tensor  # [B] int64, the ids of the annotation file
-    original_sizes: Tensor  # [B, 2] int64, (height, width) of the decoded photo, before augmentation
+    numbers: Tensor  # int64 [N]: all else that is read on the device, so that one copy moves it
+    max_objects: int  # T
+    image_ids: Tensor  # [B] int64, the ids of the annotation file; stays on the host
+    original_sizes: Tensor  # [B, 2] int64, (height, width) of the decoded photo, before augmentation; on the host
     resample: Resample | None = None  # if set, ``images`` are whole photos, zero-padded, that `finish` augments first
 
+    @classmethod
+    def of(
+        cls,
+        images: Tensor,
+        image_sizes: Tensor,
+        targets: Targets,
+        image_ids: Tensor,
+        original_sizes: Tensor,
+        resample: Resample | None = None,
+        geometry: Tensor | None = None,
+    ) -> Batch:
+        """The batch of these parts, all on one device; they are described at the fields and properties."""
+        count, objects = targets.labels.shape
+        parts = [image_sizes, targets.counts, targets.labels, targets.boxes.float().contiguous().view(torch.int64)]
+        parts += [] if geometry is None else [geometry]
+        places = _places(count, objects)
+        numbers = images.new_zeros(places[len(parts) - 1].stop, dtype=torch.int64)
+        for place, part in zip(places, parts, strict=False):
+            numbers[place] = part.flatten()
+        return cls(images, numbers, objects, image_ids, original_sizes, resample)
+
+    def _part(self, index: int) -> Tensor:
+        return self.numbers[_places(len(self.images), self.max_objects)[index]]
+
+    @property
+    def image_sizes(self) -> Tensor:
+        """[B, 2] int64, (height, width) of the valid pixels."""
+        return self._part(0).view(-1, 2)
+
+    @property
+    def targets(self) -> Targets:
+        """The ground truth."""
+        labels, boxes = self._part(2).view(-1, self.max_objects), self._part(3).view(torch.float32)
+        return Targets(labels, boxes.view(-1, self.max_objects, 4), self._part(1))
+
+    @property
+    def geometry(self) -> Tensor:
+        """[B, 11] int64, how each photo is augmented, where ``resample`` is set."""
+        return self._part(4).view(-1, GEOMETRY)
+
     def to(self, device: torch.device) -> Batch:
-        """The same batch with the tensors that the model and the loss read on ``device``."""
-        todo = self.resample
-        return self._replace(
-            images=self.images.to(device, non_blocking=True),
-            image_sizes=self.image_sizes.to(device, non_blocking=True),
-            targets=Targets(*(part.to(device, non_blocking=True) for part in self.targets)),
-            resample=None if todo is None else todo._replace(geometry=todo.geometry.to(device, non_blocking=True)),
-        )
+        """The same batch with what the model and the loss read on ``device``, in two copies."""
+        images, numbers = (part.to(device, non_blocking=True) for part in (self.images, self.numbers))
+        return self._replace(images=images, numbers=numbers)
+
+
+@cache
+def _places(images: int, objects: int) -> tuple[slice, ...]:
+    """Where in `Batch.numbers` sizes, counts, labels, boxes (two float32 each) and geometry are."""
+    places, start = [], 0
+    for width in (2, 1, objects, 2 * objects, GEOMETRY):
+        places.append(slice(start, start + images * width))
+        start += -(-images * width // ALIGNED) * ALIGNED
+    return tuple(places)
 
 
 class Proposals(NamedTuple):

@@ -72,13 +72,14 @@ def collate(samples: Sequence[Sample], max_objects: int, shape: Shape | None = N
         labels[row, : len(sample.labels)] = sample.labels
         boxes[row, : len(sample.boxes)] = sample.boxes
     counts = torch.tensor([len(sample.labels) for sample in samples], dtype=torch.int64)
-    return Batch(
+    return Batch.of(
         images=images,
         image_sizes=torch.tensor(sizes, dtype=torch.int64),
         targets=Targets(labels=labels, boxes=boxes, counts=counts),
         image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
         original_sizes=torch.tensor([sample.original_size for sample in samples], dtype=torch.int64),
         resample=todo,
+        geometry=torch.tensor(geometries, dtype=torch.int64) if geometries else None,
     )
 
 

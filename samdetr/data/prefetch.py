@@ -31,7 +31,8 @@ def finish(batch: Batch, device: torch.device) -> Batch:
     if moved.resample is None:
         images = moved.images
     else:
-        images = resample(moved.images, moved.resample, torch.float32 if device.type == "cpu" else torch.float16)
+        dtype = torch.float32 if device.type == "cpu" else torch.float16
+        images = resample(moved.images, moved.geometry, moved.resample, dtype)
     images = images.to(torch.float32, memory_format=layout)
     mean, std = _mean_std(device)
     rows, columns = (torch.arange(side, device=device) for side in images.shape[-2:])
@@ -94,6 +95,6 @@ def _prefetch_cuda(steps: Iterable[list[Batch]], device: torch.device) -> Iterat
         current = torch.cuda.current_stream(device)
         current.wait_event(copied)
         for batch in batches:
-            for tensor in (batch.images, batch.image_sizes, *batch.targets):
+            for tensor in (batch.images, batch.numbers):
                 tensor.record_stream(current)  # its memory is not reused before the step has read it
         yield batches

@@ -25,21 +25,22 @@ def geometry_of(plan: Plan, height: int, width: int) -> tuple[int, ...]:
 
 
 def collect(geometries: Sequence[tuple[int, ...]], shape: tuple[int, int]) -> Resample:
-    """The geometries of a batch that becomes ``shape``, with the bounds that the device must not be asked for."""
-    table = torch.tensor(geometries, dtype=torch.int64)
-    return Resample(table, shape, (int(table[:, 4].max()), int(table[:, 9].max())))
+    """Of a batch that becomes ``shape``: the bounds that the device must not be asked for."""
+    rows, columns = (max(geometry[at] for geometry in geometries) for at in (4, 9))
+    return Resample(*shape, rows, columns)
 
 
-def resample(images: Tensor, todo: Resample, dtype: torch.dtype) -> Tensor:
+def resample(images: Tensor, geometry: Tensor, todo: Resample, dtype: torch.dtype) -> Tensor:
     """uint8 [B, 3, h, w] photos, zero-padded -> float32 [B, 3, H, W], whole levels 0 to 255, zero-padded.
 
+    geometry: [B, 11] int64, rows of `geometry_of`.
     dtype: of the products, which add up in float32; float16 costs less than a tenth of a
         level on average, at most one.
     """
-    flip, *sides = todo.geometry.unbind(dim=1)
+    flip, *sides = geometry.unbind(dim=1)
     no_flip = torch.zeros_like(flip)
-    rows = _matrix(no_flip, sides[:5], todo.shape[0], todo.region[0], images.shape[2])
-    columns = _matrix(flip, sides[5:], todo.shape[1], todo.region[1], images.shape[3])
+    rows = _matrix(no_flip, sides[:5], todo.height, todo.rows, images.shape[2])
+    columns = _matrix(flip, sides[5:], todo.width, todo.columns, images.shape[3])
     left = rows.to(dtype)[:, None] @ images.to(dtype)
     return (left @ columns.to(dtype)[:, None].mT).float().round_().clamp_(0, 255)
 

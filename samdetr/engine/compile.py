@@ -279,7 +279,7 @@ def random_batch(shape: Shape, images: int, max_objects: int, *, least: int = 0)
     counts = torch.randint(least, max_objects + 1, (images,), generator=generator)
     valid = torch.arange(max_objects) < counts[:, None]
     sizes = torch.tensor([shape] * images)
-    return Batch(
+    return Batch.of(
         images=torch.randn(images, 3, *shape, generator=generator),
         image_sizes=sizes,
         targets=Targets(torch.zeros(valid.shape, dtype=torch.int64), boxes * valid[..., None], counts),

@@ -127,10 +127,9 @@ class StepGraphs:
 
 
 def _tensors(batch: Batch, num_boxes: Tensor) -> tuple[Tensor, ...]:
-    return batch.images, batch.image_sizes, *batch.targets, num_boxes
+    return batch.images, batch.numbers, num_boxes
 
 
 def _like(batch: Batch, tensors: tuple[Tensor, ...]) -> Batch:
-    images, image_sizes, labels, boxes, counts, _ = tensors
-    targets = batch.targets._replace(labels=labels, boxes=boxes, counts=counts)
-    return batch._replace(images=images, image_sizes=image_sizes, targets=targets)
+    images, numbers, _ = tensors
+    return batch._replace(images=images, numbers=numbers)

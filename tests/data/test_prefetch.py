@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from samdetr.data.batching import Sample, collate
 from samdetr.data.prefetch import finish, one_ahead, prefetch
@@ -50,6 +51,26 @@ def test_a_float_batch_is_finished_already() -> None:
     assert finish(batch, CPU).images is batch.images
 
 
+def test_all_that_the_step_reads_moves_in_two_copies() -> None:
+    """Pixels and numbers; each part of the numbers begins where compiled code need not copy it."""
+    batch = batch_of(raw=True)
+    copied: list[torch.Tensor] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+                copied.append(args[0])
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        moved = batch.to(torch.device("meta"))
+    assert [tensor.data_ptr() for tensor in copied] == [batch.images.data_ptr(), batch.numbers.data_ptr()]
+    assert moved.image_sizes.is_meta and all(part.is_meta for part in moved.targets) and not moved.image_ids.is_meta
+    for part in (batch.image_sizes, *batch.targets):
+        assert part.is_contiguous() and part.data_ptr() % 64 == batch.numbers.data_ptr() % 64
+        assert part.untyped_storage().data_ptr() == batch.numbers.untyped_storage().data_ptr()
+
+
 def test_prefetching_keeps_steps_and_order() -> None:
     steps = [[batch_of(raw=True, seed=step), batch_of(raw=False, seed=step + 10)] for step in range(3)]
     got = list(prefetch(steps, CPU))
@@ -89,7 +110,10 @@ def test_an_error_waits_for_its_turn(sound: int) -> None:
 def test_prefetching_to_a_gpu_gives_the_same_numbers() -> None:
     device = torch.device("cuda", 0)
     steps = [[batch_of(raw=True, seed=step), batch_of(raw=True, seed=step + 10)] for step in range(8)]
-    pinned = [[batch._replace(images=batch.images.pin_memory()) for batch in step] for step in steps]
+    pinned = [
+        [batch._replace(images=batch.images.pin_memory(), numbers=batch.numbers.pin_memory()) for batch in step]
+        for step in steps
+    ]
     for got, step in zip(prefetch(pinned, device), steps, strict=True):
         torch.cuda._sleep(1_000_000)  # the step computes while the next one is copied
         for moved, batch in zip(got, step, strict=True):

@@ -57,7 +57,8 @@ def test_pixels_are_those_of_the_loader_within_rounding(seed: int, shape: tuple[
 def test_half_precision_costs_less_than_a_level() -> None:
     """On a GPU the products take float16."""
     _, todo = batches(0, None)
-    exact, half = (resample(todo.images, todo.resample, dtype) for dtype in (torch.float32, torch.float16))
+    given = (todo.images, todo.geometry, todo.resample)
+    exact, half = (resample(*given, dtype) for dtype in (torch.float32, torch.float16))
     assert (exact - half).abs().max() <= 1 and (exact - half).abs().mean() < 0.1
 
 
@@ -65,6 +66,7 @@ def test_nothing_to_do_changes_nothing() -> None:
     image = photo(30, 50, 0)
     still = geometry_of(Plan(False, 0, (0, 0, 30, 50), 30, (30, 50)), 30, 50)
     mirrored = geometry_of(Plan(True, 0, (0, 0, 30, 50), 30, (30, 50)), 30, 50)
-    out = resample(image.repeat(2, 1, 1, 1), collect([still, mirrored], (32, 64)), torch.float32)
+    both = [still, mirrored]
+    out = resample(image.repeat(2, 1, 1, 1), torch.tensor(both), collect(both, (32, 64)), torch.float32)
     assert torch.equal(out[0, :, :30, :50], image.float()) and torch.equal(out[1, :, :30, :50], image.flip(-1).float())
     assert (out[:, :, 30:] == 0).all() and (out[:, :, :, 50:] == 0).all()

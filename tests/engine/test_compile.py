@@ -27,7 +27,7 @@ from samdetr.errors import SamdetrError
 from samdetr.loss import SetCriterion, build_criterion
 from samdetr.models import SAMDETR, build_model
 from samdetr.recipe import ComputeSection, Recipe
-from samdetr.structures import Batch, Targets
+from samdetr.structures import Batch
 from tests.engine.runs import MakeRecipe
 
 CPU = torch.device("cpu")
@@ -134,8 +134,7 @@ class Setup:
         for step in range(count):
             torch.manual_seed(step)
             batch = random_batch(SHAPES[step % shapes], images, 5)
-            targets = batch.targets._replace(boxes=batch.targets.boxes.to(self.dtype))
-            batch = batch._replace(images=batch.images.to(self.dtype), targets=targets)
+            batch = batch._replace(images=batch.images.to(self.dtype))
             result = train_step(
                 self.model, self.criterion, self.optimizer, [batch], device=CPU, clip_norm=1.0, precision=precision
             )
@@ -460,5 +459,4 @@ def test_dropout_of_a_replay_is_that_of_its_seed(make_recipe: MakeRecipe) -> Non
 
 
 def _pinned(batch: Batch) -> Batch:
-    targets = Targets(*(part.pin_memory() for part in batch.targets))
-    return batch._replace(images=batch.images.pin_memory(), image_sizes=batch.image_sizes.pin_memory(), targets=targets)
+    return batch._replace(images=batch.images.pin_memory(), numbers=batch.numbers.pin_memory())

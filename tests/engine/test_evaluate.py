@@ -108,7 +108,7 @@ def test_best_detections_of_a_softmax() -> None:
 def test_logits_without_a_category_are_left_out(tmp_path: Path) -> None:
     categories = Categories(ids=(2, 7), names=("two", "seven"), indices=(2, 7))
     logits = torch.arange(9.0).expand(1, 1, 1, 9)  # class 8, which no category has, is best
-    batch = Batch(
+    batch = Batch.of(
         images=torch.zeros(1, 3, 8, 8),
         image_sizes=torch.tensor([[8, 8]]),
         targets=Targets(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 4), torch.tensor([0])),
@@ -123,7 +123,7 @@ def test_logits_without_a_category_are_left_out(tmp_path: Path) -> None:
 
 def batch_of(image_ids: list[int]) -> Batch:
     count = len(image_ids)
-    return Batch(
+    return Batch.of(
         images=torch.zeros(count, 3, 8, 8),
         image_sizes=torch.tensor([[8, 8]] * count),
         targets=Targets(

@@ -32,7 +32,7 @@ def random_batch(counts: tuple[int, ...], side: int = 64) -> Batch:
     labels = torch.randint(0, 8, (len(counts), most), generator=generator)
     valid = torch.arange(most) < torch.tensor(counts)[:, None]
     sizes = torch.tensor([[side, side]] * len(counts))
-    return Batch(
+    return Batch.of(
         images=torch.randn(len(counts), 3, side, side, generator=generator),
         image_sizes=sizes,
         targets=Targets(labels * valid, boxes * valid[..., None], torch.tensor(counts)),
@@ -43,7 +43,7 @@ def random_batch(counts: tuple[int, ...], side: int = 64) -> Batch:
 
 def part(batch: Batch, rows: slice) -> Batch:
     targets = Targets(*(value[rows] for value in batch.targets))
-    return Batch(
+    return Batch.of(
         batch.images[rows], batch.image_sizes[rows], targets, batch.image_ids[rows], batch.original_sizes[rows]
     )
 

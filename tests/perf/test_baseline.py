@@ -14,6 +14,7 @@ from perf.baseline import (
     PUBLISHED_SMCA_OPS,
     BaselineCriterion,
     BaselineSAMDETR,
+    PublishedBatch,
     baseline_loss,
     baseline_step,
     build_baseline_optimizer,
@@ -65,8 +66,13 @@ def pair(recipe: Recipe, dtype: torch.dtype) -> tuple[SAMDETR, BaselineSAMDETR]:
 
 def inputs(recipe: Recipe, padded: bool, dtype: torch.dtype) -> Batch:
     batch = training_batch(2, 96, 128, classes=recipe.model.num_classes, seed=3, least=0.6 if padded else 1.0)
-    targets = batch.targets._replace(boxes=batch.targets.boxes.to(dtype))
-    return batch._replace(images=batch.images.to(dtype), targets=targets)
+    return batch._replace(images=batch.images.to(dtype))
+
+
+def published_in(batch: Batch, dtype: torch.dtype) -> PublishedBatch:
+    published = published_batch(batch)
+    targets = tuple(target._replace(boxes=target.boxes.to(dtype)) for target in published.targets)
+    return published._replace(targets=targets)
 
 
 def close(found: Tensor, right: Tensor, noise: float) -> None:
@@ -86,7 +92,7 @@ def test_outputs_losses_and_gradients_agree(name: str, padded: bool) -> None:
     recipe = small(name, "loss.giou_weight=3.0", "loss.l1_cost=4.0")
     model, baseline = pair(recipe, torch.float64)
     batch = inputs(recipe, padded, torch.float64)
-    published = published_batch(batch)
+    published = published_in(batch, torch.float64)
     ours = model(batch.images, batch.image_sizes)
     theirs = baseline(published.images, published.mask)
     close(theirs.logits, ours.logits, NOISE)
@@ -144,9 +150,8 @@ def test_a_step_changes_the_parameters_as_ours_does() -> None:
     own = build_optimizer(model, recipe.optim)
     set_learning_rate(own, 1.0)
     values = train_step(model, criterion, own, [batch], device=device, clip_norm=0.1).values
-    logged = baseline_step(
-        baseline, BaselineCriterion(recipe.loss), optimizer, published_batch(batch), device=device, clip_norm=0.1
-    )
+    published = published_in(batch, torch.float64)
+    logged = baseline_step(baseline, BaselineCriterion(recipe.loss), optimizer, published, device=device, clip_norm=0.1)
     assert logged["loss"] == pytest.approx(values[0].item(), rel=1e-6)
     assert logged["grad_norm"] == pytest.approx(values[5].item(), rel=1e-4)
     after = to_official(model)
@@ -161,8 +166,9 @@ def test_images_without_objects() -> None:
     model, baseline = pair(recipe, torch.float64)
     batch = inputs(recipe, False, torch.float64)
     for counts in ([0, int(batch.targets.counts[1])], [0, 0]):
-        some = batch._replace(targets=batch.targets._replace(counts=torch.tensor(counts)))
-        published = published_batch(some)
+        targets = batch.targets._replace(counts=torch.tensor(counts))
+        some = Batch.of(batch.images, batch.image_sizes, targets, batch.image_ids, batch.original_sizes)
+        published = published_in(some, torch.float64)
         loss = baseline_loss(
             BaselineCriterion(recipe.loss), baseline(published.images, published.mask), published.targets
         )
