@@ -97,6 +97,7 @@ class BaselineSAMDETR(nn.Module):
 def _check_published(section: ModelSection) -> None:
     backbone = section.backbone
     for key, value, published in (
+        ("system", section.system, "sam_detr"),
         ("padding", section.padding, "published"),
         ("backbone.norm", backbone.norm, "frozen"),
         ("backbone.frozen_stages", backbone.frozen_stages, 2),
@@ -106,7 +107,7 @@ def _check_published(section: ModelSection) -> None:
         if value != published:
             raise RecipeError(
                 f"model.{key} is {value!r}, and the published model has {published!r} only: there is no baseline. "
-                "Use --no-baseline, or a recipe of the published table."
+                "perf/baseline.py is SAM-DETR on one map: take such a recipe of the published table, or --no-baseline."
             )
 
 

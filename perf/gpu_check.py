@@ -30,6 +30,7 @@ TAIL_LINES = 12
 ENVIRONMENT_SECONDS = 15
 TERMINATION_SECONDS = 2  # between asking a part to end and killing it
 COMMIT_VARIABLE = "PERF_COMMIT"
+NO_GPU = 3  # exit code of the process that describes the machine
 
 
 class Part(NamedTuple):
@@ -105,7 +106,7 @@ class Outcome:
     """How one part ended."""
 
     name: str
-    state: str = "not run"  # ok, failed, timed out, not run
+    state: str = "not run"  # ok, failed, timed out, nothing ran (every test was skipped), not run
     exit_code: int | None = None
     seconds: float = 0.0
     limit: float = 0.0
@@ -229,17 +230,28 @@ def run_part(part: Part, limit: float, log: Path, device: str, results: Path) ->
     with log.open("rb") as written:
         written.seek(start)
         tail = written.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+    if state == "ok" and "pytest" in command and not re.search(r"\b[1-9]\d* passed", "\n".join(tail)):
+        state = "nothing ran"
     seconds = time.monotonic() - begin
     return Outcome(part.name, state, process.returncode, round(seconds, 1), round(limit, 1), "\n".join(tail))
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """`perf.report.environment` from a process of its own, so that this one holds no GPU memory."""
-    code = f"import json; from perf.report import environment; print(json.dumps(environment({device!r})))"
+    """`perf.report.environment` from a process of its own, so that this one holds no GPU memory.
+
+    Ends the program where the device is "cuda" and torch has none.
+    """
+    code = (
+        "import json, sys, torch; from perf.report import environment\n"
+        f"if {device!r} == 'cuda' and not torch.cuda.is_available(): sys.exit({NO_GPU})\n"
+        f"print(json.dumps(environment({device!r})))"
+    )
     command = [sys.executable, "-c", code]
     try:
         told = subprocess.check_output(command, cwd=ROOT, env=child_environment(), timeout=ENVIRONMENT_SECONDS)
     except (subprocess.SubprocessError, OSError) as error:
+        if isinstance(error, subprocess.CalledProcessError) and error.returncode == NO_GPU:
+            sys.exit("error: torch finds no CUDA GPU here (nvidia-smi tells why); --device cpu tries the machinery")
         return {"device": device, "name": "unknown", "problem": repr(error)[-500:]}
     facts: dict[str, Any] = json.loads(told.splitlines()[-1])
     return facts | {"command": " ".join(sys.argv)}

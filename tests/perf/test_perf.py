@@ -320,6 +320,25 @@ def test_a_part_that_hangs_or_fails_costs_only_itself(flat, tmp_path, capsys, mo
         assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "log.txt", "results.json"]
 
 
+def test_tests_that_are_all_skipped_are_not_ok(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "describe_machine", lambda device: {"name": "test"})
+    file = tmp_path / "test_it.py"
+    skipped = "@pytest.mark.skipif(True, reason='no GPU')\ndef test_one(): pass"
+    file.write_text(f"import pytest\n{skipped}\ndef test_two(): pass\n")
+    names = ("test_one", "test_two")
+    parts = tuple(Part(f"tests {name}", (*gpu_check.PYTEST, f"{file}::{name}"), 60) for name in names)
+    assert check(["--device", "cpu", "--out", str(tmp_path / "record")], parts) == 1
+    content = json.loads((tmp_path / "record" / "results.json").read_text())
+    assert [part["state"] for part in content["parts"]] == ["nothing ran", "ok"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
+def test_without_a_gpu_nothing_begins(tmp_path):
+    with pytest.raises(SystemExit, match="no CUDA GPU"):
+        check(["--out", str(tmp_path / "record")])
+    assert not (tmp_path / "record").exists()
+
+
 def test_the_deadline_of_the_whole(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_check, "describe_machine", lambda device: {"name": "test"})
     parts = (Part("long", ("-c", "import time; time.sleep(60)"), 50), Part("after it", ("-c", ""), 50))

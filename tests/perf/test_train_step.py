@@ -164,7 +164,7 @@ def test_a_red_gate_prints_no_speed(
     path = tmp_path / "step.json"
     assert main([str(RECIPE), *SIZE, *small(), "--json", str(path)]) == 1
     out = capsys.readouterr().out
-    assert "RED loss differs by 0.001" in out and "images/s" not in out
+    assert "RED loss in float32 differs by 0.001" in out and "images/s" not in out
     report = json.loads(path.read_text())
     assert report["failed"] and report["rows"] == []
 
@@ -176,6 +176,30 @@ def test_without_a_published_counterpart(capsys: pytest.CaptureFixture[str]) -> 
     assert main([*arguments, "--no-baseline"]) == 0
     out = capsys.readouterr().out
     assert "no gate: model.padding" in out and "images/s" in out and "baseline  " not in out
+    with pytest.raises(RecipeError, match=r"system is 'detr'.*there is no baseline"):
+        main([str(RECIPE.with_stem("detr_r50_500ep")), *SIZE, "--steps", "1"])
+
+
+def test_what_is_timed_in_bf16_passes_a_gate_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(RECIPE), *SIZE, "--steps", "1", *small("compute.precision=bf16")]
+    path = tmp_path / "step.json"
+    assert main([*arguments, "--json", str(path)]) == 0
+    exact, half = json.loads(path.read_text())["gates"]
+    assert (exact["dtype"], half["dtype"]) == ("float32", "bfloat16")
+    assert 1e-6 < half["relative_difference"]["loss"] <= 0.02
+    assert "baseline  float32" in capsys.readouterr().out
+    right = sides.train_step
+
+    def wrong(*arguments: object, **options: object) -> StepResult:
+        factor = 1.05 if options["precision"] == torch.bfloat16 else 1
+        return StepResult(right(*arguments, **options).values * factor)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sides, "train_step", wrong)
+    assert main([*arguments, "--json", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "RED loss in bfloat16 differs by 0.0" in out and "images/s" not in out
 
 
 def test_profile_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
