@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -61,8 +62,20 @@ def _run(app: typer.Typer, arguments: list[str], name: str) -> NoReturn:
         _report(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(128 + signal.SIGINT)
+    except SystemExit as error:  # typer makes one of KeyboardInterrupt
+        for code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            if error.code == code:
+                _leave(code)
+        raise
     sys.exit(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """End after a signal. What was to be saved is; torch's threads, cut off anywhere, can abort an orderly exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _report(error: SamdetrError) -> None:

@@ -27,6 +27,10 @@ def report(
             "of photos of 640 x 480 and 640 x 426 pixels.",
         ),
     ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value of every recipe; repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, as in docs/models.md.")] = False,
 ) -> None:
@@ -35,7 +39,7 @@ def report(
         raise typer.BadParameter("give one of --json and --markdown.", param_hint="--json")
     counted = list(dict.fromkeys(_size(word) for value in sizes or [] for word in value.split(",")))
     paths = _chosen(recipes or [], every)
-    loaded = {path: load_recipe(path) for path in paths}
+    loaded = {path: load_recipe(path, overrides or []) for path in paths}
     from samdetr.engine.report_text import report_recipes
 
     report_recipes(loaded, counted, "json" if as_json else "markdown" if as_markdown else "table")

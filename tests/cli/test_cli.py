@@ -157,6 +157,8 @@ def test_report(engine: list[object]) -> None:
     assert exit_code(main, "report", str(QUICKSTART)) == 0
     assert exit_code(main, "report", str(QUICKSTART), "--sizes", "64x96,32x10000", "--sizes", "64x96", "--json") == 0
     assert exit_code(main, "report", "--all", "--markdown") == 0
+    assert exit_code(main, "report", str(QUICKSTART), "--set", "model.num_queries=7") == 0
+    assert engine.pop() == ({QUICKSTART: load_recipe(QUICKSTART, ["model.num_queries=7"])}, [], "table")
     assert engine[:2] == [(recipe, [], "table"), (recipe, [(64, 96), (32, 10000)], "json")]
     everything, sizes, form = engine[2]  # type: ignore[misc]
     assert (list(everything), sizes, form) == (sorted((ROOT / "recipes").glob("*.toml")), [], "markdown")
@@ -221,6 +223,7 @@ def test_ctrl_c(engine: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["samdetr.engine.train"], "train", interrupted)
+    monkeypatch.setattr("samdetr.cli.main._leave", sys.exit)  # not this process
     assert exit_code(main_train, str(QUICKSTART)) == 130
 
 

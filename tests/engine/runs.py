@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -107,13 +108,13 @@ Command = Callable[..., Result]
 
 def captured(command: Callable[[list[str]], object], arguments: list[str], capfd: Any) -> Result:
     capfd.readouterr()
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as caught, patch("samdetr.cli.main._leave", sys.exit):  # not this process
         command(arguments)
     assert isinstance(caught.value.code, int)
     return Result(caught.value.code, *capfd.readouterr())
 
 
-def signal_at(patch: pytest.MonkeyPatch, module: Any, function: str, call: int, number: int) -> None:
+def signal_at(monkeypatch: pytest.MonkeyPatch, module: Any, function: str, call: int, number: int) -> None:
     """Send this process a signal before the call of a function, counted from 1."""
     original, calls = getattr(module, function), 0
 
@@ -124,7 +125,7 @@ def signal_at(patch: pytest.MonkeyPatch, module: Any, function: str, call: int, 
             os.kill(os.getpid(), number)
         return original(*arguments, **options)
 
-    patch.setattr(module, function, signalling)
+    monkeypatch.setattr(module, function, signalling)
 
 
 def train_and_die(recipe: Recipe, module: str, function: str, call: int) -> None:
@@ -163,7 +164,7 @@ def _start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def end(process: subprocess.Popen[str], timeout: float = 120.0) -> Result:
+def end(process: subprocess.Popen[str], timeout: float = 300.0) -> Result:
     """Wait for the process; its output."""
     out, err = process.communicate(timeout=timeout)
     return Result(process.returncode, out, err)
