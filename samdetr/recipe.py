@@ -171,6 +171,8 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(f"{path}: there is no such recipe file") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: this is a folder: give a recipe file; that of a run is its recipe.toml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: the recipe cannot be read: {error}") from None
 

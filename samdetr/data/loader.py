@@ -141,9 +141,10 @@ class TrainLoader(_Loader):
         plan = self._steps.plan(0)[:batches]
         sizes = self._dataset.planned_sizes(0, np.concatenate([rows for rows, _ in plan]))
         found = useful_pixels(sizes, np.array([shape for _, shape in plan]))
+        advice = ': data.batching = "random" pads less here' if random.useful > found.useful else ""
         return (
             f"batches: {len(self._steps.shapes)} shapes, {found.useful:.0%} useful pixels "
-            f"(random batches: {random.useful:.0%})"
+            f"(random batches: {random.useful:.0%}{advice})"
         )
 
     @property

@@ -259,7 +259,7 @@ def _go_on(
     optimizer.in_row.fill_(progress.skips_in_row)
     if not (folder / CHECKPOINTS / BEST).exists():  # it was damaged: the next one is the best again
         progress.best_ap, progress.best_epoch = -1.0, -1
-    if world.is_main:
+    if world.is_main and progress.epoch < recipe.train.epochs:
         write_environment(folder, environment, step=progress.step)
     return _Start(folder, replica, optimizer, average, progress, f"continuing after step {progress.step}")
 

@@ -93,6 +93,8 @@ def find_checkpoint(path: str | Path) -> Path:
     for place in places:
         if (place / META_FILE).is_file():
             return place.resolve()
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file or folder.")
     raise CheckpointError(
         f"{path} is neither a run folder nor a checkpoint: expected {META_FILE} in it, or in its checkpoints/{LAST}."
     )

@@ -39,8 +39,8 @@ def processes_wanted(asked: int | None, recipe: Recipe, gpus: int) -> int:
         processes = max(number for number in range(1, max(gpus, 1) + 1) if parts % number == 0)
         if processes < gpus:
             sys.stdout.write(
-                f"using {processes} of {gpus} GPUs: they share the {parts} micro-batches of a step equally; with a "
-                "smaller train.micro_batch there are more\n"
+                f"using {processes} of {gpus} GPUs: so many share the micro-batches of a step ({parts}) equally; with "
+                "a smaller train.micro_batch there are more\n"
             )
         return processes
     if gpus and asked > gpus:

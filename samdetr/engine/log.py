@@ -146,6 +146,8 @@ class RunLog:
         self._mean_step += weight * (seconds - self._mean_step)
         self._mean_wait += weight * (waited - self._mean_wait)
         self._speeds = _speeds(images, self._mean_step, self._mean_wait)
+        if self._timed_steps == 1 and not self.console.is_terminal:
+            self.note(f"first step done after {seconds:.1f} s")
         self._bar.update(self._task, completed=self.done, description=self._name(epoch), eta=self.eta())
 
     def interval(self, epoch: int, step: int, means: Mapping[str, float], lr: float) -> None:
@@ -189,6 +191,8 @@ class RunLog:
     def starting(self, what: str) -> None:
         """Show what happens before the first step."""
         self._bar.update(self._task, description=what)
+        if not self.console.is_terminal:
+            self.note(what)
 
     def evaluating(self, epoch: int, done: int, batches: int) -> None:
         """Show that ``done`` batches have been evaluated."""
@@ -313,7 +317,7 @@ def _is_before(entry: Mapping[str, Any], progress: Progress) -> bool:
 
 def _speeds(images: int, seconds: float, waited: float) -> str:
     seconds = max(seconds, 1e-9)
-    return f"{images / seconds:.1f} img/s  data {waited / seconds:.0%}  {memory_mb() / 1024:.1f} GB"
+    return f"{images / seconds:.1f} img/s  data {waited / seconds:.0%}  {memory_mb() / 1024:.1f} GiB"
 
 
 def _plain(value: object) -> object:

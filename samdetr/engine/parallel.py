@@ -186,8 +186,8 @@ def micro_batches_of(world: World, *, total_batch: int, micro_batch: int) -> int
         fitting = [n for n in range(1, micro_batch) if total_batch % (n * world.size) == 0]
         advice = f"set train.micro_batch to {max(fitting)}" if fitting else "use another number of processes"
         raise RecipeError(
-            f"train.total_batch = {total_batch} makes {count} micro-batches of {micro_batch} images, which "
-            f"{world.size} processes cannot share equally: {advice}."
+            f"train.total_batch = {total_batch} makes {count} micro-batch{'es' if count > 1 else ''} of {micro_batch} "
+            f"images, which {world.size} processes cannot share equally: {advice}."
         )
     return count // world.size
 

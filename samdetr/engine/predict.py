@@ -68,7 +68,8 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
             area = line["bbox"][2] * line["bbox"][3]
             annotations.append({"id": len(annotations) + 1, **line, "area": area, "iscrowd": 0})
         save_png(folder / f"{photo.name}.png", draw_kept(pixels, kept, by_id))
-        objects = "1 object" if len(kept) == 1 else f"{len(kept)} objects"
+        objects = "1 object" if len(kept) == 1 else f"{len(kept) or 'no'} objects"
+        objects += "" if len(kept) else f" with a score of {threshold:g} or more"
         console.print(f"{photo}: {objects}", markup=False, highlight=False, soft_wrap=True)
     if images:
         category_rows = [{"id": number, "name": name} for number, name in by_id.items()]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WIDE = 200  # columns, where nobody's terminal is to be fitted
 ABSENT = "-"
+GIBI = 2**30
 
 HEAD = """\
 # Models
@@ -44,7 +45,7 @@ NOTES = """\
 - **Training memory** is an estimate for one micro-batch of the recipe at its largest training size, in float32 and not
   compiled: parameters, gradients, optimizer state, and the bytes that autograd keeps for the backward pass, counted
   from shapes. Temporary tensors, workspace of libraries and the padding of a batch of mixed shapes come on top; bf16
-  is not estimated. It has not been compared with a GPU yet. 1 GB is 10^9 bytes.
+  is not estimated. It has not been compared with a GPU yet. 1 GiB is 2^30 bytes.
 - **State**: *compared* means that outputs, matching, losses and gradients equal those of the published code within
   its float32 noise, in [tests/parity](../tests/parity); *not compared*, that no outputs of the published code are
   recorded for this row; *ours*, that nothing is published about it.
@@ -84,7 +85,7 @@ def print_tables(reports: Sequence[Report]) -> None:
         for name in ("parameters", "trained", "±", "GFLOPs", "as run", "paper", "±", "memory", "AP"):
             table.add_column(name, justify="right", no_wrap=True)
         for report in group:
-            cells = (report.path.stem, *_numbers(report), f"{report.figures.memory.total / GIGA:.1f} GB", _ap(report))
+            cells = (report.path.stem, *_numbers(report), f"{report.figures.memory.total / GIBI:.1f} GiB", _ap(report))
             table.add_row(*map(Text, cells))
         console.print(table)
     console.print(LEGEND, markup=False, highlight=False, soft_wrap=True)
@@ -142,7 +143,7 @@ def _gflops(counts: Sequence[int]) -> str:
 
 
 def _memory(memory: Memory) -> str:
-    return f"{memory.total / GIGA:.1f} GB ({memory.batch} x {memory.size})"
+    return f"{memory.total / GIBI:.1f} GiB ({memory.batch} x {memory.size})"
 
 
 def _ap(report: Report) -> str:

@@ -83,15 +83,20 @@ def find_run(recipe: Recipe, resume: str) -> Path:
     if not newest_first(checkpoints) and not (checkpoints / LAST).is_dir():
         raise CheckpointError(f"--resume: the run {folder} has no checkpoint yet; start it again without --resume.")
     before, now = (_flat(with_absolute_paths(one)) for one in (load_recipe(folder / RECIPE_FILE), recipe))
-    fixed = {"train.epochs"} if recipe.optim.schedule == "cosine" else set()
+    fixed = {}
+    if recipe.optim.schedule == "cosine":
+        fixed["train.epochs"] = ", on which the learning rate of every step of a cosine schedule depends"
     if recipe.data.batching == "buckets":
-        fixed.add("train.micro_batch")  # which images share one decides the epoch's steps
+        fixed["train.micro_batch"] = ", and which images share one decides the steps of an epoch of buckets"
     if now["train.micro_batch"] == "auto":
         now["train.micro_batch"] = before["train.micro_batch"]
     free = tuple(key for key in FREE_KEYS if key not in fixed)
     changed = [key for key in before if before[key] != now[key] and not key.startswith(free)]
     if changed:
-        lines = [f"--resume: {key} is {now[key]!r}, but {folder} was trained with {before[key]!r}" for key in changed]
+        lines = [
+            f"--resume: {key} is {now[key]!r}, but {folder} was trained with {before[key]!r}{fixed.get(key, '')}"
+            for key in changed
+        ]
         lines[-1] += f"; start a new run from its weights with --set init.checkpoint={shlex.quote(str(folder))}"
         lines[-1] += f", or go on as it was with {resume_command(folder)}"
         raise RecipeError("\n".join(lines))

@@ -50,7 +50,7 @@ def _official_name(name: str, layout: Layout) -> str:
     if "num_batches_tracked" in name:
         raise CheckpointError(
             f"{name} has no place in the published layout, which holds frozen BatchNorm only: "
-            'set model.backbone.norm = "frozen".'
+            'a model for such a file is trained with model.backbone.norm = "frozen".'
         )
     if name.startswith("input_norm.") and "input_norm." not in layout.whole:
         raise CheckpointError(

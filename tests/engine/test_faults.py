@@ -262,7 +262,7 @@ def test_a_missing_checkpoint(train_command: Command, samdetr_command: Command, 
         samdetr_command("eval", str(nowhere)),
         samdetr_command("predict", str(nowhere), str(trained / "curves.png")),
     ):
-        assert f"{nowhere} is neither a run folder nor a checkpoint" in sentence(result)
+        assert f"{nowhere}: there is no such file or folder" in sentence(result)
     assert f"there is no published checkpoint {nowhere}" in sentence(train_command("--set", f"init.official={nowhere}"))
 
 

@@ -67,7 +67,8 @@ def test_plain_lines_do_not_wrap(tmp_path: Path) -> None:
         log.interval(11, log.done, MEANS, 1e-4)
         log.epoch(11, MEANS)
         log.note("x" * 200)
-    interval, epoch, note = stream.getvalue().splitlines()
+    first, interval, epoch, note = stream.getvalue().splitlines()
+    assert first.startswith("first step done after ")
     for text in (
         "epoch 12/50",
         "step 50/366500",
@@ -75,7 +76,7 @@ def test_plain_lines_do_not_wrap(tmp_path: Path) -> None:
         "lr 1.0e-04",
         "32.0 img/s",
         "data 20%",
-        " GB",
+        " GiB",
         "ETA 50:",
     ):
         assert text in interval, interval
@@ -92,7 +93,7 @@ def test_the_bar_fits_80_columns(tmp_path: Path) -> None:
     console.print(log._picture())
     bar, status = stream.getvalue().splitlines()
     assert "epoch 14/50" in bar and "27 %  step 100000/366500  ETA 37:00:" in bar
-    for text in ("loss 123.457", "lr 1.0e-04", "32.0 img/s", "data 20%", " GB"):
+    for text in ("loss 123.457", "lr 1.0e-04", "32.0 img/s", "data 20%", " GiB"):
         assert text in status
     assert max(len(bar), len(status)) <= 80 and "…" not in bar + status
 

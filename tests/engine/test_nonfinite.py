@@ -332,6 +332,4 @@ def test_two_processes_stop_together(
 
 def test_debug_nan_of_another_file(samdetr_command: Command, trained: Path, tmp_path: Path) -> None:
     assert "is not a replay" in sentence(samdetr_command("debug-nan", str(trained)))
-    assert "is neither a run folder nor a checkpoint" in sentence(
-        samdetr_command("debug-nan", str(tmp_path / "a.json"))
-    )
+    assert "a.safetensors: there is no such file" in sentence(samdetr_command("debug-nan", str(tmp_path / "a.json")))

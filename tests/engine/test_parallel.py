@@ -45,14 +45,14 @@ def train_in(processes: int, recipe: Path, folder: Path, *options: str) -> subpr
     return start(["samdetr", "train", str(recipe)], *options)
 
 
-def finished(process: subprocess.Popen[str], timeout: float = 120.0) -> Result:
+def finished(process: subprocess.Popen[str], timeout: float = 300.0) -> Result:
     result = end(process, timeout)
     assert result.code == 0, result.err
     return result
 
 
 def wait_for_steps(run: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not (run / "metrics.jsonl").exists() or len(metrics(run, "train")) < count:
         assert time.monotonic() < deadline
         time.sleep(0.01)
