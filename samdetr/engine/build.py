@@ -89,8 +89,12 @@ class Training:
 
     def asked_to_stop(self) -> bool:
         """Whether any process was, by a signal. All of them must ask, at the same place."""
-        self.stop.number = self.world.most(self.stop.number or 0) or None
-        return bool(self.stop)
+        agreed = self.world.most(self.stop.number or 0)
+        if agreed:
+            self.stop.number = agreed
+        return bool(
+            agreed
+        )  # not the flag, which a signal may have set while the processes agreed: it is heard next time
 
     def save(self) -> None:
         """Start to write the checkpoint ``last``. All processes must call it, at the same step."""

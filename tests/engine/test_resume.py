@@ -9,6 +9,8 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import samdetr.engine.checkpoint
 import samdetr.engine.train
 from samdetr.cli.main import main_train
 from samdetr.data.splits import Splits, load_splits
+from samdetr.engine.build import Training
 from samdetr.engine.checkpoint import MODEL, OPTIMIZER, load_checkpoint, read_meta
 from samdetr.engine.checkpoint_folder import newest_first
 from samdetr.engine.interrupt import SAVING, StopSignal
@@ -420,6 +423,19 @@ def test_sigterm_is_exit_code_143() -> None:
             stop.leave()
     assert caught.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_comes_while_the_processes_agree_is_heard_the_next_time() -> None:
+    class Agreeing:
+        def most(self, value: int) -> int:
+            if value == 0:
+                os.kill(os.getpid(), signal.SIGTERM)  # between what this process told and what it hears
+            return value
+
+    with StopSignal() as stop:
+        training: Any = SimpleNamespace(stop=stop, world=Agreeing())
+        assert not Training.asked_to_stop(training)  # none of them knew
+        assert Training.asked_to_stop(training) and stop.number == signal.SIGTERM
 
 
 def test_other_data_is_refused(make_recipe: MakeRecipe, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
