@@ -44,6 +44,7 @@ from samdetr.engine.run_folder import (
     find_run,
     new_run,
     resume_command,
+    run_of_launch,
     with_micro_batch_of,
     write_environment,
 )
@@ -141,6 +142,16 @@ class _Start:
     note: str  # for the console
 
 
+def _run_to_continue(recipe: Recipe, resume: str | None, world: World) -> Path | None:
+    """The run that was asked for, or that this launch began before its processes were started again."""
+
+    def find() -> tuple[Path | None]:
+        wanted = run_of_launch(recipe) if resume is None else resume
+        return (None if wanted is None else find_run(recipe, wanted),)
+
+    return world.from_main(find)[0]
+
+
 def build_training(
     recipe: Recipe,
     *,
@@ -155,7 +166,7 @@ def build_training(
     train_step: tried where the recipe leaves the micro-batch open.
     """
     evaluator = choose_evaluator(recipe.eval.evaluator)
-    folder = None if resume is None else world.from_main(lambda: find_run(recipe, resume))
+    folder = _run_to_continue(recipe, resume, world)
     recipe = recipe if folder is None else with_micro_batch_of(recipe, folder)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     splits = _read_data(recipe, world, console)

@@ -151,10 +151,12 @@ def joined(device: torch.device, section: ParallelSection) -> Iterator[World]:
     if not is_launched():
         yield ALONE
         return
-    store, _, _ = next(dist.rendezvous("env://"))
+    found, _, _ = next(dist.rendezvous("env://"))
     rank, size, local_rank, local_size = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
+    # a launcher that starts the processes again keeps its store, with the addresses of those before
+    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-of-{size}", found)
     world = World(rank, size, local_rank, local_size, dist.PrefixStore("samdetr", store))
     on_gpu = device.type == "cuda"
     if on_gpu:

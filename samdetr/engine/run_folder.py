@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -103,6 +104,31 @@ def find_run(recipe: Recipe, resume: str) -> Path:
     return folder
 
 
+def run_of_launch(recipe: Recipe) -> str | None:
+    """The unfinished run that this process's launch began, if its launcher has started the processes again.
+
+    A launch is known by torchrun's ``--rdzv-id``, which each run's environment.json has. None: a new run is to begin.
+    Raises CheckpointError where processes were started again and have no such id.
+    """
+    launch = _launch()
+    if launch is None:
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            raise CheckpointError(
+                "torchrun has started the processes again, but without an id of the launch they cannot tell their run: "
+                "give torchrun --rdzv-id, or continue the run with --resume RUN."
+            )
+        return None
+    for folder in _numbered(Path(recipe.run.folder) / recipe.run.name):
+        try:
+            began = json.loads((folder / ENVIRONMENT_FILE).read_text())["launch"] == launch
+        except (OSError, ValueError, KeyError):
+            continue
+        progress = newest_progress(folder / CHECKPOINTS) if began else None
+        if progress is not None and not progress.finished:
+            return str(folder)
+    return None
+
+
 def with_micro_batch_of(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe; where it says "auto", with the micro-batch that the run in ``folder`` began with.
 
@@ -124,6 +150,7 @@ def environment_of(recipe: Recipe, device: torch.device) -> dict[str, object]:
     versions["torch"] = str(torch.__version__)  # which also names its CUDA version
     return {
         "command": sys.argv,
+        "launch": _launch(),
         "commit": _commit(),
         "seed": recipe.run.seed,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
@@ -146,12 +173,23 @@ def _next_folder(parent: Path) -> Path:
 
 
 def _newest_unfinished(parent: Path) -> Path:
-    entries = parent.iterdir() if parent.is_dir() else ()
-    for entry in sorted((e for e in entries if e.name.isdigit()), key=lambda e: -int(e.name)):
+    for entry in _numbered(parent):
         progress = newest_progress(entry / CHECKPOINTS)
         if progress is not None and not progress.finished:
             return entry
     raise CheckpointError(f"--resume: there is no unfinished run with a checkpoint in {parent}.")
+
+
+def _numbered(parent: Path) -> list[Path]:
+    """The runs in a folder, newest first."""
+    entries = parent.iterdir() if parent.is_dir() else ()
+    return sorted((entry for entry in entries if entry.name.isdigit()), key=lambda entry: -int(entry.name))
+
+
+def _launch() -> str | None:
+    """What a launcher calls all processes that it starts, those that it starts again too."""
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # which torchrun says where nothing was given
+    return None if launch == "none" else launch
 
 
 def _flat(recipe: Recipe) -> dict[str, object]:

@@ -178,6 +178,35 @@ def test_two_launchers_share_a_run(recipe_file: Path, tmp_path: Path, alone: Pat
     assert np.allclose(losses(tmp_path / "tiny" / "1"), losses(alone), rtol=ROUNDING, atol=0)
 
 
+DIES_ONCE = """
+import os, samdetr.engine.train as engine
+from samdetr.cli.main import main
+step, calls = engine.train_step, 0
+def dying(*arguments, **options):
+    global calls
+    calls += 1
+    if calls == 9 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+        os._exit(9)
+    return step(*arguments, **options)
+engine.train_step = dying
+main()
+"""
+
+
+def test_processes_that_torchrun_starts_again_go_on_with_their_run(
+    recipe_file: Path, tmp_path: Path, alone: Path
+) -> None:
+    """One dies in the ninth step; what was saved is not lost, and no second run begins."""
+    script = tmp_path / "dies_once.py"
+    script.write_text(DIES_ONCE)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(script)]
+    options = (*PUBLISHED, "--set", f"run.folder={tmp_path}", "--set", "checkpoint.every=3")
+    result = finished(start(launcher, "train", str(recipe_file), *options))
+    assert re.findall(r"continuing after step (\d+)", result.out) in (["6"], ["3"])
+    assert [folder.name for folder in (tmp_path / "tiny").iterdir()] == ["1"]
+    assert np.allclose(losses(tmp_path / "tiny" / "1"), losses(alone), rtol=ROUNDING, atol=0)
+
+
 def test_a_step_that_cannot_be_shared_is_refused_once(recipe_file: Path, tmp_path: Path) -> None:
     result = end(train_in(3, recipe_file, tmp_path, "--set", "train.total_batch=12", "--set", "train.micro_batch=3"))
     assert result.code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 
 import samdetr
-from samdetr.engine.run_folder import environment_of, new_run
-from samdetr.errors import SamdetrError
+from samdetr.engine.checkpoint import read_meta, write_meta
+from samdetr.engine.run_folder import environment_of, new_run, run_of_launch
+from samdetr.errors import CheckpointError, SamdetrError
 from samdetr.recipe import load_recipe, with_absolute_paths
 from tests.engine.runs import MakeRecipe, metrics
 
@@ -59,6 +61,34 @@ def test_the_recipe_can_be_run_again(trained: Path, recipe_file: Path) -> None:
     folder = str(trained.parents[1])
     assert again == with_absolute_paths(load_recipe(recipe_file, [f"run.folder={json.dumps(folder)}"]))
     assert again.run.name == "tiny"
+
+
+def test_the_run_of_a_launch(
+    trained: Path, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest of this launch that is not finished and has a checkpoint."""
+    recipe = make_recipe()
+    parent = Path(recipe.run.folder) / recipe.run.name
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert run_of_launch(recipe) is None  # no launcher
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
+    assert run_of_launch(recipe) is None  # no run
+    for number, (launch, finished) in enumerate([("job 7", 0), ("job 7", 0), ("job 8", 0), ("job 7", 1)], start=1):
+        run = parent / str(number)
+        shutil.copytree(trained, run, symlinks=True)
+        (run / "environment.json").write_text(json.dumps({"launch": launch}))
+        for checkpoint in (run / "checkpoints").glob("step-*"):
+            meta = read_meta(checkpoint / "meta.json")
+            write_meta(checkpoint / "meta.json", {**meta, "progress": {**meta["progress"], "finished": bool(finished)}})
+    new_run(recipe, environment_of(recipe, torch.device("cpu")))  # it has no checkpoint
+    assert run_of_launch(recipe) == str(parent / "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 9")
+    assert run_of_launch(recipe) is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # of a torchrun that was given none
+    assert run_of_launch(recipe) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(CheckpointError, match="give torchrun --rdzv-id"):
+        run_of_launch(recipe)
 
 
 def test_environment(trained: Path, make_recipe: MakeRecipe) -> None:
