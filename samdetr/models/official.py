@@ -101,12 +101,14 @@ def load_official(model: Detector, state_dict: Mapping[str, Tensor], *, remake_c
     remaining = dict(state_dict)
     _check_system(model, remaining)
     names = official_names(model)
+    problems: list[str] = []
     for key, repeated in _copies(model).items():
         copy, original = remaining.pop(key, None), state_dict.get(repeated)
-        if copy is not None and (original is None or not torch.equal(copy, original)):
+        if copy is None:
+            problems.append(f"{key} is missing")
+        elif original is None or not torch.equal(copy, original):
             raise CheckpointError(f"{key} differs from {repeated}, which it must repeat.")
     loaded: dict[str, Tensor] = {}
-    problems: list[str] = []
     remade = 0
     for name, key in names.items():
         value = remaining.pop(key, None)

@@ -50,6 +50,8 @@ def test_strict_errors_name_the_key(state: dict[str, torch.Tensor]) -> None:
     copy = "transformer.decoder.bbox_embed.2.layers.1.bias"
     with pytest.raises(CheckpointError, match=r"bbox_embed\.2\.layers\.1\.bias differs"):
         load_official(target, {**state, copy: state[copy] + 1})
+    with pytest.raises(CheckpointError, match=r"decoder\.bbox_embed\.2\.layers\.1\.bias is missing"):
+        load_official(target, {key: value for key, value in state.items() if key != copy})
 
 
 def test_group_norm_is_detected(state: dict[str, torch.Tensor]) -> None:
