@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 ROLL_CALL = 3.0  # seconds between the first process that gives up waiting and the last
 
+AFTERWARDS = 0.2  # seconds
+
 
 class World(NamedTuple):
     """The processes of a run and this one's place among them."""
@@ -172,6 +174,9 @@ def joined(device: torch.device, section: ParallelSection) -> Iterator[World]:
         yield world
         world.most(0)  # nobody leaves while another still needs its answer
     finally:
+        # gloo's threads drop the tensors of a finished call under a lock, for which they need the GIL; a group's
+        # destructor takes that lock and keeps the GIL: let them finish
+        time.sleep(AFTERWARDS)
         gc.collect()  # sharded modules hold groups in cycles, and groups must go before the interpreter does
         dist.destroy_process_group()
 

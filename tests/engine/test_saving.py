@@ -91,15 +91,24 @@ def test_a_failed_save_ends_the_run_at_the_next_step(
             raise OSError(28, "No space left on device")
         write(*arguments)  # type: ignore[arg-type]
 
-    step = samdetr.engine.train.train_step
+    save, saved = samdetr.engine.saving.Saver._write, []
+    step, taken = samdetr.engine.train.train_step, []
 
-    def slow(*arguments: object, **options: object) -> object:
-        time.sleep(0.3)
+    def saving(*arguments: object) -> None:
+        save(*arguments)  # type: ignore[arg-type]
+        saved.append(1)
+
+    def fifth_waits(*arguments: object, **options: object) -> object:
+        taken.append(1)
+        deadline = time.monotonic() + 60
+        while len(taken) == 5 and len(saved) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
         return step(*arguments, **options)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(samdetr.engine.saving, "write_meta", fail)
-        patch.setattr(samdetr.engine.train, "train_step", slow)
+        patch.setattr(samdetr.engine.saving.Saver, "_write", saving)
+        patch.setattr(samdetr.engine.train, "train_step", fifth_waits)
         with pytest.raises(CheckpointError, match=r"step-00000004 \(No space left on device\); the previous .* intact"):
             train(make_recipe(*OFTEN))
     run = Path(make_recipe().run.folder) / "tiny" / "1"
