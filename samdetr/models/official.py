@@ -101,14 +101,15 @@ def load_official(model: Detector, state_dict: Mapping[str, Tensor], *, remake_c
     remaining = dict(state_dict)
     _check_system(model, remaining)
     names = official_names(model)
-    problems: list[str] = []
+    lacking: list[str] = []
     for key, repeated in _copies(model).items():
         copy, original = remaining.pop(key, None), state_dict.get(repeated)
         if copy is None:
-            problems.append(f"{key} is missing")
+            lacking.append(f"{key} is missing")
         elif original is None or not torch.equal(copy, original):
             raise CheckpointError(f"{key} differs from {repeated}, which it must repeat.")
     loaded: dict[str, Tensor] = {}
+    problems: list[str] = []
     remade = 0
     for name, key in names.items():
         value = remaining.pop(key, None)
@@ -122,7 +123,7 @@ def load_official(model: Detector, state_dict: Mapping[str, Tensor], *, remake_c
             problems.append(f"{key} is {list(value.shape)}, the model needs {list(own[name].shape)}")
             continue
         loaded[name] = _from_official_layout(name, value).view(own[name].shape)
-    problems += [f"{key} is not part of this model" for key in remaining]
+    problems += [f"{key} is not part of this model" for key in remaining] + lacking
     if problems:
         raise CheckpointError(f"the published checkpoint does not fit the recipe's model: {first_of(problems)}.")
     model.load_state_dict(loaded, strict=not remade)

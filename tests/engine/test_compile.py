@@ -48,13 +48,16 @@ SYSTEMS = [
         ("model.smca=false", 'model.system="smca_detr_ms"', 'model.input_norm="none"', "model.backbone.stages=3"),
         marks=pytest.mark.slow,
     ),
-    (
-        "model.smca=false",
-        'model.system="smca_detr_ms"',
-        'model.scale_encoder="attention"',
-        'model.input_norm="none"',
-        "model.backbone.stages=3",
-        "model.encoder_layers=2",
+    pytest.param(
+        (
+            "model.smca=false",
+            'model.system="smca_detr_ms"',
+            'model.scale_encoder="attention"',
+            'model.input_norm="none"',
+            "model.backbone.stages=3",
+            "model.encoder_layers=2",
+        ),
+        marks=pytest.mark.slow,
     ),
     pytest.param(
         ("model.smca=false", 'model.system="deformable_detr"', "model.feature_levels=2"), marks=pytest.mark.slow
@@ -159,7 +162,10 @@ def test_the_start_up_leaves_no_trace(make_recipe: MakeRecipe) -> None:
 
 @pytest.mark.parametrize(  # rates at which differences of rounding do not grow
     ("options", "dtype", "lr", "difference", "decrease"),
-    [((), torch.float32, 1e-5, 5e-5, 0.95), (PUBLISHED, torch.float64, 1e-4, 1e-8, 0.7)],
+    [
+        ((), torch.float32, 1e-5, 5e-5, 0.95),
+        pytest.param(PUBLISHED, torch.float64, 1e-4, 1e-8, 0.7, marks=pytest.mark.slow),
+    ],
 )
 def test_a_hundred_compiled_steps_are_the_eager_ones(
     make_recipe: MakeRecipe,

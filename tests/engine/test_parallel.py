@@ -66,7 +66,9 @@ def alone(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tiny" / "1"
 
 
-@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (2, "fsdp"), (4, "ddp")])
+@pytest.mark.parametrize(
+    ("processes", "strategy"), [pytest.param(2, "ddp", marks=pytest.mark.slow), (2, "fsdp"), (4, "ddp")]
+)
 def test_the_run_does_not_depend_on_the_processes(
     recipe_file: Path, tmp_path: Path, alone: Path, processes: int, strategy: str
 ) -> None:
