@@ -1,10 +1,12 @@
-"""Everything a GPU can tell, in one command inside nine minutes: GPU tests, training steps, a profile, the benches.
+"""Everything a GPU can tell, in two commands for a machine that is there for fifteen minutes.
 
-Each part runs in a process group of its own, which is killed at its time limit or at the deadline of the whole; its
-output goes to a log, and README.md and results.json of the record are rewritten whenever a part ends, so that a part
-that fails or hangs, or a killed check, costs only what it had not finished. ``--device cpu`` tries the machinery.
+Call 1: kernels and commands, then the training steps of R50 and R50-DC5, then what bounds our kernels. Call 2: the
+other benches. The parts of a stage run side by side, since none of them is timed, or one after the other. Each part is
+a process group of its own, which is killed at its time limit or at the deadline of the whole; its output goes to a log,
+and README.md and results.json of the record are rewritten whenever a part ends, so that a part that fails or hangs, or
+a killed check, costs only what it had not finished. ``--device cpu`` tries the machinery.
 
-    python perf/gpu_check.py --change first-run --prediction "the aligner takes a tenth of the published time"
+    python perf/gpu_check.py --call 1 --change first-run --prediction "the aligner takes a tenth of the published time"
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +31,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 TAIL_LINES = 12
 ENVIRONMENT_SECONDS = 15
+POLL_SECONDS = 0.1
 TERMINATION_SECONDS = 2  # between asking a part to end and killing it
 COMMIT_VARIABLE = "PERF_COMMIT"
 NO_GPU = 3  # exit code of the process that describes the machine
@@ -42,63 +46,58 @@ class Part(NamedTuple):
     gpu_only: bool = False
 
 
-def _bench(op: str, seconds: float) -> Part:
+Stage = tuple[Part, ...]  # run side by side
+
+
+def _bench(op: str, seconds: float, *options: str) -> Part:
     command = (f"perf/bench_{op}.py", "--device", "{device}", "--out", "{out}", "--seconds", f"{0.75 * seconds:.0f}")
-    return Part(f"bench {op}", command, seconds)
+    return Part(f"bench {op}", (*command, *options), seconds)
 
 
-MEAN_SIZE = ("--height", "640", "--width", "864", "--device", "{device}")  # of the images of training, about
+def _pytest(name: str, seconds: float, processes: int, *chosen: str) -> Part:
+    options = "--import-mode=importlib --strict-markers --strict-config"
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", "-o", f"addopts={options}")
+    return Part(name, (*command, "-n", str(processes), "--dist=worksteal", *chosen), seconds, gpu_only=True)
 
 
-def _train_step(recipe: str, batch: int, seconds: float, how: str, *options: str) -> Part:
-    command = ("perf/train_step.py", f"recipes/{recipe}.toml", *MEAN_SIZE, "--batch", str(batch), *options)
-    return Part(
-        f"train step {recipe} batch {batch} {how}",
-        (*command, "--json", f"{{out}}/train_step_{recipe}_b{batch}_{how}.json"),
-        seconds,
-        gpu_only=True,
-    )
+def _steps(recipe: str, batches: tuple[int, int], seconds: float) -> Part:
+    command = ("perf/train_step.py", f"recipes/{recipe}.toml", "--height", "640", "--width", "864")  # the mean, about
+    command += ("--batch", *map(str, batches), "--ways", "eager", "compiled", "graph", "--steps", "10", "--group", "2")
+    command += ("--device", "{device}", "--profile", "{out}/profiles", "--json", f"{{out}}/step_{recipe}.json")
+    return Part(f"steps {recipe}", command, seconds, gpu_only=True)
 
 
-def _kernel_tests() -> tuple[str, ...]:
-    """One small case of each op in fp32 and bf16; the gpu tests have fp16, and the CPU all cases."""
-    aligner, case = "tests/kernels/test_aligner_kernels.py::test", "7x5-C24-N7-bins7-padded"
-    deformable = "tests/kernels/test_deformable_attention.py::test_kernels"
-    attention = "tests/kernels/test_salient_cross_attention.py::test_kernels_lose_no_more_than_eager"
-    chosen = ["tests/kernels/test_linear_assignment.py::test_kernel_equals_scipy_at_the_size_of_training"]
-    for dtype in ("torch.float32", "torch.bfloat16"):
-        chosen += [f"{aligner}_{op}_kernels[{case}-{dtype}]" for op in ("roi_align", "salient_points")]
-        chosen += [f"{aligner}_roi_pool_kernels[{case}-{dtype}-max]", f"{deformable}[7x5-{dtype}]"]
-    return (*chosen, f"{attention}_float32[case0]", f"{attention}_half[case0-dtype0]")
-
-
-# one process, so that no two tests share the GPU, and no need of pytest-xdist
-ONE_PROCESS = ("-o", "addopts=--import-mode=importlib --strict-markers --strict-config")
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", *ONE_PROCESS)
-NO_COMPILE = ("--set", "compute.compile=off")  # beside the baseline: compiling takes about a minute
-OURS_ALONE = ("--no-baseline", "--group", "1")
-PARTS = (
-    Part("gpu tests", (*PYTEST, "-m", "gpu", "tests"), 56, gpu_only=True),
-    _train_step("r50_12ep", 4, 45, "eager", "--group", "2", "--steps", "10", *NO_COMPILE),
-    _train_step("r50_dc5_12ep", 4, 55, "eager", "--group", "1", "--steps", "10", *NO_COMPILE),
-    _train_step("r50_12ep", 16, 75, "compiled", *OURS_ALONE),
-    _train_step("r50_dc5_12ep", 16, 75, "compiled", *OURS_ALONE),
-    # from here on the cache of compiled code is warm
-    _train_step("r50_12ep", 16, 40, "graph", *OURS_ALONE, "--set", "compute.cuda_graph=on"),
-    Part(
-        "profile r50_12ep",
-        ("perf/profile_step.py", "recipes/r50_12ep.toml", *MEAN_SIZE, "--batch", "16", "--out", "{out}/profile"),
-        30,
-        gpu_only=True,
+OPS = ("aligner_kernels", "aligner_ops", "deformable_attention", "linear_assignment", "salient_cross_attention")
+KERNEL_TESTS = tuple(f"tests/kernels/test_{name}.py" for name in OPS)
+GPU_TESTS = ("tests/engine/test_compile.py", "tests/engine/test_checkpoint.py", "tests/data/test_prefetch.py")
+CALLS: dict[int, tuple[Stage, ...]] = {
+    1: (
+        (
+            _pytest("gpu tests", 100, 3, "-m", "gpu", *GPU_TESTS),
+            _pytest("kernel tests", 100, 8, "-m", "not slow", *KERNEL_TESTS),
+            Part(
+                "commands on quickstart",
+                ("perf/try_commands.py", "recipes/quickstart.toml", "--json", "{out}/commands.json"),
+                100,
+                gpu_only=True,
+            ),
+        ),
+        (_steps("r50_dc5_12ep", (1, 8), 120),),
+        (_steps("r50_12ep", (4, 16), 110),),
+        (_bench("attention", 40, "--dtypes", "bfloat16"),),
+        (_bench("aligner", 30, "--dtypes", "bfloat16"),),
+        (Part("kernels under ncu", ("perf/launch_kernels.py", "--ncu", "{out}/kernels.csv"), 60, gpu_only=True),),
     ),
-    _bench("aligner", 30),
-    _bench("salient_cross_attention", 30),
-    _bench("linear_assignment", 15),
-    _bench("roi_align", 10),
-    _bench("salient_points", 15),
-    _bench("deformable_attention", 20),
-    Part("kernel tests on the GPU", (*PYTEST, "--maxfail=20", *_kernel_tests()), 24, gpu_only=True),
-)
+    2: (
+        (_bench("salient_cross_attention", 45, "--dtypes", "bfloat16"),),
+        (_bench("linear_assignment", 20),),
+        (_bench("roi_align", 20, "--dtypes", "bfloat16"),),
+        (_bench("salient_points", 25, "--dtypes", "bfloat16"),),
+        (_bench("deformable_attention", 35, "--dtypes", "bfloat16"),),
+        (_pytest("slow kernel tests", 60, 12, "-m", "slow", *KERNEL_TESTS),),
+    ),
+}
+MINUTES = {1: 8.0, 2: 4.0}
 
 
 @dataclass
@@ -116,22 +115,19 @@ class Outcome:
 class Record:
     """The folder that a check leaves behind, complete after every part."""
 
-    def __init__(self, folder: Path, flat: bool, facts: Mapping[str, Any], change: str, prediction: str) -> None:
-        self.folder, self.flat, self.facts = folder, flat, facts
-        self.change, self.prediction = change, prediction
+    def __init__(self, folder: Path, facts: Mapping[str, Any], change: str, prediction: str) -> None:
+        self.folder, self.facts, self.change, self.prediction = folder, facts, change, prediction
         self.benches: dict[str, Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        if not flat:
-            (folder / "logs").mkdir(exist_ok=True)
-
-    def log_path(self, part: Part) -> Path:
-        """Where the part's output is appended."""
-        return self.folder / "log.txt" if self.flat else self.folder / "logs" / f"{slug(part.name)}.txt"
 
     def collect(self, results: Path) -> None:
-        """Take over the JSON files that parts have written so far."""
+        """Take over what parts have written so far: JSON files into results.json, logs and others into files.tar.gz."""
         for path in sorted(results.glob("*.json")):
             self.benches[path.stem] = json.loads(path.read_text())
+        with tarfile.open(self.folder / "files.tar.gz", "w:gz") as packed:
+            for path in sorted(results.iterdir()):
+                if path.suffix != ".json" and not path.name.startswith("."):
+                    packed.add(path, arcname=path.name)
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
         """results.json and README.md as of now."""
@@ -145,10 +141,10 @@ class Record:
         )
 
     def table(self, outcomes: Sequence[Outcome]) -> str:
-        """Parts, then the cases of each bench."""
+        """Parts, then the cases of each bench, and how the commands ended."""
         lines = [f"{part.name:<34}{part.state:<10}{part.seconds:7.1f} s of {part.limit:.0f}" for part in outcomes]
-        for bench in self.benches.values():
-            lines += ["", *_summary(bench)]
+        for content in self.benches.values():
+            lines += ["", *(_summary(content) if "rows" in content else _endings(content))]
         return "\n".join(lines)
 
 
@@ -170,6 +166,13 @@ def _summary(bench: Mapping[str, Any]) -> list[str]:
             share = "" if row["share"] is None else f", {row['share']:.0%}"
             lines.append(f"  {case}: {before} -> {row['variant']} {row['ms']:.4g} ms{faster}{share}{_counts(row)}")
     return lines + [f"  {note}" for note in bench["notes"]]
+
+
+def _endings(content: Mapping[str, Any]) -> list[str]:
+    """Of each command its exit code and seconds; the last AP."""
+    found = [f"{one['name']}: exit code {one['exit_code']}, {one['seconds']} s" for one in content["commands"]]
+    reached = content.get("evaluations") or [{}]
+    return [f"commands of {content['recipe']}: {'good' if content['good'] else 'NOT GOOD'}", *found, f"{reached[-1]}"]
 
 
 def _counts(row: Mapping[str, Any]) -> str:
@@ -208,31 +211,48 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def run_part(part: Part, limit: float, log: Path, device: str, results: Path) -> Outcome:
-    """Run one part to its end or its limit in seconds, its output appended to ``log``."""
+def begin_part(part: Part, log: Path, device: str, results: Path) -> subprocess.Popen[bytes]:
+    """Start one part, its output appended to ``log``."""
     filled = [word.replace("{device}", device).replace("{out}", str(results)) for word in part.command]
     command = [sys.executable, *filled]
-    begin = time.monotonic()
     with log.open("ab") as output:
         output.write(f"$ {' '.join(command)}\n".encode())
         output.flush()
-        start = output.tell()
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command, cwd=ROOT, env=child_environment(), stdout=output, stderr=output, start_new_session=True
         )
-        try:
-            process.wait(limit)
-            state = "ok" if process.returncode == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            state = "timed out"
-        finally:
+
+
+def run_stage(
+    stage: Stage, limits: Sequence[float], logs: Sequence[Path], device: str, results: Path
+) -> Iterator[tuple[int, Outcome]]:
+    """Run parts side by side, each to its end or its limit in seconds; gives a part's place and outcome as it ends."""
+    begin = time.monotonic()
+    running: dict[int, subprocess.Popen[bytes]] = {}
+    try:
+        for place, part in enumerate(stage):
+            running[place] = begin_part(part, logs[place], device, results)
+        while running:
+            for place, process in list(running.items()):
+                seconds = time.monotonic() - begin
+                if process.poll() is None and seconds < limits[place]:
+                    continue
+                state = "timed out" if process.poll() is None else "ok" if process.returncode == 0 else "failed"
+                stop(running.pop(place))
+                yield place, outcome_of(stage[place], state, process, seconds, limits[place], logs[place])
+            time.sleep(POLL_SECONDS)
+    finally:
+        for process in running.values():
             stop(process)
-    with log.open("rb") as written:
-        written.seek(start)
-        tail = written.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
-    if state == "ok" and "pytest" in command and not re.search(r"\b[1-9]\d* passed", "\n".join(tail)):
+
+
+def outcome_of(
+    part: Part, state: str, process: subprocess.Popen[bytes], seconds: float, limit: float, log: Path
+) -> Outcome:
+    """What is recorded of a part that has ended."""
+    tail = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+    if state == "ok" and "pytest" in part.command and not re.search(r"\b[1-9]\d* passed", "\n".join(tail)):
         state = "nothing ran"
-    seconds = time.monotonic() - begin
     return Outcome(part.name, state, process.returncode, round(seconds, 1), round(limit, 1), "\n".join(tail))
 
 
@@ -257,19 +277,10 @@ def describe_machine(device: str) -> dict[str, Any]:
     return facts | {"command": " ".join(sys.argv)}
 
 
-def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
-    """Run the parts in order; returns 1 if one did not end well."""
+def main(argv: Sequence[str] | None = None, calls: Mapping[int, Sequence[Stage]] = CALLS) -> int:
+    """Run the stages of a call in order; returns 1 if a part did not end well."""
     begin = time.monotonic()
-    parser = argparse.ArgumentParser(description="GPU tests and benches, each part in its own process.")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--minutes", type=float, default=9.0, help="deadline of the whole")
-    parser.add_argument("--change", default="check", help="what is measured, for the name of the record")
-    parser.add_argument("--prediction", default="None was written down.", help="text, or a file with it")
-    parser.add_argument("--commit", help="the commit, where the checkout came without .git")
-    parser.add_argument("--out", type=Path, help="folder of the record (perf/records/DATE_GPU_CHANGE)")
-    parser.add_argument("--flat", action="store_true", help="three files only, for a machine that returns few files")
-    parser.add_argument("--only", default="", help="run only parts whose name contains this")
-    options = parser.parse_args(argv)
+    options = read_options(argv, calls)
     if options.commit:
         os.environ[COMMIT_VARIABLE] = options.commit
     prediction = options.prediction
@@ -278,27 +289,46 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
     facts = describe_machine(options.device)
     name = f"{datetime.now(UTC):%Y-%m-%d}_{slug(facts['name'])}_{slug(options.change)}"
     folder = options.out or ROOT / "perf" / "records" / name
-    record = Record(folder, options.flat, facts, options.change, prediction)
-    chosen = [part for part in parts if options.only in part.name and (options.device == "cuda" or not part.gpu_only)]
-    outcomes = [Outcome(part.name, limit=part.seconds) for part in chosen]
-    deadline = begin + 60 * options.minutes - 2 * TERMINATION_SECONDS
+    record = Record(folder, facts, options.change, prediction)
+    stages = [
+        [part for part in stage if options.only in part.name and (options.device == "cuda" or not part.gpu_only)]
+        for stage in calls[options.call]
+    ]
+    outcomes = {part.name: Outcome(part.name, limit=part.seconds) for stage in stages for part in stage}
+    deadline = begin + 60 * (options.minutes or MINUTES[options.call]) - 2 * TERMINATION_SECONDS
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            for at, part in enumerate(chosen):
-                record.write(outcomes)
-                limit = min(part.seconds, deadline - time.monotonic())
-                if limit <= 0:
-                    break
-                print(f"== {part.name}, at most {limit:.0f} s", flush=True)
-                done = outcomes[at] = run_part(part, limit, record.log_path(part), options.device, Path(scratch))
+        logs_at = Path(scratch) / "logs"
+        logs_at.mkdir()
+        for stage in filter(None, stages):
+            record.write(list(outcomes.values()))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            limits = [min(part.seconds, left) for part in stage]
+            print(f"== {', '.join(part.name for part in stage)}: at most {max(limits):.0f} s", flush=True)
+            logs = [logs_at / f"{slug(part.name)}.txt" for part in stage]
+            for place, done in run_stage(tuple(stage), limits, logs, options.device, Path(scratch)):
+                outcomes[stage[place].name] = done
                 record.collect(Path(scratch))
-                print(f"{done.tail}\n== {done.state}, {done.seconds} s\n", flush=True)
-        finally:
-            record.collect(Path(scratch))
-            record.write(outcomes)
-    print(record.table(outcomes))
+                record.write(list(outcomes.values()))
+                print(f"{done.tail}\n== {done.name}: {done.state}, {done.seconds} s\n", flush=True)
+    print(record.table(list(outcomes.values())))
     print(f"record: {folder}")
-    return int(any(outcome.state != "ok" for outcome in outcomes))
+    return int(any(outcome.state != "ok" for outcome in outcomes.values()))
+
+
+def read_options(argv: Sequence[str] | None, calls: Mapping[int, Sequence[Stage]]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="GPU tests, training steps and benches, each in its own process.")
+    parser.add_argument("--call", type=int, choices=tuple(calls), default=1, help="which of the two")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--minutes", type=float, help="deadline of the whole (8 and 4)")
+    parser.add_argument("--change", default="check", help="what is measured, for the name of the record")
+    parser.add_argument("--prediction", default="None was written down.", help="text, or a file with it")
+    parser.add_argument("--commit", help="the commit, where the checkout came without .git")
+    parser.add_argument("--out", type=Path, help="folder of the record (perf/records/DATE_GPU_CHANGE)")
+    parser.add_argument("--only", default="", help="run only parts whose name contains this")
+    return parser.parse_args(argv)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

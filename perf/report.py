@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "torchvision", "numpy", "scipy", "pycocotools", "hotcoco")
+NULL_GPU = ", null GPU: times and numbers mean nothing"
 COMMIT_VARIABLE = "PERF_COMMIT"  # the commit, where the checkout came without its .git
 
 
@@ -109,7 +111,7 @@ def environment(device: str) -> dict[str, Any]:
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {
-            "name": properties.name,
+            "name": f"{properties.name}{NULL_GPU if is_null_gpu() else ''}",
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
@@ -119,6 +121,14 @@ def environment(device: str) -> dict[str, Any]:
             "clocks_and_power": nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"),
         }
     return facts
+
+
+def is_null_gpu() -> bool:
+    """Tell whether CUDA is the stand-in of `perf/null_gpu.py`, whose times and numbers mean nothing."""
+    try:
+        return hasattr(ctypes.CDLL("libcuda.so.1"), "nullcuda_counts")
+    except OSError:
+        return False
 
 
 def nvidia_smi(query: str) -> str:

@@ -5,7 +5,11 @@ device at its end. First one step of each without dropout is compared, ours in f
 if losses or gradients differ, no speed is printed. What is compiled or recorded passes the engine's own start-up check.
 Phases are timed apart, with a wait after each, so on a GPU their sum is larger than the step.
 
+Several batch sizes and ways to run our step may be asked for. All are timed first (the published step at the first
+batch size only), then counted, then profiled; results are written as they come, and a way that fails costs only itself.
+
     python perf/train_step.py recipes/r50_12ep.toml --batch 2 --height 320 --width 320 --device cpu
+    python perf/train_step.py recipes/r50_12ep.toml --batch 4 16 --ways eager compiled graph --profile profile
 """
 
 from __future__ import annotations
@@ -22,11 +26,13 @@ from statistics import median
 import torch
 
 from perf.counting import count_compiled_kernels, count_syncs, peak_bytes
+from perf.gate import reason
 from perf.harness import WARM_UPS
 from perf.inputs import training_batch
 from perf.report import Report, Row, environment, number
 from perf.sides import PHASES, Side, build_baseline, build_model_on, build_ours, first_images
-from samdetr.engine.compile import EXACT, choose_compute
+from samdetr.engine.compile import EXACT, choose_compute, choose_precision
+from samdetr.engine.profile import StepProfiler
 from samdetr.errors import RecipeError, SamdetrError
 from samdetr.recipe import Recipe, load_recipe
 from samdetr.structures import Batch
@@ -36,6 +42,13 @@ GATE_IMAGES = 2  # where the baseline serves the gate only
 # relative differences of float32: losses of six layers, and a gradient that went through all of them
 NOISE = {"loss": 1e-4, "loss_ce": 1e-4, "loss_bbox": 1e-4, "loss_giou": 1e-4, "grad_norm": 1e-2}
 BF16_NOISE = {"loss": 0.01, "loss_ce": 0.01, "loss_bbox": 0.01, "loss_giou": 0.01, "grad_norm": 0.05}
+WAYS: dict[str, dict[str, str]] = {  # what they change of the recipe's compute section
+    "recipe": {},
+    "eager": {"compile": "off", "cuda_graph": "off"},
+    "compiled": {"compile": "on", "cuda_graph": "off"},
+    "graph": {"compile": "on", "cuda_graph": "on"},
+}
+PROFILED_STEPS = 3
 # images/s that an H100 cannot exceed (design: sum over kernels of the larger of compute and traffic), at batch 16
 H100_LIMITS = {(False, 800, 1216): 813, (True, 800, 1216): 469, (False, 640, 864): 1275, (True, 640, 864): 834}
 
@@ -56,15 +69,18 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Times of a recipe's training step, after a comparison of losses.")
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="one size or several")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["recipe"], help="how our step is run")
     parser.add_argument("--height", type=int, default=640)
     parser.add_argument("--width", type=int, default=864)
     parser.add_argument("--steps", type=int, default=20, help="timed turns of each side")
     parser.add_argument("--group", type=int, help="steps of a turn (4 on a GPU, else 1)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--baseline", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--gate", action=argparse.BooleanOptionalAction, default=True, help="compare losses first")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change of the recipe")
     parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--profile", type=Path, help="folder for profiles of our ways")
     options = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
     options.device = ("cuda" if cuda else "cpu") if options.device == "auto" else options.device
@@ -127,26 +143,23 @@ def take_turns(
     return times
 
 
-def time_phases(sides: Sequence[Side], device: torch.device, turns: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each phase, by side."""
-    times: dict[tuple[str, str], list[float]] = {}
+def time_phases(sides: Sequence[Side], device: torch.device, turns: int) -> list[dict[str, float]]:
+    """Median milliseconds of each phase, of each side."""
+    times: list[dict[str, list[float]]] = [{} for _ in sides]
     for turn in range(turns):
-        for side in sides:
+        for side, found in zip(sides, times, strict=True):
             wait(device)
             last = time.perf_counter()
 
-            def mark(phase: str, name: str = side.name) -> None:
+            def mark(phase: str, found: dict[str, list[float]] = found) -> None:
                 nonlocal last
                 wait(device)
                 now = time.perf_counter()
-                times.setdefault((name, phase), []).append((now - last) * 1e3)
+                found.setdefault(phase, []).append((now - last) * 1e3)
                 last = now
 
             side.phases(turn, mark)
-    return {
-        side.name: {phase: median(found) for (name, phase), found in times.items() if name == side.name}
-        for side in sides
-    }
+    return [{phase: median(taken) for phase, taken in found.items()} for found in times]
 
 
 def wait(device: torch.device) -> None:
@@ -166,68 +179,148 @@ def describe(side: Side, row: StepRow, device: torch.device) -> None:
     row.syncs = count_syncs(step) if device.type == "cuda" else found.reads.total()
     side.optimizer.zero_grad(set_to_none=not side.recorded)
     row.state_mb = side.state_bytes() / 1e6
-    row.peak_mb = peak_bytes(step, device, reserved=side.recorded) / 1e6
+    if row.peak_mb is None:
+        row.peak_mb = peak_bytes(step, device) / 1e6
+    if device.type == "cuda":
+        row.host_ms = median(host_ms(step) for _ in range(WARM_UPS))
+
+
+def host_ms(step: Callable[[], object]) -> float:
+    """Milliseconds in which the host starts all of a step on an idle GPU."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    step()
+    return (time.perf_counter() - begin) * 1e3
 
 
 def table(rows: Sequence[StepRow], useful: float) -> str:
     """All rows with what was measured of them."""
-    head = ("images/s", "ms", "p20", "p80", "cpu ms", "launches", "syncs", "state MB", "peak MB", "faster")
+    head = ("images/s", "ms", "p20", "p80", "cpu ms", "host ms", "launches", "syncs", "state MB", "peak MB", "faster")
     lines = [
-        f"{rows[0].case}, useful pixels {useful:.0%}",
-        f"{'':20}" + "".join(f"{name:>10}" for name in head) + ("     limit" if rows[0].share is not None else ""),
+        f"useful pixels {useful:.0%}",
+        f"{'':42}" + "".join(f"{name:>10}" for name in head) + "     limit",
     ]
     for row in rows:
-        values = (row.images_per_s, row.ms, row.p20, row.p80, row.cpu_ms)
+        values = (row.images_per_s, row.ms, row.p20, row.p80, row.cpu_ms, row.host_ms)
         cells = [number(value, 2) for value in values] + [number(row.launches, 0), number(row.syncs, 0)]
         cells += [number(row.state_mb, 0), number(row.peak_mb, 0), number(row.times_faster, 2)]
-        cells += [] if row.share is None else [f"{row.share:.1%}"]
-        lines.append(f"{row.variant:10}{row.dtype:10}" + "".join(f"{cell:>10}" for cell in cells))
-    lines.append(f"{'ms of':20}" + "".join(f"{phase:>10}" for phase in PHASES))
+        cells += ["-" if row.share is None else f"{row.share:.1%}"]
+        lines.append(_named(row) + "".join(f"{cell:>10}" for cell in cells))
+    lines.append(f"{'ms of':42}" + "".join(f"{phase:>10}" for phase in PHASES))
     for row in rows:
         found = (f"{number(row.phases_ms.get(name), 2):>10}" for name in PHASES)
-        lines.append(f"{row.variant:10}{row.dtype:10}" + "".join(found))
+        lines.append(_named(row) + "".join(found))
     return "\n".join(lines)
 
 
-def measure_step(
-    recipe: Recipe, batches: Sequence[Batch], options: argparse.Namespace, report: Report, write: Callable[[], None]
-) -> None:
-    """Counts, phases and times of the sides, added to the report."""
-    device = torch.device(options.device)
-    batch, _, height, width = batches[0].images.shape
-    model = build_model_on(recipe, device)
-    compute = choose_compute(recipe.compute, device, buckets=True)
-    sides = [build_baseline(recipe, model, batches, device)] if options.baseline else []
-    dtypes = ["float32"] * len(sides) + [str(compute.precision).removeprefix("torch.")]
-    sides.append(build_ours(recipe, model, batches, device, compute=compute, note=report.note))
-    report.environment["compute"] = f"compile={compute.compile} cuda_graph={compute.cuda_graph}"
-    case = f"{height}x{width} batch {batch}"
-    rows = [
-        StepRow(report.op, case, dtype, "step", side.name, problem="not timed yet")
-        for side, dtype in zip(sides, dtypes, strict=True)
-    ]
-    limit = H100_LIMITS.get((recipe.model.backbone.dilation, height, width)) if batch == 16 else None
-    limit = limit if "H100" in report.environment["name"] else None
-    report.rows += rows
-    for side, row in zip(sides, rows, strict=True):
-        for turn in range(WARM_UPS if device.type == "cuda" else 1):
+def _named(row: StepRow) -> str:
+    return f"{row.case:18}{row.variant:14}{row.dtype:10}"
+
+
+class Measurement:
+    """The sides of one command, each with its row; a row is in the report from the moment its side is begun."""
+
+    def __init__(self, recipe: Recipe, options: argparse.Namespace, report: Report, write: Callable[[], None]) -> None:
+        self.recipe, self.options, self.report, self.write = recipe, options, report, write
+        self.device = torch.device(options.device)
+        self.sides: list[tuple[Side, StepRow]] = []
+        self.baseline: tuple[Side, StepRow] | None = None
+
+    def row(self, batches: Sequence[Batch], dtype: str, variant: str) -> StepRow:
+        """A new row of the report."""
+        batch, _, height, width = batches[0].images.shape
+        row = StepRow(self.report.op, f"{height}x{width} batch {batch}", dtype, "step", variant, problem="not timed")
+        self.report.rows.append(row)
+        return row
+
+    def time_way(self, way: str, batches: Sequence[Batch]) -> None:
+        """Build our step in one way and time it, beside the baseline if that was not timed yet."""
+        changed = self.recipe.compute.model_copy(update=WAYS[way])
+        dtype = str(choose_precision(changed.precision, self.device)).removeprefix("torch.")
+        model = build_model_on(self.recipe, self.device)
+        if self.options.baseline and self.baseline is None:
+            side = build_baseline(self.recipe, model, batches, self.device)
+            self.baseline = side, self.row(batches, "float32", side.name)
+            self.sides.append(self.baseline)
+            self.warm_up(side)
+        row = self.row(batches, dtype, "ours" if way == "recipe" else f"ours {way}")
+        try:
+            compute = choose_compute(changed, self.device, buckets=True)
+            self.report.environment[row.variant] = f"compile={compute.compile} cuda_graph={compute.cuda_graph}"
+            before = reserved_bytes(self.device)
+            ours = build_ours(self.recipe, model, batches, self.device, compute=compute, note=self.report.note)
+            self.warm_up(ours)
+            if ours.recorded:  # a graph's memory is allocated for good
+                row.peak_mb = (reserved_bytes(self.device) - before) / 1e6
+            self.sides.append((ours, row))
+            self.take_turns(ours, row, len(batches[0].images))
+        except (SamdetrError, RuntimeError) as error:
+            row.problem, self.report.failed = reason(error), True
+            self.report.note(f"FAILED {row.case} {row.variant}: {row.problem}")
+        self.write()
+
+    def warm_up(self, side: Side) -> None:
+        """Take steps that are not timed."""
+        for turn in range(WARM_UPS if self.device.type == "cuda" else 1):
             side.step(turn)
-        describe(side, row, device)
-        write()
-    times = take_turns(sides, device, options.steps, options.group)
-    phases = time_phases(sides, device, max(3, options.steps // 4))
-    for side, row in zip(sides, rows, strict=True):
-        taken, cpu = (sorted(column) for column in zip(*times[side.name], strict=True))
-        row.cpu_ms = median(cpu)
-        row.ms, row.repeats, row.problem = median(taken), len(taken), None
-        row.p20, row.p80 = (taken[round(share * (len(taken) - 1))] for share in (0.2, 0.8))
-        row.images_per_s = batch / row.ms * 1e3
-        if options.baseline:
-            pairs = zip(times[sides[0].name], times[side.name], strict=True)
-            row.times_faster = median(before[0] / after[0] for before, after in pairs)
-        row.share = row.images_per_s / limit if limit else None
-        row.phases_ms = phases[side.name]
-        write()
+
+    def take_turns(self, ours: Side, row: StepRow, images: int) -> None:
+        """Time one of our sides; the baseline with it, in turns, if it has no times yet."""
+        pair = [(ours, row)]
+        if self.baseline and self.baseline[1].ms is None:
+            pair.insert(0, self.baseline)
+        times = take_turns([side for side, _ in pair], self.device, self.options.steps, self.options.group)
+        for side, timed in pair:
+            taken, cpu = (sorted(column) for column in zip(*times[side.name], strict=True))
+            timed.cpu_ms = median(cpu)
+            timed.ms, timed.repeats, timed.problem = median(taken), len(taken), None
+            timed.p20, timed.p80 = (taken[round(share * (len(taken) - 1))] for share in (0.2, 0.8))
+            timed.images_per_s = images / timed.ms * 1e3
+            timed.share = self.share_of_limit(timed)
+            if len(pair) == 2:
+                turns = zip(times[pair[0][0].name], times[side.name], strict=True)
+                timed.times_faster = median(before[0] / after[0] for before, after in turns)
+            elif self.baseline and self.baseline[1].case == timed.case and self.baseline[1].ms:
+                timed.times_faster = self.baseline[1].ms / timed.ms
+
+    def share_of_limit(self, row: StepRow) -> float | None:
+        """What part of an H100's limit a row reaches, where the limit is known."""
+        size, batch = row.case.split(" batch ")
+        if batch != "16" or "H100" not in self.report.environment["name"] or row.images_per_s is None:
+            return None
+        limit = H100_LIMITS.get((self.recipe.model.backbone.dilation, *map(int, size.split("x"))))
+        return row.images_per_s / limit if limit else None
+
+    def count(self) -> None:
+        """Counts, and times of phases, of all sides."""
+        for side, row in self.sides:
+            describe(side, row, self.device)
+            self.write()
+        phases = time_phases([side for side, _ in self.sides], self.device, max(3, self.options.steps // 4))
+        for (_, row), found in zip(self.sides, phases, strict=True):
+            row.phases_ms = found
+        self.write()
+
+    def profile(self, folder: Path) -> None:
+        """Write a profile of each of our sides, and print the tables."""
+        for side, row in self.sides:
+            if side.name != "ours":
+                continue
+            place = folder / f"{self.report.op}_{row.case}_{row.variant}".replace(" ", "_")
+            with StepProfiler(place, self.report.note, first=2, last=1 + PROFILED_STEPS) as profiler:
+                for turn in range(1 + PROFILED_STEPS):
+                    side.step(turn)
+                    wait(self.device)  # a step's kernels belong to its range
+                    profiler.step()
+            print(f"{row.case} {row.variant}\n{profiler.report}", flush=True)
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """What torch holds of the GPU's memory, after giving back what it does not use; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -242,25 +335,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.environment["recipe"] = " ".join([str(options.recipe), *options.set])
     report.environment["convolutions_tf32"] = torch.backends.cudnn.allow_tf32
     print(" ".join(f"{key}={value}" for key, value in report.environment.items()))
-    classes = recipe.model.num_classes
-    batches = [
-        training_batch(options.batch, options.height, options.width, classes=classes, seed=seed)
-        for seed in range(BATCHES)
-    ]
-    useful = sum(batch.image_sizes.prod(-1).sum().item() for batch in batches)
-    useful /= sum(batch.images[:, 0].numel() for batch in batches)
+    sizes = {
+        size: [
+            training_batch(size, options.height, options.width, classes=recipe.model.num_classes, seed=seed)
+            for seed in range(BATCHES)
+        ]
+        for size in options.batch
+    }
+    every = [batch for batches in sizes.values() for batch in batches]
+    useful = sum(batch.image_sizes.prod(-1).sum().item() for batch in every)
+    useful /= sum(batch.images[:, 0].numel() for batch in every)
     report.notes.append(f"useful pixels {useful:.0%}")
-    try:
-        gate_batch = batches[0] if options.baseline else first_images(batches[0], GATE_IMAGES)
-        pass_gate(recipe, gate_batch, device, report)
-    except RecipeError as error:
-        if options.baseline:
-            raise
-        report.note(f"no gate: {error}")
+    if options.gate:
+        first = every[0]
+        try:
+            pass_gate(recipe, first if options.baseline else first_images(first, GATE_IMAGES), device, report)
+        except RecipeError as error:
+            if options.baseline:
+                raise
+            report.note(f"no gate: {error}")
+    else:
+        report.note("no gate: --no-gate")
     gc.collect()
     if not report.failed:
-        measure_step(recipe, batches, options, report, write)
-        print(table([row for row in report.rows if isinstance(row, StepRow)], useful))
+        measurement = Measurement(recipe, options, report, write)
+        for way in options.ways:
+            for batches in sizes.values():
+                measurement.time_way(way, batches)
+        measurement.count()
+        print(table([row for row in report.rows if isinstance(row, StepRow)], useful), flush=True)
+        if options.profile:
+            measurement.profile(options.profile)
     report.complete = True
     write()
     return int(report.failed)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 INVERSE_SIGMOID_EPSILON = 1e-5
 GROUPS = 32  # of the norm after the input projection
+# not cuDNN's, some of whose kernels round the probability of dropout to sixteenths (pytorch/pytorch#174245)
+EXACT_DROPOUT = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CLASS_PRIOR = 0.01  # initial probability of every class (focal loss paper, section 4.1)
 
 
@@ -83,7 +87,8 @@ def attend(
     mask: bool (True: attended) or added to the scores, broadcast to [B, heads, Q, S]. dropout: of the weights.
     """
     query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value))
-    attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    with sdpa_kernel(EXACT_DROPOUT) if dropout else nullcontext():
+        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return attended.transpose(1, 2).flatten(2)
 
 

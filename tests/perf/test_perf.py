@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -293,18 +292,20 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_a_part_that_hangs_or_fails_costs_only_itself(flat, tmp_path, capsys, monkeypatch):
-    if flat:  # the real one once is enough
-        monkeypatch.setattr(gpu_check, "describe_machine", lambda device: {"name": "test", "torch": torch.__version__})
-    parts = (
-        Part("hangs", ("-c", HANG), 1.5),
-        Part("fails", ("-c", FAIL), 20),
-        Part("on a gpu", ("-c", ""), 20, gpu_only=True),
-        Part("ends well", ("-c", WRITE, "{out}"), 30),
+def packed(record: Path) -> dict[str, str]:
+    with tarfile.open(record / "files.tar.gz") as files:
+        found = {entry.name: files.extractfile(entry) for entry in files.getmembers() if entry.isfile()}
+        return {name: file.read().decode() for name, file in found.items() if file}
+
+
+def test_a_part_that_hangs_or_fails_costs_only_itself(tmp_path, capsys):
+    stages = (
+        (Part("hangs", ("-c", HANG), 1.5), Part("fails", ("-c", FAIL), 20)),
+        (Part("on a gpu", ("-c", ""), 20, gpu_only=True),),
+        (Part("ends well", ("-c", WRITE, "{out}"), 30),),
     )
     arguments = ["--device", "cpu", "--out", str(tmp_path), "--change", "try", "--prediction", "it is fast"]
-    assert check([*arguments, *(["--flat"] if flat else [])], parts) == 1
+    assert check(arguments, {1: stages}) == 1
     content = json.loads((tmp_path / "results.json").read_text())
     states = {part["name"]: part["state"] for part in content["parts"]}
     assert states == {"hangs": "timed out", "fails": "failed", "ends well": "ok"}
@@ -313,11 +314,19 @@ def test_a_part_that_hangs_or_fails_costs_only_itself(flat, tmp_path, capsys, mo
     assert not alive(int(hanging.split()[1]))
     readme = (tmp_path / "README.md").read_text()
     assert "it is fast" in readme and "timed out" in readme and torch.__version__.split("+")[0] in readme
-    logs = [tmp_path / "log.txt"] if flat else sorted((tmp_path / "logs").iterdir())
-    assert len(logs) == (1 if flat else 3) and "before the end" in "".join(log.read_text() for log in logs)
-    assert "before the end" in capsys.readouterr().out
-    if flat:
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "log.txt", "results.json"]
+    logs = packed(tmp_path)
+    assert logs.keys() == {"logs/hangs.txt", "logs/fails.txt", "logs/ends-well.txt"}
+    assert "before the end" in logs["logs/fails.txt"] and "before the end" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "files.tar.gz", "results.json"]
+
+
+def test_the_parts_of_a_stage_run_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "describe_machine", lambda device: {"name": "test"})
+    meet = "import pathlib, sys, time; here, other = map(pathlib.Path, sys.argv[1:]); here.touch()\n"
+    meet += "while not other.exists(): time.sleep(0.01)"
+    names = (str(tmp_path / "one"), str(tmp_path / "two"))
+    stage = (Part("one", ("-c", meet, *names), 20), Part("two", ("-c", meet, *reversed(names)), 20))
+    assert check(["--device", "cpu", "--out", str(tmp_path / "record")], {1: (stage,)}) == 0
 
 
 def test_tests_that_are_all_skipped_are_not_ok(tmp_path, monkeypatch):
@@ -326,8 +335,8 @@ def test_tests_that_are_all_skipped_are_not_ok(tmp_path, monkeypatch):
     skipped = "@pytest.mark.skipif(True, reason='no GPU')\ndef test_one(): pass"
     file.write_text(f"import pytest\n{skipped}\ndef test_two(): pass\n")
     names = ("test_one", "test_two")
-    parts = tuple(Part(f"tests {name}", (*gpu_check.PYTEST, f"{file}::{name}"), 60) for name in names)
-    assert check(["--device", "cpu", "--out", str(tmp_path / "record")], parts) == 1
+    parts = (gpu_check._pytest(f"tests {name}", 60, 0, f"{file}::{name}")._replace(gpu_only=False) for name in names)
+    assert check(["--device", "cpu", "--out", str(tmp_path / "record")], {1: [(part,) for part in parts]}) == 1
     content = json.loads((tmp_path / "record" / "results.json").read_text())
     assert [part["state"] for part in content["parts"]] == ["nothing ran", "ok"]
 
@@ -341,9 +350,9 @@ def test_without_a_gpu_nothing_begins(tmp_path):
 
 def test_the_deadline_of_the_whole(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_check, "describe_machine", lambda device: {"name": "test"})
-    parts = (Part("long", ("-c", "import time; time.sleep(60)"), 50), Part("after it", ("-c", ""), 50))
+    stages = ((Part("long", ("-c", "import time; time.sleep(60)"), 50),), (Part("after it", ("-c", ""), 50),))
     begin = time.monotonic()
-    assert check(["--device", "cpu", "--out", str(tmp_path), "--minutes", "0.1"], parts) == 1
+    assert check(["--device", "cpu", "--out", str(tmp_path), "--minutes", "0.1"], {1: stages}) == 1
     assert time.monotonic() - begin < 6
     content = json.loads((tmp_path / "results.json").read_text())
     assert [part["state"] for part in content["parts"]] == ["timed out", "not run"]
@@ -370,22 +379,22 @@ def test_the_summary_names_the_baseline_and_its_dtype():
     assert summary[1:] == ["  step bfloat16 step: baseline (float32) 9 ms -> ours 3 ms, 3.00x"]
 
 
-def test_all_parts_fit_the_deadline():
-    limits = sum(part.seconds for part in gpu_check.PARTS) + gpu_check.ENVIRONMENT_SECONDS
-    assert limits < 60 * 9 - 2 * gpu_check.TERMINATION_SECONDS == 536
-    assert len({slug(part.name) for part in gpu_check.PARTS}) == len(gpu_check.PARTS)
+@pytest.mark.parametrize("call", gpu_check.CALLS)
+def test_all_parts_fit_the_deadline(call):
+    stages = gpu_check.CALLS[call]
+    limits = sum(max(part.seconds for part in stage) for stage in stages) + gpu_check.ENVIRONMENT_SECONDS
+    assert limits < 60 * gpu_check.MINUTES[call]
+    names = [slug(part.name) for stage in stages for part in stage]
+    assert len(set(names)) == len(names)
 
 
-def test_the_kernel_tests_of_the_check_exist():
-    command = [sys.executable, *gpu_check.PARTS[-1].command, "--collect-only"]
-    done = subprocess.run(
-        command, cwd=gpu_check.ROOT, env=gpu_check.child_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert len([line for line in done.stdout.splitlines() if "::" in line]) == 11
+def test_the_files_of_the_check_exist():
+    words = [word for stages in gpu_check.CALLS.values() for stage in stages for part in stage for word in part.command]
+    files = [word for word in words if word.endswith((".py", ".toml"))]
+    assert len(files) > 15 and all((gpu_check.ROOT / file).is_file() for file in files)
 
 
 def test_a_bench_runs_from_a_checkout_as_a_part(tmp_path):
-    assert check(["--device", "cpu", "--out", str(tmp_path), "--only", "linear_assignment"]) == 0
+    assert check(["--device", "cpu", "--out", str(tmp_path), "--call", "2", "--only", "bench linear_assignment"]) == 0
     bench = json.loads((tmp_path / "results.json").read_text())["benches"]["linear_assignment"]
     assert bench["complete"] and bench["environment"]["device"] == "cpu"
