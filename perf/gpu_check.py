@@ -46,6 +46,11 @@ class Part(NamedTuple):
     gpu_only: bool = False
 
 
+def slug(text: str) -> str:
+    """Letters, digits and hyphens, for a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "none"
+
+
 Stage = tuple[Part, ...]  # run side by side
 
 
@@ -67,34 +72,35 @@ def _steps(recipe: str, batches: tuple[int, int], seconds: float) -> Part:
     return Part(f"steps {recipe}", command, seconds, gpu_only=True)
 
 
+def _commands(name: str, seconds: float, *options: str) -> Part:
+    command = ("perf/try_commands.py", "recipes/quickstart.toml", *options, "--json", f"{{out}}/{slug(name)}.json")
+    return Part(name, command, seconds, gpu_only=True)
+
+
 OPS = ("aligner_kernels", "aligner_ops", "deformable_attention", "linear_assignment", "salient_cross_attention")
 KERNEL_TESTS = tuple(f"tests/kernels/test_{name}.py" for name in OPS)
 GPU_TESTS = ("tests/engine/test_compile.py", "tests/engine/test_checkpoint.py", "tests/data/test_prefetch.py")
 CALLS: dict[int, tuple[Stage, ...]] = {
     1: (
         (
-            _pytest("gpu tests", 100, 3, "-m", "gpu", *GPU_TESTS),
-            _pytest("kernel tests", 100, 8, "-m", "not slow", *KERNEL_TESTS),
-            Part(
-                "commands on quickstart",
-                ("perf/try_commands.py", "recipes/quickstart.toml", "--json", "{out}/commands.json"),
-                100,
-                gpu_only=True,
-            ),
+            _pytest("gpu tests", 90, 3, "-m", "gpu", *GPU_TESTS),
+            _pytest("kernel tests", 90, 8, "-m", "not slow", *KERNEL_TESTS),
+            _commands("commands on two epochs of quickstart", 90, "--set", "train.epochs=2"),
         ),
-        (_steps("r50_dc5_12ep", (1, 8), 120),),
-        (_steps("r50_12ep", (4, 16), 110),),
-        (_bench("attention", 40, "--dtypes", "bfloat16"),),
+        (_steps("r50_dc5_12ep", (1, 8), 130),),
+        (_steps("r50_12ep", (4, 16), 120),),
+        (_bench("attention", 35, "--dtypes", "bfloat16"),),
         (_bench("aligner", 30, "--dtypes", "bfloat16"),),
-        (Part("kernels under ncu", ("perf/launch_kernels.py", "--ncu", "{out}/kernels.csv"), 60, gpu_only=True),),
+        (Part("kernels under ncu", ("perf/launch_kernels.py", "--ncu", "{out}/kernels.csv"), 55, gpu_only=True),),
     ),
     2: (
-        (_bench("salient_cross_attention", 45, "--dtypes", "bfloat16"),),
-        (_bench("linear_assignment", 20),),
-        (_bench("roi_align", 20, "--dtypes", "bfloat16"),),
-        (_bench("salient_points", 25, "--dtypes", "bfloat16"),),
-        (_bench("deformable_attention", 35, "--dtypes", "bfloat16"),),
-        (_pytest("slow kernel tests", 60, 12, "-m", "slow", *KERNEL_TESTS),),
+        (_commands("commands on quickstart", 95),),
+        (_bench("salient_cross_attention", 30, "--dtypes", "bfloat16"),),
+        (_bench("roi_align", 15, "--dtypes", "bfloat16"),),
+        (_bench("salient_points", 15, "--dtypes", "bfloat16"),),
+        (_bench("linear_assignment", 15),),
+        (_bench("deformable_attention", 20, "--dtypes", "bfloat16"),),
+        (_pytest("slow kernel tests", 30, 12, "-m", "slow", *KERNEL_TESTS),),
     ),
 }
 MINUTES = {1: 8.0, 2: 4.0}
@@ -183,11 +189,6 @@ def _counts(row: Mapping[str, Any]) -> str:
         f", {row['images_per_s']:.0f} images/s, {row['launches']} launches, {row['syncs']} syncs, "
         f"{(row['state_mb'] + row['peak_mb']) / 1e3:.1f} GB"
     )
-
-
-def slug(text: str) -> str:
-    """Letters, digits and hyphens, for a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "none"
 
 
 def child_environment() -> dict[str, str]:
