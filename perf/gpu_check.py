@@ -183,12 +183,13 @@ def _endings(content: Mapping[str, Any]) -> list[str]:
 
 def _counts(row: Mapping[str, Any]) -> str:
     """Of a training step: what else was found out."""
-    if "images_per_s" not in row:
+    if row.get("images_per_s") is None:
         return ""
-    return (
-        f", {row['images_per_s']:.0f} images/s, {row['launches']} launches, {row['syncs']} syncs, "
-        f"{(row['state_mb'] + row['peak_mb']) / 1e3:.1f} GB"
-    )
+    text = f", {row['images_per_s']:.0f} images/s"
+    if row["peak_mb"] is None:  # a step is counted after all are timed
+        return text
+    memory = (row["state_mb"] + row["peak_mb"]) / 1e3
+    return f"{text}, {row['launches']} launches, {row['syncs']} syncs, {memory:.1f} GB"
 
 
 def child_environment() -> dict[str, str]:
