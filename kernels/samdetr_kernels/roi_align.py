@@ -203,27 +203,31 @@ def _roi_align_backward_kernel(  # type: ignore[no-untyped-def]
         if rows_meet & (x_begin < x_first + BLOCK_W) & (x_end > x_first):
             b_x = axis_weight(x0, x1, o_q[None, :].to(tl.float32), o_x[:, None].to(tl.float32), width, BINS)
             b_x = tl.where((o_x < width)[:, None], b_x, 0.0)
+            b_rows = tl.zeros((BLOCK_H,), tl.float32)  # over all bins, for the mean
             for first_p in range(0, BINS, BLOCK_P):
                 o_p = first_p + tl.arange(0, BLOCK_P)
                 b_y = axis_weight(y0, y1, o_p[None, :].to(tl.float32), o_y[:, None].to(tl.float32), height, BINS)
                 b_y = tl.where((o_y < height)[:, None], b_y, 0.0)
-                b_weight = tl.reshape(b_y[:, None, :, None] * b_x[None, :, None, :], (BLOCK_H * BLOCK_W, ROWS))
-                p, q = first_p + o_row // BLOCK_Q, o_row % BLOCK_Q
-                m_row = (p < BINS) & (q < BINS)
-                bin_number = p * BINS + q
-                if MODE == _MAX:
-                    b_one = tl.load(grad + i_box * C + o_c, mask=m_c, other=0.0)
-                    b_index = tl.load(index + i_box * C + o_c, mask=m_c, other=-1)
-                    b_grad = tl.where(bin_number[:, None] == b_index[None, :], b_one[None, :], 0.0)
-                    b_grad = tl.where(m_row[:, None], b_grad, 0.0).to(grad.dtype.element_ty)
-                elif MODE == _MEAN:
-                    b_one = tl.load(grad + i_box * C + o_c, mask=m_c, other=0.0)
-                    b_grad = tl.where(m_row[:, None], b_one[None, :], 0.0).to(grad.dtype.element_ty)
-                    b_weight *= 1.0 / (BINS * BINS)
+                if MODE == _MEAN:
+                    b_rows += tl.sum(b_y, 1)
                 else:
-                    p_grad = grad + (i_box * BINS * BINS + bin_number)[:, None] * C + o_c[None, :]
-                    b_grad = tl.load(p_grad, mask=m_row[:, None] & m_c[None, :], other=0.0)
-                b_out = weighted_sum(b_weight, b_grad, b_out, PRECISION)
+                    b_weight = tl.reshape(b_y[:, None, :, None] * b_x[None, :, None, :], (BLOCK_H * BLOCK_W, ROWS))
+                    p, q = first_p + o_row // BLOCK_Q, o_row % BLOCK_Q
+                    m_row = (p < BINS) & (q < BINS)
+                    bin_number = p * BINS + q
+                    if MODE == _MAX:
+                        b_one = tl.load(grad + i_box * C + o_c, mask=m_c, other=0.0)
+                        b_index = tl.load(index + i_box * C + o_c, mask=m_c, other=-1)
+                        b_grad = tl.where(bin_number[:, None] == b_index[None, :], b_one[None, :], 0.0)
+                        b_grad = tl.where(m_row[:, None], b_grad, 0.0).to(grad.dtype.element_ty)
+                    else:
+                        p_grad = grad + (i_box * BINS * BINS + bin_number)[:, None] * C + o_c[None, :]
+                        b_grad = tl.load(p_grad, mask=m_row[:, None] & m_c[None, :], other=0.0)
+                    b_out = weighted_sum(b_weight, b_grad, b_out, PRECISION)
+            if MODE == _MEAN:  # one gradient for all bins: their weights are summed first
+                b_one = tl.load(grad + i_box * C + o_c, mask=m_c, other=0.0).to(tl.float32)
+                b_cells = tl.reshape(b_rows[:, None] * tl.sum(b_x, 1)[None, :], (BLOCK_H * BLOCK_W,))
+                b_out += (b_cells * (1.0 / (BINS * BINS)))[:, None] * b_one[None, :]
 
     o_cell = tl.arange(0, BLOCK_H * BLOCK_W)
     y, x = y_first + o_cell // BLOCK_W, x_first + o_cell % BLOCK_W

@@ -91,6 +91,9 @@ class Inputs(NamedTuple):
             )
         )
 
+    def to(self, device: str) -> Inputs:
+        return Inputs(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
+
     def differentiable(self) -> list[Tensor]:
         return [part for part in self if isinstance(part, Tensor) and part.is_floating_point()]
 
@@ -207,12 +210,20 @@ def check_kernels(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     eager_grads = gradients(eager, eager_inputs)
     out, logsumexp, grads = run_kernels(inputs)
     assert out.dtype == dtype and logsumexp.dtype == torch.float32
-    exact_logsumexp = torch.ops.samdetr.salient_cross_attention(*inputs.leaves(torch.float64))[1].detach()
-    # fp32 sums over D products and a logarithm, relative to the size of the scores
-    bound = 8 * torch.finfo(torch.float32).eps * (1 + exact_logsumexp[exact_logsumexp.isfinite()].abs())
+    exact_logsumexp, eager_logsumexp = (
+        torch.ops.samdetr.salient_cross_attention(*inputs.to("cpu").leaves(wide))[1].detach().to(device)
+        for wide in (torch.float64, torch.float32)
+    )
     assert torch.equal(logsumexp.isfinite(), exact_logsumexp.isfinite())
     finite = exact_logsumexp.isfinite()
-    assert ((logsumexp.double() - exact_logsumexp)[finite].abs() <= bound).all()
+    # fp32 sums over D products and a logarithm, relative to the size of the scores; where a score is the small
+    # difference of a product and a prior, the definition in fp32 loses more as well
+    unit = 8 * torch.finfo(torch.float32).eps * (1 + exact_logsumexp[finite].abs())
+    lost, eager_lost = (
+        ((found.double() - exact_logsumexp)[finite].abs() / unit).max() if finite.any() else torch.zeros(())
+        for found in (logsumexp, eager_logsumexp)
+    )
+    assert lost <= max(1.0, 2 * eager_lost.item()), (lost, eager_lost)
     results = [("out", out, eager, expected)]
     for name, grad, eager_grad, exact_grad in zip(NAMES[: len(grads)], grads, eager_grads, exact_grads, strict=True):
         exact_grad = torch.zeros_like(grad, dtype=torch.float64) if exact_grad is None else exact_grad
@@ -501,9 +512,9 @@ def test_a_tensor_on_another_device_is_named(name):
         inputs.call(salient_cross_attention)
 
 
-def test_what_rounding_took_is_kept_for_the_gradient_of_points_only():
+def test_what_rounding_took_is_kept_for_the_gradient_of_points_only(kernel_device):
     for case in (CASES[0], CASES[1]):
-        inputs = case.inputs(torch.bfloat16)
+        inputs = case.inputs(torch.bfloat16, kernel_device)
         for results in (salient_cross_attention_forward_triton(*inputs), OP(*inputs)):
             assert results[2].shape == (results[0].shape if case.smca else (0,))
 
