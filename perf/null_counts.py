@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -67,8 +67,7 @@ class StepCounts(Part):
     state_gib: float  # parameters, buffers, the optimizer's state
     peak_gib: float  # the state and the most that a step allocates; with CUDA graphs all that torch holds
     start_up_seconds: float  # the step is compiled, recorded and checked
-    phases: dict[str, Part] = field(default_factory=dict)  # empty with CUDA graphs, which know none
-    notes: list[str] = field(default_factory=list)
+    phases: dict[str, Part]  # empty with CUDA graphs, which know none
 
 
 @contextmanager
@@ -102,15 +101,15 @@ def count_step(recipe: Recipe, batch: Batch, way: str) -> StepCounts:
     device = choose_device("cuda", recipe.compute.kernels)
     compute = choose_compute(recipe.compute, device, buckets=True)
     model = build_model_on(recipe, device)
-    notes: list[str] = []
     null_library.reset()
     begin = time.monotonic()
-    side = build_ours(recipe, model, [batch], device, compute=compute, note=notes.append)
+    side = build_ours(recipe, model, [batch], device, compute=compute, note=lambda text: None)
     started = time.monotonic() - begin
-    recorded, refused = null_library.counts().captured, null_library.refused()
+    recorded = null_library.counts().captured
     free_memory()  # of the start-up's check, which computes in float32
     for _ in range(WARM_UPS):
         side.step(0)
+    refused = null_library.refused()
     part, peak = count_one(side)
     return StepCounts(
         **vars(part) | {"refused": refused + part.refused, "host_ms": host_ms(side)},
@@ -122,7 +121,6 @@ def count_step(recipe: Recipe, batch: Batch, way: str) -> StepCounts:
         peak_gib=round(peak / GIB, 3),
         start_up_seconds=round(started, 1),
         phases={} if side.recorded else count_phases(side),
-        notes=notes,
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -96,7 +97,8 @@ def count_all(options: argparse.Namespace) -> Counted:
     way = " ".join(name for name, is_asked in (("compiled", options.compile), ("graph", options.graph)) if is_asked)
     settings = [f"compute.compile={_switch(options.compile)}", f"compute.cuda_graph={_switch(options.graph)}"]
     recipes = [load_recipe(path, [*options.set, *settings]) for path in options.recipes]
-    counted = Counted(environment("cuda"), options.batch, "x".join(map(str, options.size)))
+    facts = environment("cuda") | {"device": "none: counted on the null GPU"}
+    counted = Counted(facts, options.batch, "x".join(map(str, options.size)))
     print(head(counted))
     for recipe in recipes:
         name = recipe.run.name
@@ -125,9 +127,10 @@ def _switch(is_on: bool) -> str:
 
 def head(counted: Counted) -> str:
     """Say what is counted and where, above the names of the columns."""
-    facts = ", ".join(f"{name} {counted.environment[name]}" for name in ("name", "torch", "triton", "cuda", "commit"))
+    facts = counted.environment
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "cuda", "commit"))
     names = "".join(f"{name:>9}" for name in (*COLUMNS, "start-up"))
-    return f"{counted.size}, batch {counted.batch}, without {facts}\n{'':{NAME + WAY}}{names}"
+    return f"{counted.size}, batch {counted.batch}, as if on {facts['name']}: {versions}\n{'':{NAME + WAY}}{names}"
 
 
 def line(row: StepCounts) -> str:
@@ -163,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = read_options(arguments)
     if not null_library.is_loaded():
-        null_library.start([sys.executable, str(Path(__file__).resolve()), *arguments])
+        null_library.start([sys.executable, os.path.relpath(__file__), *arguments])
     counted = count_all(options)
     if with_phases := [row for row in counted.rows if row.phases]:
         print(phases_table(with_phases))

@@ -73,7 +73,7 @@ def step(**changes: Any) -> StepCounts:
     counted = {"launches": 5, "kinds": {"kernel": 3, "cublas": 2}, "copies": {"H2D": 2}, "fills": 1, "waits": {}}
     counted |= {"refused": [], "nodes": 0, "host_ms": 1.25}
     row = {"recipe": "r50_12ep", "way": "eager", "precision": "bfloat16", "node_kinds": {}, "state_gib": 0.5}
-    return StepCounts(**{**counted, **row, "peak_gib": 1.5, "start_up_seconds": 2.0, **changes})
+    return StepCounts(**{**counted, **row, "peak_gib": 1.5, "start_up_seconds": 2.0, "phases": {}, **changes})
 
 
 def test_a_step_that_waits_or_is_refused_fails(
@@ -100,7 +100,7 @@ def test_the_tables() -> None:
     assert " ".join(null_gpu.phases_table([row]).split()) == "launches of forward backward r50_12ep eager 7 7"
     named = {"name": "H100", "torch": "2.14.1", "triton": "3.8.0", "cuda": "13.0", "commit": "abc"}
     head, names = null_gpu.head(Counted(named, 2, "320x320")).splitlines()
-    assert head.startswith("320x320, batch 2, without name H100, torch 2.14.1")
+    assert head == "320x320, batch 2, as if on H100: torch 2.14.1, triton 3.8.0, cuda 13.0, commit abc"
     assert len(names) == len(null_gpu.line(row))
 
 
