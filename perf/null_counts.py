@@ -37,7 +37,7 @@ class Part:
     waits: dict[str, int]
     refused: list[str]  # what a driver would not have done
     nodes: int  # of CUDA graphs
-    host_ms: float  # no time of a GPU, which would not be faster than this
+    host_ms: float  # to ask for it, no time of a GPU
 
     @classmethod
     def since_reset(cls, seconds: float) -> Part:

@@ -153,7 +153,7 @@ def phases_table(rows: Sequence[StepCounts]) -> str:
 
 def faults(row: StepCounts) -> list[str]:
     """Say in sentences what makes a step's host wait, and what was refused."""
-    waits = [f"{row.recipe} waits {number} times: {call}" for call, number in row.waits.items()]
+    waits = [f"{row.recipe} waits: {call} ({number})" for call, number in row.waits.items()]
     return waits + [f"{row.recipe}: {call}" for call in row.refused]
 
 

@@ -87,7 +87,7 @@ def test_a_step_that_waits_or_is_refused_fails(
     assert counted_as(step()) == 0
     assert capsys.readouterr().out == ""
     assert counted_as(step(waits={"copy D2H pageable": 3})) == 1
-    assert capsys.readouterr().out == "r50_12ep waits 3 times: copy D2H pageable\n"
+    assert capsys.readouterr().out == "r50_12ep waits: copy D2H pageable (3)\n"
     assert counted_as(step(refused=["refused (shared memory): a_kernel"])) == 1
     assert capsys.readouterr().out == "r50_12ep: refused (shared memory): a_kernel\n"
     assert counted_as(step(), failed={"r50_dc5_12ep": "RuntimeError: out of memory"}) == 1
