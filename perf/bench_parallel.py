@@ -25,7 +25,7 @@ from perf.report import Report, environment, table
 from perf.train_step import StepRow, wait
 from samdetr.data.prefetch import finish
 from samdetr.engine.compile import random_batch
-from samdetr.engine.optim import build_optimizer, set_learning_rate
+from samdetr.engine.optim import build_optimizer
 from samdetr.engine.parallel import ALONE, wrapped
 from samdetr.engine.recompute import recompute_layers
 from samdetr.engine.train import train_step
@@ -51,7 +51,6 @@ def build_step(recipe: Recipe, model: Detector, way: str, batch: Batch, device: 
     elif way == AGAIN:
         recompute_layers(model)
     criterion, optimizer = build_criterion(recipe), build_optimizer(model, recipe.optim)
-    set_learning_rate(optimizer, 1.0)
     clip_norm = recipe.optim.clip_norm
 
     def step(turn: int) -> Tensor:

@@ -25,7 +25,7 @@ from perf.baseline import (
 from samdetr.data.prefetch import finish
 from samdetr.engine.compile import EXACT, Compute, computing_in, prepare_step
 from samdetr.engine.log import step_values
-from samdetr.engine.optim import build_optimizer, set_learning_rate
+from samdetr.engine.optim import build_optimizer
 from samdetr.engine.train import forward_backward, train_step, update
 from samdetr.loss import SetCriterion, build_criterion
 from samdetr.models import SAMDETR, build_model
@@ -69,7 +69,6 @@ def build_ours(
     compute: what `prepare_step` compiles and records; the batches have one shape. ``note`` hears what it says.
     """
     criterion, optimizer = build_criterion(recipe), build_optimizer(model, recipe.optim)
-    set_learning_rate(optimizer, 1.0)
     batches = [pinned(batch) if device.type == "cuda" else batch for batch in batches]
     clip_norm, precision = recipe.optim.clip_norm, compute.precision
     count, _, height, width = batches[0].images.shape

@@ -97,7 +97,7 @@ class GuardedSGD(Guarded, torch.optim.SGD):
 def build_optimizer(model: nn.Module, section: OptimSection, *, max_skips: int = 0) -> GuardedAdamW | GuardedSGD:
     """The recipe's optimizer over the parameters that have a gradient, in groups: the rest, backbone, what samples.
 
-    max_skips: of `Guarded`.
+    Each group starts at its base rate, which `set_learning_rate` multiplies. max_skips: of `Guarded`.
     """
     backbone: list[nn.Parameter] = []
     sampling: list[nn.Parameter] = []
@@ -111,10 +111,10 @@ def build_optimizer(model: nn.Module, section: OptimSection, *, max_skips: int =
             sampling.append(parameter)
         else:
             rest.append(parameter)
-    groups: list[dict[str, Any]] = [{"params": rest, "base_lr": section.lr}]
+    groups: list[dict[str, Any]] = [{"params": rest, "lr": section.lr, "base_lr": section.lr}]
     for parameters, rate in ((backbone, section.backbone_lr), (sampling, section.lr * section.sampling_lr_factor)):
         if parameters:
-            groups.append({"params": parameters, "base_lr": rate})
+            groups.append({"params": parameters, "lr": rate, "base_lr": rate})
     optimizer: GuardedAdamW | GuardedSGD
     if section.optimizer == "sgd":
         optimizer = GuardedSGD(groups, lr=section.lr, momentum=section.momentum, weight_decay=section.weight_decay)

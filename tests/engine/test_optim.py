@@ -50,8 +50,18 @@ def test_groups(make_recipe: MakeRecipe) -> None:
         name for name in names.values() if not name.startswith("backbone.")
     }
     assert (rest["weight_decay"], backbone["weight_decay"]) == (1e-4, 1e-4)
+    assert (rest["lr"], backbone["lr"]) == (0.01, 0.002)
     set_learning_rate(optimizer, 0.5)
     assert (rest["lr"], backbone["lr"]) == (0.005, 0.001)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_groups_on_a_gpu_start_at_their_own_rates_too(make_recipe: MakeRecipe, optimizer: str) -> None:
+    recipe = make_recipe("optim.lr=0.01", "optim.backbone_lr=0.002", f"optim.optimizer={optimizer}")
+    groups = build_optimizer(build_model(recipe.model).cuda(), recipe.optim).param_groups
+    assert all(group["lr"].is_cuda for group in groups)
+    assert [group["lr"].item() for group in groups] == pytest.approx([0.01, 0.002])
 
 
 def test_sampling_has_a_group_of_its_own(make_recipe: MakeRecipe) -> None:
@@ -64,6 +74,7 @@ def test_sampling_has_a_group_of_its_own(make_recipe: MakeRecipe) -> None:
     attentions = ["encoder.layers.0.attention", *(f"decoder.{layer}.cross_attention" for layer in range(2))]
     modules = [f"{attention}.offsets" for attention in attentions] + ["reference_head"]
     assert found == {f"{module}.{part}" for module in modules for part in ("weight", "bias")}
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.001, 0.001])
     set_learning_rate(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.005, 0.0005, 0.0005])
     assert len(build_optimizer(model, make_recipe(*deformable).optim).param_groups) == 2

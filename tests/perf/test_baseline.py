@@ -22,7 +22,7 @@ from perf.baseline import (
     published_batch,
 )
 from perf.inputs import training_batch
-from samdetr.engine.optim import build_optimizer, set_learning_rate
+from samdetr.engine.optim import build_optimizer
 from samdetr.engine.train import train_step
 from samdetr.errors import RecipeError
 from samdetr.loss import build_criterion
@@ -148,7 +148,6 @@ def test_a_step_changes_the_parameters_as_ours_does() -> None:
     device, before = torch.device("cpu"), to_official(model)
     before = {key: value.clone() for key, value in before.items()}
     own = build_optimizer(model, recipe.optim)
-    set_learning_rate(own, 1.0)
     values = train_step(model, criterion, own, [batch], device=device, clip_norm=0.1).values
     published = published_in(batch, torch.float64)
     logged = baseline_step(baseline, BaselineCriterion(recipe.loss), optimizer, published, device=device, clip_norm=0.1)
