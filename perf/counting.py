@@ -27,6 +27,8 @@ _SILENT = {
 _READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2"}
 _OP = re.compile(r"\w+::\w+")
 _FUSED = "cpp_fused"  # how Inductor names its kernels for the CPU
+# torch's warning of a wait; another one, said once, is about the debug mode itself
+_WAITED = "called a synchronizing CUDA operation"
 # an optimizer that goes tensor by tensor reads its step numbers, which live on the host: nothing waits
 _OPTIMIZER = "Optimizer.step#"
 
@@ -169,7 +171,7 @@ def count_syncs(call: Callable[[], object]) -> int:
             call()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    return sum(_WAITED in str(warning.message) for warning in caught)
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device, *, reserved: bool = False) -> int:
