@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,14 +159,6 @@ def test_a_lost_process_ends_the_others_and_is_named(
     assert found, result.err
     assert int(found[1]) >= 8
     assert f"samdetr-train --resume {run}" in result.err
-
-
-@pytest.fixture
-def one_of_one() -> Iterator[None]:
-    """A process group of this process alone, with a limit that is neither torch's nor a recipe's."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=99))
-    yield
-    dist.destroy_process_group()
 
 
 def limit_of(group: dist.ProcessGroup | None) -> float:
