@@ -23,7 +23,7 @@ import torch
 
 from perf.counting import count_compiled_kernels, count_syncs, peak_bytes
 from perf.harness import WARM_UPS
-from perf.inputs import training_batch
+from perf.inputs import object_classes, training_batch
 from perf.report import Report, Row, environment, number
 from perf.sides import PHASES, Side, build_baseline, build_model_on, build_ours, first_images
 from samdetr.engine.compile import EXACT, choose_compute
@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.environment["recipe"] = " ".join([str(options.recipe), *options.set])
     report.environment["convolutions_tf32"] = torch.backends.cudnn.allow_tf32
     print(" ".join(f"{key}={value}" for key, value in report.environment.items()))
-    classes = recipe.model.num_classes
+    classes = object_classes(recipe)
     batches = [
         training_batch(options.batch, options.height, options.width, classes=classes, seed=seed)
         for seed in range(BATCHES)
