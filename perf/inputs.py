@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from samdetr.recipe import Recipe
 from samdetr.structures import Batch, Targets
 
 QUERIES, WIDTH, HEADS = 300, 256, 8
@@ -102,10 +103,16 @@ def cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     return tuple(arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
 
 
+def object_classes(recipe: Recipe) -> int:
+    """How many of a recipe's class logits are objects: with softmax the last one is none."""
+    return recipe.model.num_classes - int(recipe.loss.classification == "softmax")
+
+
 def training_batch(images: int, height: int, width: int, *, classes: int, seed: int = 0, least: float = 0.8) -> Batch:
     """A batch on the host, padded to height x width, with about 7 objects an image as in COCO, padded to `MAX_TARGETS`.
 
     Sides are ``least`` to all of the padded ones; the first image fills it. At least one object in every image.
+    classes: that an object can have, of a recipe its `object_classes`.
     """
     random = generator(seed, torch.device("cpu"))
     full = torch.tensor([height, width])

@@ -89,7 +89,7 @@ def height_and_width(text: str) -> tuple[int, int]:
 def count_all(options: argparse.Namespace) -> Counted:
     """Count the recipes one by one, and print each as it is done; what one raises costs only itself."""
     # torch is loaded here, by a process that is on the null GPU
-    from perf.inputs import training_batch
+    from perf.inputs import object_classes, training_batch
     from perf.null_counts import count_step, free_memory
     from perf.report import environment
     from samdetr.recipe import load_recipe
@@ -106,7 +106,7 @@ def count_all(options: argparse.Namespace) -> Counted:
             counted.left_out[name] = NOT_COUNTED
             print(f"{name} is left out: {NOT_COUNTED}.", flush=True)
             continue
-        batch = training_batch(options.batch, *options.size, classes=recipe.model.num_classes)
+        batch = training_batch(options.batch, *options.size, classes=object_classes(recipe))
         try:
             counted.rows.append(count_step(recipe, batch, way or "eager"))
             print(line(counted.rows[-1]), flush=True)

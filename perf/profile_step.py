@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from perf.inputs import training_batch
+from perf.inputs import object_classes, training_batch
 from perf.sides import build_baseline, build_model_on, build_ours
 from samdetr.engine.compile import choose_compute
 from samdetr.engine.profile import StepProfiler
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(("cuda" if cuda else "cpu") if options.device == "auto" else options.device)
     recipe = load_recipe(options.recipe, options.set)
     batches = [
-        training_batch(options.batch, options.height, options.width, classes=recipe.model.num_classes, seed=seed)
+        training_batch(options.batch, options.height, options.width, classes=object_classes(recipe), seed=seed)
         for seed in range(BATCHES)
     ]
     model, way = build_model_on(recipe, device), "as published"

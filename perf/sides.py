@@ -23,10 +23,10 @@ from perf.baseline import (
     published_batch,
 )
 from samdetr.data.prefetch import finish
-from samdetr.engine.compile import EXACT, Compute, computing_in, prepare_step
+from samdetr.engine.compile import EXACT, Compute, prepare_step
 from samdetr.engine.log import step_values
 from samdetr.engine.optim import build_optimizer
-from samdetr.engine.train import forward_backward, train_step, update
+from samdetr.engine.train import forward, forward_backward, train_step, update
 from samdetr.loss import SetCriterion, build_criterion
 from samdetr.models import SAMDETR, build_model
 from samdetr.recipe import Recipe
@@ -95,14 +95,13 @@ def build_ours(
         ).values
 
     def values(turn: int) -> dict[str, float]:
-        return dict(zip(STEP_VALUES, step(turn).tolist(), strict=True))
+        return dict(zip(step_values(criterion.logged), step(turn).tolist(), strict=True))
 
     def phases(turn: int, mark: Mark) -> None:
         optimizer.zero_grad(set_to_none=graphs is None)
         moved = finish(batches[turn % len(batches)], device)
         mark("data")
-        with computing_in(precision, device):
-            outputs = model(moved.images, moved.image_sizes)
+        outputs = forward(model, criterion, moved, precision=precision)
         mark("forward")
         losses = criterion(outputs, moved.targets, moved.targets.counts.sum())
         mark("criterion")

@@ -28,7 +28,7 @@ import torch
 from perf.counting import count_compiled_kernels, count_syncs, peak_bytes
 from perf.gate import reason
 from perf.harness import WARM_UPS
-from perf.inputs import training_batch
+from perf.inputs import object_classes, training_batch
 from perf.report import Report, Row, environment, number
 from perf.sides import PHASES, Side, build_baseline, build_model_on, build_ours, first_images
 from samdetr.engine.compile import EXACT, choose_compute, choose_precision
@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(" ".join(f"{key}={value}" for key, value in report.environment.items()))
     sizes = {
         size: [
-            training_batch(size, options.height, options.width, classes=recipe.model.num_classes, seed=seed)
+            training_batch(size, options.height, options.width, classes=object_classes(recipe), seed=seed)
             for seed in range(BATCHES)
         ]
         for size in options.batch

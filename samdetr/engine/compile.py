@@ -107,6 +107,8 @@ def compile_regions(model: Detector, criterion: Criterion, *, shapes: int) -> No
     torch.fx.experimental._config.use_duck_shape = False
     # the limit is per region; beyond it fullgraph raises
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shapes + SPARE_GRAPHS)
+    # regions are small, and DDP's gradients travel as each ends its backward: no need to cut graphs at its buckets too
+    torch._dynamo.config.optimize_ddp = False
     dynamic = shapes > 1
     model.backbone.compile(fullgraph=True, dynamic=False)
     layers, methods = model.regions()

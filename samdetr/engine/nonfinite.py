@@ -50,6 +50,7 @@ def report_steps(training: Training, log: RunLog, steps: Iterator[tuple[Step, li
 
 def report_all(training: Training, log: RunLog) -> None:
     """Count all steps; all processes call it, after the same one. Raises NonFiniteError in all of them."""
+    training.world.most(0)  # the host notices that one is lost before it waits for a device that waits for that one
     report_steps(training, log, training.readings.all())
     if training.failed:
         stop_with_replay(training, *training.failed)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _abort_process_group
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -38,6 +39,7 @@ T = TypeVar("T")
 ROLL_CALL = 3.0  # seconds between the first process that gives up waiting and the last
 
 AFTERWARDS = 0.2  # seconds
+DEVICE_PATIENCE = 3  # limits of the host, which calls within one, waits one, and says so before NCCL ends the process
 
 
 class World(NamedTuple):
@@ -48,7 +50,7 @@ class World(NamedTuple):
     local_rank: int = 0  # among the processes of this machine
     local_size: int = 1
     store: dist.Store | None = None  # what the processes can tell each other when nothing else works any more
-    group: dist.ProcessGroup | None = None  # None: the one that all share
+    group: dist.ProcessGroup | None = None  # in which hosts wait for each other; None: the one that all share
 
     @property
     def is_main(self) -> bool:
@@ -58,7 +60,7 @@ class World(NamedTuple):
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, on the device of ``values``, which it replaces."""
         if self.size > 1:
-            dist.all_reduce(values, group=self.group)
+            dist.all_reduce(values)
         return values
 
     def most(self, value: int) -> int:
@@ -109,12 +111,12 @@ class World(NamedTuple):
         if self.size == 1:
             return rows
         counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(counts, torch.tensor([len(rows)]))
+        dist.all_gather(counts, torch.tensor([len(rows)]), group=self.group)
         most = max(int(count) for count in counts)
         padded = rows.new_zeros(most, *rows.shape[1:])
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in counts] if self.is_main else None
-        dist.gather(padded, gathered)
+        dist.gather(padded, gathered, group=self.group)
         if gathered is None:
             return None
         return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
@@ -148,7 +150,7 @@ def is_launched() -> bool:
 def joined(device: torch.device, section: ParallelSection) -> Iterator[World]:
     """The world that the launcher's environment describes, for the length of the context.
 
-    A call that waits longer than ``parallel.timeout`` for another process ends this one.
+    A call that waits longer than ``parallel.timeout`` for another process ends this one; of the device, `device_limit`.
     """
     if not is_launched():
         yield ALONE
@@ -165,20 +167,30 @@ def joined(device: torch.device, section: ParallelSection) -> Iterator[World]:
         torch.cuda.set_device(world.local_rank)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        timeout=timedelta(seconds=section.timeout),
+        timeout=device_limit(section, device),
         store=store,
         rank=world.rank,
         world_size=world.size,
     )
+    world = world.apart(section.timeout)
+    leave = dist.destroy_process_group
     try:
         yield world
         world.most(0)  # nobody leaves while another still needs its answer
+    except Exception:
+        leave = _abort_process_group  # what is under way on the device may wait for a process that is lost
+        raise
     finally:
         # gloo's threads drop the tensors of a finished call under a lock, for which they need the GIL; a group's
         # destructor takes that lock and keeps the GIL: let them finish
         time.sleep(AFTERWARDS)
         gc.collect()  # sharded modules hold groups in cycles, and groups must go before the interpreter does
-        dist.destroy_process_group()
+        leave()
+
+
+def device_limit(section: ParallelSection, device: torch.device) -> timedelta:
+    """How long a call on tensors of ``device`` waits for another process; on a GPU longer than the host does."""
+    return timedelta(seconds=section.timeout * (DEVICE_PATIENCE if device.type == "cuda" else 1))
 
 
 def lost_contact(error: RuntimeError) -> bool:
@@ -216,7 +228,7 @@ def wrapped(model: Detector, section: ParallelSection, world: World, device: tor
         return replica
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # fully_shard takes no channels-last filters
-    mesh = _mesh(section.strategy, world, device)
+    mesh = _mesh(section, world, device)
     for part in [model.backbone, *model.regions().layers, model]:
         sharded = fully_shard(part, mesh=mesh, reshard_after_forward=section.reshard)
         sharded.set_gradient_divide_factor(1.0)
@@ -257,11 +269,14 @@ def share_like(value: Tensor, example: Tensor) -> Tensor:
     return distribute_tensor(value.to(example.device), example.device_mesh, example.placements)
 
 
-def _mesh(strategy: str, world: World, device: torch.device) -> DeviceMesh:
-    if strategy == "hsdp":
-        machines = world.size // world.local_size
-        return init_device_mesh(device.type, (machines, world.local_size), mesh_dim_names=("machine", "process"))
-    return init_device_mesh(device.type, (world.size,), mesh_dim_names=("process",))
+def _mesh(section: ParallelSection, world: World, device: torch.device) -> DeviceMesh:
+    if section.strategy == "fsdp":
+        return init_device_mesh(device.type, (world.size,), mesh_dim_names=("process",))
+    ranks, limit = torch.arange(world.size).view(-1, world.local_size), device_limit(section, device)
+    # a mesh that makes its groups itself gives them torch's own limit
+    groups = [dist.new_subgroups_by_enumeration(part.tolist(), timeout=limit)[0] for part in (ranks.T, ranks)]
+    names = ("machine", "process")
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=names)  # type: ignore[arg-type]
 
 
 def _sum_gradients(state, bucket):  # type: ignore[no-untyped-def]  # DDP takes no annotation that is a string

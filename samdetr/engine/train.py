@@ -33,7 +33,7 @@ from samdetr.engine.setup import choose_device
 from samdetr.errors import DataError, SamdetrError
 from samdetr.loss import Criterion
 from samdetr.recipe import with_absolute_paths
-from samdetr.structures import Batch
+from samdetr.structures import Batch, Outputs, RegionLosses
 from samdetr.visualize.curves import plot_curves
 
 if TYPE_CHECKING:
@@ -88,12 +88,20 @@ def forward_backward(
 ) -> Tensor:
     """Add the gradients of one micro-batch to those of the parameters; its values, as in `log.step_values`."""
     with named(partial(described, batch)):
-        with computing_in(precision, batch.images.device):
-            outputs = model(batch.images, batch.image_sizes, *criterion.model_targets(batch.targets))
+        outputs = forward(model, criterion, batch, precision=precision)
         losses = criterion(outputs, batch.targets, num_boxes)
         losses.total.backward()
     terms = losses.terms
     return torch.stack([losses.total.detach(), *(terms[name] for name in criterion.logged), terms["class_error"]])
+
+
+def forward(model: nn.Module, criterion: Criterion, batch: Batch, *, precision: torch.dtype) -> Outputs | RegionLosses:
+    """What the model gives the criterion of a micro-batch in training, with products in ``precision``."""
+    with computing_in(precision, batch.images.device):
+        outputs: Outputs | RegionLosses = model(
+            batch.images, batch.image_sizes, *criterion.model_targets(batch.targets)
+        )
+    return outputs
 
 
 def update(optimizer: Guarded, clip_norm: float, loss: Tensor) -> Tensor:

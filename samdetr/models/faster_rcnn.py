@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.models.detection._utils import BoxCoder, encode_boxes
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -45,11 +46,28 @@ class Anchors(AnchorGenerator):
 
     def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:
         """Anchors [A, 4] of each image, (x0, y0, x1, y1) in pixels."""
-        device = maps[0].device
-        self.set_cell_anchors(torch.float32, device)
-        strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
+        self.set_cell_anchors(torch.float32, maps[0].device)
+        strides = [[stride] * 2 for stride in self.strides]
         anchors = torch.cat(self.grid_anchors([list(level.shape[-2:]) for level in maps], strides))
         return [anchors] * len(images.image_sizes)
+
+
+class Coder(BoxCoder):
+    """torchvision's numbers to the bit, without the constants that it copies to the device in every call."""
+
+    def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
+        """[R, 4] changes that make reference_boxes [R, 4] of proposals [R, 4]."""
+        return encode_boxes(reference_boxes, proposals, self.weights)
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """[R, 4 K]: each of boxes [R, 4] with each of its K changes in rel_codes [R, 4 K]."""
+        boxes = boxes.to(rel_codes.dtype)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        centres = boxes[:, :2] + 0.5 * sides
+        changes = torch.stack([rel_codes[:, i::4] / weight for i, weight in enumerate(self.weights)], -1)
+        middles = changes[..., :2] * sides[:, None] + centres[:, None]
+        halves = 0.5 * (changes[..., 2:].clamp(max=self.bbox_xform_clip).exp() * sides[:, None])
+        return torch.cat((middles - halves, middles + halves), -1).flatten(1)
 
 
 class ExactRPNHead(RPNHead):
@@ -98,26 +116,30 @@ class RegionHeads(RoIHeads):
         correct = ((logits.detach().argmax(-1) == wanted) & (wanted > 0)).sum()
         return class_loss, box_loss, 100 - 100 * correct / (wanted > 0).sum().clamp(min=1)
 
-    def detections(self, maps: Maps, proposals: list[Tensor], sizes: Sizes) -> Outputs:
-        """The best detections after non-maximum suppression, as `FasterRCNN` gives them."""
+    def detections(self, maps: Maps, proposals: list[Tensor], sizes: Sizes, scale: Tensor) -> Outputs:
+        """The best detections after non-maximum suppression, as `FasterRCNN` gives them. scale: of `pixels_of`."""
         logits, changes = self.predict(maps, proposals, sizes)
         found = self.postprocess_detections(logits, changes, proposals, sizes)
         # of each row the log of its score at its class, and of the rest at no object, the last: softmax gives the score
         whole = logits.new_full((1, len(sizes), self.detections_per_img, logits.shape[-1]), -math.inf)
         whole[..., -1] = 0
         corners = logits.new_zeros(1, len(sizes), self.detections_per_img, 4)
-        for image, (boxes, scores, labels, (height, width)) in enumerate(zip(*found, sizes, strict=True)):
+        for image, (boxes, scores, labels) in enumerate(zip(*found, strict=True)):
             rows = torch.arange(len(boxes), device=boxes.device)
             whole[0, image, rows, labels - 1] = scores.log()
             whole[0, image, rows, -1] = (-scores).log1p()
-            corners[0, image, rows] = boxes / boxes.new_tensor((width, height, width, height))
-        return Outputs(whole, box_convert(corners, "xyxy", "cxcywh"))
+            corners[0, image, rows] = boxes
+        return Outputs(whole, box_convert(corners / scale, "xyxy", "cxcywh"))
 
 
 class FasterRCNN(nn.Module):
     """Proposals from anchors on the maps of ``neck``, then a class and a box of each proposal.
 
-    Its parts read numbers from the device: the host waits for them. Only the backbone is compiled.
+    The host waits for numbers of the device, so only the backbone is compiled. In training, with a micro-batch of B
+    images, it waits once for sizes and counts together; in torchvision's parts B times for a copy of a constant, and
+    9 B + 3 times (with the four maps of the FPN 9 B + 7) for a number of rows. Of an image: twice the proposals that
+    are left, suppression, the best anchors, five times what is drawn; of a batch: three times what was drawn, and the
+    regions of each map.
     """
 
     def __init__(self, backbone: Backbone, neck: nn.Module, rpn: RegionProposalNetwork, roi_heads: RegionHeads) -> None:
@@ -133,13 +155,14 @@ class FasterRCNN(nn.Module):
         """
         images = functional.pad(images, (0, -images.shape[-1] % GRID, 0, -images.shape[-2] % GRID))
         maps = self.neck({str(level): x for level, x in enumerate(self.backbone(images, image_sizes))})
-        sizes = [(int(height), int(width)) for height, width in on_host(image_sizes)]
+        numbers = on_host(image_sizes if targets is None else torch.cat((image_sizes, targets.counts[:, None]), 1))
+        sizes, scale = [(height, width) for height, width, *_ in numbers], pixels_of(image_sizes)
         batch = ImageList(images, sizes)
         if not self.training:
-            return self.roi_heads.detections(maps, self.rpn(batch, maps)[0], sizes)
+            return self.roi_heads.detections(maps, self.rpn(batch, maps)[0], sizes, scale)
         if targets is None:
             raise ValueError("Faster R-CNN needs targets in training: model(images, image_sizes, targets)")
-        truth = pixel_truth(targets, image_sizes)
+        truth = pixel_truth(targets, [count for *_, count in numbers], scale)
         proposals, losses = self.rpn(batch, maps, truth)
         second = self.roi_heads.losses(maps, proposals, sizes, truth)
         return RegionLosses(losses["loss_objectness"], losses["loss_rpn_box_reg"], *second)
@@ -154,18 +177,24 @@ def exact(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta has no autocast
 
 
-def on_host(numbers: Tensor) -> Tensor:
-    """In one transfer, not one a number."""
-    return numbers if numbers.is_meta else numbers.cpu()
+def on_host(numbers: Tensor) -> list[list[int]]:
+    """The rows of numbers [n, m] in one transfer, not one a number."""
+    if numbers.is_meta:  # whoever counts there answers each read
+        return [[int(number) for number in row] for row in numbers]
+    return numbers.tolist()
 
 
-def pixel_truth(targets: Targets, image_sizes: Tensor) -> Truth:
-    """The targets in torchvision's form."""
-    scale = image_sizes.flip(-1).repeat(1, 2)[:, None]
+def pixels_of(image_sizes: Tensor) -> Tensor:
+    """What corners in [0, 1] are multiplied by: [B, 1, 4] int (w, h, w, h) of image_sizes [B, 2] (h, w)."""
+    return image_sizes.flip(-1).repeat(1, 2)[:, None]
+
+
+def pixel_truth(targets: Targets, counts: list[int], scale: Tensor) -> Truth:
+    """The targets in torchvision's form. counts: theirs, on the host; scale: of `pixels_of`."""
     boxes = box_convert(targets.boxes * scale, "cxcywh", "xyxy")
     return [
-        {"boxes": boxes[image, : int(count)], "labels": targets.labels[image, : int(count)] + 1}
-        for image, count in enumerate(on_host(targets.counts))
+        {"boxes": boxes[image, :count], "labels": targets.labels[image, :count] + 1}
+        for image, count in enumerate(counts)
     ]
 
 
@@ -222,4 +251,6 @@ def build_faster_rcnn(section: ModelSection) -> FasterRCNN:
         nms_thresh=0.5,
         detections_per_img=section.num_queries,
     )
+    for part in (rpn, roi_heads):
+        part.box_coder = Coder(part.box_coder.weights)
     return FasterRCNN(backbone, neck, rpn, roi_heads)

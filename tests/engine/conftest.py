@@ -1,13 +1,15 @@
-"""The tiny recipe, a finished run of it, and the commands in this process."""
+"""The tiny recipe, a finished run of it, the commands in this process, and a process group of it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from samdetr.cli.main import main, main_train
 from samdetr.engine.train import train
@@ -67,3 +69,11 @@ def train_command(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixtur
 def samdetr_command(capfd: pytest.CaptureFixture[str]) -> Command:
     """``samdetr ...`` in this process."""
     return lambda *arguments: captured(main, list(arguments), capfd)
+
+
+@pytest.fixture
+def one_of_one() -> Iterator[None]:
+    """A process group of this process alone, with a limit that is neither torch's nor a recipe's."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=99))
+    yield
+    dist.destroy_process_group()

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from samdetr.data.prefetch import prefetch
@@ -22,11 +23,12 @@ from samdetr.engine.compile import (
 )
 from samdetr.engine.cuda_graph import StepGraphs
 from samdetr.engine.optim import GuardedAdamW, build_optimizer, set_learning_rate
+from samdetr.engine.parallel import ALONE, wrapped
 from samdetr.engine.train import forward_backward, train_step, update
 from samdetr.errors import SamdetrError
 from samdetr.loss import SetCriterion, build_criterion
 from samdetr.models import SAMDETR, build_model
-from samdetr.recipe import ComputeSection, Recipe
+from samdetr.recipe import ComputeSection, ParallelSection, Recipe
 from samdetr.structures import Batch
 from tests.engine.runs import MakeRecipe
 
@@ -220,6 +222,24 @@ def test_nothing_is_compiled_after_the_start_up(
     torch.compiler.set_stance("fail_on_recompile")
     setup.steps(4, precision=precision, images=micro_batch)
     assert graphs_compiled() == graphs
+
+
+def test_ddp_splits_no_region(make_recipe: MakeRecipe, one_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would cut graphs at DDP's buckets, of which the first ends after 1 MB."""
+    recipe, graphs = make_recipe("model.backbone.stages=4"), []
+    for strategy in ("none", "ddp"):
+        torch.compiler.reset()
+        backend = CompileCounterWithBackend("eager")
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        setup = Setup(recipe)
+        compile_regions(setup.model, setup.criterion, shapes=1)
+        replica: torch.nn.Module = setup.model
+        if strategy == "ddp":
+            replica = wrapped(setup.model, ParallelSection(strategy="ddp"), ALONE, CPU)
+        batch = random_batch(SHAPES[0], 2, 5)
+        forward_backward(replica, setup.criterion, batch, batch.targets.counts.sum(), precision=torch.float32)
+        graphs.append(backend.frame_count)
+    assert graphs == [1 + REGIONS] * 2
 
 
 @pytest.mark.inductor

@@ -9,19 +9,27 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from samdetr.data.loader import Share, build_eval_loader, build_train_loader
 from samdetr.data.splits import build_dataset, load_splits
+from samdetr.engine import parallel
 from samdetr.engine.coco import CocoDetections
 from samdetr.engine.evaluate import gather_detections
 from samdetr.engine.launch import processes_wanted
-from samdetr.engine.parallel import World, micro_batches_of
+from samdetr.engine.nonfinite import report_all
+from samdetr.engine.parallel import ALONE, World, joined, micro_batches_of, wrapped
+from samdetr.engine.readings import Readings, Step
 from samdetr.errors import RecipeError, SamdetrError
+from samdetr.models import build_model
+from samdetr.recipe import ParallelSection
 from tests.engine.runs import ROOT, MakeRecipe, Result, assert_same_weights, end, losses, metrics, weights
 
 ROUNDING = 1e-5  # relative; sums of float32 gradients in another order, through twelve steps
@@ -151,6 +159,65 @@ def test_a_lost_process_ends_the_others_and_is_named(
     assert found, result.err
     assert int(found[1]) >= 8
     assert f"samdetr-train --resume {run}" in result.err
+
+
+def limit_of(group: dist.ProcessGroup | None) -> float:
+    """Seconds that a call on CPU tensors waits in a group."""
+    assert group is not None
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+@pytest.fixture
+def limits(one_of_one: None, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """`joined` finds the launcher of two processes, and this group where it makes one; limits that it asks for."""
+    asked: list[float] = []
+    monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda _, *, timeout, **__: asked.append(timeout.total_seconds()))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    return asked
+
+
+@pytest.mark.parametrize(("device", "longer"), [("cuda", 21), ("cpu", 7)])
+def test_the_host_notices_a_lost_process_before_nccl_does(limits: list[float], device: str, longer: float) -> None:
+    with joined(torch.device(device), ParallelSection(timeout=7)) as world:
+        assert world.most(3) == 3
+        assert limits == [longer] and limit_of(world.group) == 7
+
+
+def test_whoever_leaves_by_an_error_waits_for_no_call(limits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Destroying a group of NCCL would wait for its calls under way, which a lost process never joins."""
+    left: list[str] = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append("destroyed"))
+    monkeypatch.setattr(parallel, "_abort_process_group", lambda: left.append("aborted"))
+    with joined(torch.device("cuda"), ParallelSection()):
+        pass
+    with pytest.raises(SamdetrError), joined(torch.device("cuda"), ParallelSection()):
+        raise SamdetrError("a process does not answer")
+    assert left == ["destroyed", "aborted"]
+
+
+def test_the_groups_of_hsdp_have_the_recipes_limit(one_of_one: None, make_recipe: MakeRecipe) -> None:
+    section = ParallelSection(strategy="hsdp", timeout=7)
+    model = wrapped(build_model(make_recipe().model), section, ALONE, torch.device("cpu"))
+    mesh = next(iter(model.parameters())).device_mesh
+    assert mesh.mesh_dim_names == ("machine", "process")
+    assert [limit_of(group) for group in mesh.get_all_groups()] == [7, 7]
+
+
+def test_the_hosts_meet_before_one_waits_for_its_device() -> None:
+    class Lost(World):
+        def most(self, value: int) -> int:
+            raise RuntimeError("gloo: a process does not answer")
+
+    class Waiting(Readings):
+        def all(self) -> Iterator[tuple[Step, list[float]]]:
+            raise AssertionError("the device waits for the lost process")
+
+    with pytest.raises(RuntimeError, match="does not answer"):
+        report_all(SimpleNamespace(world=Lost(0, 2), readings=Waiting()), None)
 
 
 def test_a_bad_image_in_one_process_stops_all_with_everything_saved(recipe_file: Path, tmp_path: Path) -> None:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18, resnet50
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from perf.inputs import training_batch
+from samdetr.engine.count import MacCounter
 from samdetr.engine.evaluate import best_detections
 from samdetr.errors import CheckpointError, RecipeError
 from samdetr.loss import RegionCriterion
 from samdetr.models import build_model
 from samdetr.models.backbone import load_backbone_weights
-from samdetr.models.faster_rcnn import FasterRCNN
+from samdetr.models.faster_rcnn import Coder, FasterRCNN
 from samdetr.models.official import load_official, to_official
 from samdetr.recipe import load_recipe
 from samdetr.structures import RegionLosses, Targets
@@ -58,6 +62,43 @@ def model_of(name: str, *overrides: str) -> FasterRCNN:
     model = build_model(load_recipe(RECIPES / f"faster_rcnn_r50_{name}.toml", overrides).model)
     assert isinstance(model, FasterRCNN)
     return model
+
+
+class _Calls(TorchDispatchMode):
+    """Counts ops by name, those of the backward pass too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "maps"), [("fpn_108ep", 4), ("c4_12ep", 0)])
+def test_the_host_waits_as_often_as_the_docstring_says(name: str, maps: int) -> None:
+    batch, criterion = training_batch(2, 128, 128, classes=CLASSES - 1), RegionCriterion()
+    model = model_of(name, *SMALL).train()
+    with _Calls() as calls:
+        criterion(model(batch.images, batch.image_sizes, batch.targets), batch.targets).total.backward()
+    reads = ("aten::nonzero", "torchvision::nms", "aten::_local_scalar_dense")
+    assert sum(calls.count[read] for read in reads) == 9 * len(batch.images) + 3 + maps
+    batch, model = batch.to(torch.device("meta")), model.to("meta")
+    with MacCounter(), _Calls() as calls:
+        model(batch.images, batch.image_sizes, batch.targets)
+    # what a constant that becomes a tensor begins with; the epsilon of the FPN's mapper stays on the host
+    assert calls.count["aten::lift_fresh"] == len(batch.images) + bool(maps)
+
+
+def test_boxes_are_coded_to_the_bit_as_torchvision_does() -> None:
+    ours, theirs = Coder((10.0, 10.0, 5.0, 5.0)), BoxCoder((10.0, 10.0, 5.0, 5.0))
+    boxes, others = (torch.rand(2, 37, 2) * 100 for _ in range(2))
+    boxes, others = (torch.cat((corner, corner + 1 + 50 * torch.rand(2, 37, 2)), -1) for corner in (boxes, others))
+    changes = 4 * torch.randn(74, 4 * CLASSES)  # some beyond the largest
+    assert torch.equal(ours.decode(changes, [*boxes]), theirs.decode(changes, [*boxes]))
+    for found, expected in zip(ours.encode([*others], [*boxes]), theirs.encode([*others], [*boxes]), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("faster_rcnn_*.toml")), ids=lambda file: file.stem)

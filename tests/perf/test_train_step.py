@@ -13,7 +13,7 @@ from torch import Tensor
 from perf import sides
 from perf.counting import OpCounter, count_compiled_kernels, peak_bytes
 from perf.gpu_check import _summary
-from perf.inputs import training_batch
+from perf.inputs import object_classes, training_batch
 from perf.profile_step import main as profile_step
 from perf.sides import build_baseline, build_model_on, build_ours
 from perf.train_step import NOISE, main
@@ -26,6 +26,9 @@ CPU = torch.device("cpu")
 RECIPE = Path(__file__).parents[2] / "recipes" / "r50_smca_12ep.toml"
 SMALL = ("model.encoder_layers=1", "model.decoder_layers=2", "model.num_queries=20", "model.ffn=64")
 SMALL += ('model.backbone.name="resnet10"', 'model.backbone.weights="none"')
+ADAMW = (*SMALL, "model.dropout=0.0", "optim.lr=1e-3")
+FASTER_RCNN = RECIPE.with_stem("faster_rcnn_r50_fpn_108ep")
+REGIONS = (*SMALL[4:], 'model.backbone.norm="batch"', "model.regions.candidates_train=50", "model.regions.hidden=32")
 SIZE = ["--batch", "2", "--height", "64", "--width", "96", "--device", "cpu"]
 
 
@@ -110,22 +113,51 @@ def test_peak_memory_is_what_lives_at_once() -> None:
     assert peak_bytes(call, CPU) == pytest.approx(2e6, abs=1e4)
 
 
-@pytest.mark.parametrize("build", [build_ours, build_baseline])
-def test_the_phases_are_the_step(build: Callable[..., sides.Side]) -> None:
-    recipe = load_recipe(RECIPE, [*SMALL, "model.dropout=0.0", "optim.lr=1e-3"])
-    batches = [training_batch(2, 64, 96, classes=91, seed=seed) for seed in range(2)]
+@pytest.mark.parametrize(
+    ("build", "file", "changes", "moments"),
+    [
+        (build_ours, RECIPE, ADAMW, 2),
+        (build_baseline, RECIPE, ADAMW, 2),
+        (build_ours, FASTER_RCNN, REGIONS, 1),
+    ],
+    ids=["ours", "baseline", "faster-rcnn"],
+)
+def test_the_phases_are_the_step(
+    build: Callable[..., sides.Side], file: Path, changes: tuple[str, ...], moments: int
+) -> None:
+    recipe = load_recipe(file, changes)
+    classes = object_classes(recipe)
+    batches = [training_batch(2, 64, 96, classes=classes, seed=seed) for seed in range(2)]
     one, other = (build(recipe, build_model_on(recipe, CPU), batches, CPU) for _ in range(2))
     marked: list[str] = []
     for turn in range(3):
+        torch.manual_seed(turn)  # of what Faster R-CNN draws
         one.step(turn)
+        torch.manual_seed(turn)
         other.phases(turn, marked.append)
     names = ["data", "forward", "criterion", "backward", "update", "log"][: 6 if one.name == "baseline" else 5]
     assert marked == 3 * names
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
-    moments = 2 * sum(p.numel() for p in one.model.parameters() if p.requires_grad)
-    held = sum(t.numel() for t in one.model.state_dict(keep_vars=True).values()) + moments
+    trained = sum(p.numel() for p in one.model.parameters() if p.requires_grad)
+    held = sum(t.numel() for t in one.model.state_dict(keep_vars=True).values()) + moments * trained
     assert one.state_bytes() == pytest.approx(4 * held, rel=0.01)
+
+
+def test_labels_are_of_objects() -> None:
+    """What softmax calls no object has a logit, but no box."""
+    for file, logits, objects in ((RECIPE, 91, 91), (FASTER_RCNN, 81, 80)):
+        recipe = load_recipe(file)
+        assert (recipe.model.num_classes, object_classes(recipe)) == (logits, objects)
+
+
+def test_faster_rcnn_is_measured_without_a_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, changes = tmp_path / "step.json", [word for change in REGIONS for word in ("--set", change)]
+    arguments = [str(FASTER_RCNN), *SIZE, "--steps", "1", "--no-baseline", *changes, "--json", str(path)]
+    assert main(arguments) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["problem"] is None and row["phases_ms"].keys() == {"data", "forward", "criterion", "backward", "update"}
+    assert "no gate: " in capsys.readouterr().out
 
 
 def test_both_sides_are_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
