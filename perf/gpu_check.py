@@ -1,10 +1,11 @@
 """Everything a GPU can tell, in two commands for a machine that is there for fifteen minutes.
 
-Call 1: kernels and commands, then the training steps of R50 and R50-DC5, then what bounds our kernels. Call 2: the
-other benches. The parts of a stage run side by side, since none of them is timed, or one after the other. Each part is
-a process group of its own, which is killed at its time limit or at the deadline of the whole; its output goes to a log,
-and README.md and results.json of the record are rewritten whenever a part ends, so that a part that fails or hangs, or
-a killed check, costs only what it had not finished. ``--device cpu`` tries the machinery.
+Call 1: tests, commands and the training steps of R50 and R50-DC5 side by side (what is timed holds the GPU alone, the
+others compile meanwhile), then what bounds our kernels. Call 2: the other benches. Each part is a process group of its
+own, which is stopped at its time limit or at the deadline of the whole. README.md, results.json and files.tar.gz (logs,
+profiles) of the record are rewritten whenever a part ends, so that a part that fails or hangs, or a killed check, costs
+only what it had not finished. ``--device cpu`` tries the machinery; ``--dry-run`` goes through all parts at small sizes
+without comparing numbers, for a null GPU.
 
     python perf/gpu_check.py --call 1 --change first-run --prediction "the aligner takes a tenth of the published time"
 """
@@ -12,6 +13,7 @@ a killed check, costs only what it had not finished. ``--device cpu`` tries the 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -22,16 +24,21 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+from perf.gpu_lock import LOCK_VARIABLE
+
 ROOT = Path(__file__).resolve().parents[1]
 TAIL_LINES = 12
 ENVIRONMENT_SECONDS = 15
 POLL_SECONDS = 0.1
+GPU_LOCK = ".gpu.lock"
+INTERRUPTION_SECONDS = 6
 TERMINATION_SECONDS = 2  # between asking a part to end and killing it
 COMMIT_VARIABLE = "PERF_COMMIT"
 NO_GPU = 3  # exit code of the process that describes the machine
@@ -44,6 +51,8 @@ class Part(NamedTuple):
     command: tuple[str, ...]
     seconds: float
     gpu_only: bool = False
+    holds_gpu: bool = False  # from its start to its end; what it times for itself is locked there
+    dry_run: tuple[str, ...] = ()  # options that make it small and compare no numbers
 
 
 def slug(text: str) -> str:
@@ -56,51 +65,57 @@ Stage = tuple[Part, ...]  # run side by side
 
 def _bench(op: str, seconds: float, *options: str) -> Part:
     command = (f"perf/bench_{op}.py", "--device", "{device}", "--out", "{out}", "--seconds", f"{0.75 * seconds:.0f}")
-    return Part(f"bench {op}", (*command, *options), seconds)
+    return Part(f"bench {op}", (*command, *options), seconds, dry_run=("--shapes", "small", "--repeats", "2"))
 
 
 def _pytest(name: str, seconds: float, processes: int, *chosen: str) -> Part:
     options = "--import-mode=importlib --strict-markers --strict-config"
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", "-o", f"addopts={options}")
-    return Part(name, (*command, "-n", str(processes), "--dist=worksteal", *chosen), seconds, gpu_only=True)
+    command = ("-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-o", f"addopts={options}")
+    command += ("-n", str(processes), "--dist=worksteal", *chosen)
+    return Part(name, command, seconds, gpu_only=True, holds_gpu=True, dry_run=("-n", "0", "--collect-only"))
 
 
 def _steps(recipe: str, batches: tuple[int, int], seconds: float) -> Part:
     command = ("perf/train_step.py", f"recipes/{recipe}.toml", "--height", "640", "--width", "864")  # the mean, about
     command += ("--batch", *map(str, batches), "--ways", "eager", "compiled", "graph", "--steps", "10", "--group", "2")
     command += ("--device", "{device}", "--profile", "{out}/profiles", "--json", f"{{out}}/step_{recipe}.json")
-    return Part(f"steps {recipe}", command, seconds, gpu_only=True)
+    small = ("--height", "128", "--width", "160", "--steps", "1", "--group", "1", "--no-gate", "--no-baseline")
+    for change in ("encoder_layers=1", "decoder_layers=2", 'backbone.name="resnet18"', 'backbone.weights="none"'):
+        small += ("--set", f"model.{change}")
+    return Part(f"steps {recipe}", command, seconds, gpu_only=True, dry_run=small)
 
 
 def _commands(name: str, seconds: float, *options: str) -> Part:
     command = ("perf/try_commands.py", "recipes/quickstart.toml", *options, "--json", f"{{out}}/{slug(name)}.json")
-    return Part(name, command, seconds, gpu_only=True)
+    small = ("--set", "train.epochs=1", "--set", "data.shapes.train_images=320", "--set", "data.shapes.val_images=20")
+    return Part(name, command, seconds, gpu_only=True, dry_run=small)
 
 
 OPS = ("aligner_kernels", "aligner_ops", "deformable_attention", "linear_assignment", "salient_cross_attention")
 KERNEL_TESTS = tuple(f"tests/kernels/test_{name}.py" for name in OPS)
-GPU_TESTS = ("tests/engine/test_compile.py", "tests/engine/test_checkpoint.py", "tests/data/test_prefetch.py")
+GPU_TESTS = ("tests/engine/test_compile.py", "tests/engine/test_optim.py", "tests/engine/test_checkpoint.py")
+UNDER_NCU = ("perf/launch_kernels.py", "--times", "1", "--ncu", "{out}/kernels.csv")
+BF16 = ("--dtypes", "bfloat16")
 CALLS: dict[int, tuple[Stage, ...]] = {
     1: (
         (
-            _pytest("gpu tests", 90, 3, "-m", "gpu", *GPU_TESTS),
-            _pytest("kernel tests", 90, 8, "-m", "not slow", *KERNEL_TESTS),
-            _commands("commands on two epochs of quickstart", 90, "--set", "train.epochs=2"),
+            _pytest("kernel tests", 110, 8, "-m", "not slow", *KERNEL_TESTS),
+            _steps("r50_12ep", (4, 16), 255),
+            _steps("r50_dc5_12ep", (1, 8), 255),
+            _commands("commands on one epoch of quickstart", 200, "--set", "train.epochs=1"),
         ),
-        (_steps("r50_dc5_12ep", (1, 8), 130),),
-        (_steps("r50_12ep", (4, 16), 120),),
-        (_bench("attention", 35, "--dtypes", "bfloat16"),),
-        (_bench("aligner", 30, "--dtypes", "bfloat16"),),
-        (Part("kernels under ncu", ("perf/launch_kernels.py", "--ncu", "{out}/kernels.csv"), 55, gpu_only=True),),
+        (Part("kernels under ncu", UNDER_NCU, 65, True, dry_run=("--shapes", "small", "--ncu", "")),),
+        (_bench("attention", 60, *BF16),),
+        (_bench("aligner", 60, *BF16),),
     ),
     2: (
-        (_commands("commands on quickstart", 95),),
-        (_bench("salient_cross_attention", 30, "--dtypes", "bfloat16"),),
-        (_bench("roi_align", 15, "--dtypes", "bfloat16"),),
-        (_bench("salient_points", 15, "--dtypes", "bfloat16"),),
-        (_bench("linear_assignment", 15),),
-        (_bench("deformable_attention", 20, "--dtypes", "bfloat16"),),
-        (_pytest("slow kernel tests", 30, 12, "-m", "slow", *KERNEL_TESTS),),
+        (
+            _pytest("slow kernel tests", 70, 8, "-m", "slow", *KERNEL_TESTS),
+            _pytest("gpu tests", 70, 3, "-m", "gpu", *GPU_TESTS, "tests/data/test_prefetch.py"),
+        ),
+        (_bench("salient_cross_attention", 50, *BF16),),
+        (_bench("roi_align", 25, *BF16), _bench("salient_points", 35, *BF16)),
+        (_bench("linear_assignment", 25), _bench("deformable_attention", 40, *BF16)),
     ),
 }
 MINUTES = {1: 8.0, 2: 4.0}
@@ -200,16 +215,18 @@ def child_environment() -> dict[str, str]:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the whole process group, first by asking."""
+    """End the whole process group: first interrupt the part itself, which then says how far it came."""
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(INTERRUPTION_SECONDS)
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:
             break
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(TERMINATION_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue
     process.wait()
 
 
@@ -217,11 +234,20 @@ def begin_part(part: Part, log: Path, device: str, results: Path) -> subprocess.
     """Start one part, its output appended to ``log``."""
     filled = [word.replace("{device}", device).replace("{out}", str(results)) for word in part.command]
     command = [sys.executable, *filled]
-    with log.open("ab") as output:
+    lock = results / GPU_LOCK
+    with log.open("ab") as output, lock.open("w") as held:
         output.write(f"$ {' '.join(command)}\n".encode())
         output.flush()
+        if part.holds_gpu:  # shared with others that do; the lock goes with the process, which inherits the file
+            fcntl.flock(held, fcntl.LOCK_SH)
         return subprocess.Popen(
-            command, cwd=ROOT, env=child_environment(), stdout=output, stderr=output, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=child_environment() | {LOCK_VARIABLE: str(lock)},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            pass_fds=(held.fileno(),) if part.holds_gpu else (),
         )
 
 
@@ -253,7 +279,8 @@ def outcome_of(
 ) -> Outcome:
     """What is recorded of a part that has ended."""
     tail = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-    if state == "ok" and "pytest" in part.command and not re.search(r"\b[1-9]\d* passed", "\n".join(tail)):
+    is_tests = "pytest" in part.command and "--collect-only" not in part.command
+    if state == "ok" and is_tests and not re.search(r"\b[1-9]\d* passed", "\n".join(tail)):
         state = "nothing ran"
     return Outcome(part.name, state, process.returncode, round(seconds, 1), round(limit, 1), "\n".join(tail))
 
@@ -293,7 +320,11 @@ def main(argv: Sequence[str] | None = None, calls: Mapping[int, Sequence[Stage]]
     folder = options.out or ROOT / "perf" / "records" / name
     record = Record(folder, facts, options.change, prediction)
     stages = [
-        [part for part in stage if options.only in part.name and (options.device == "cuda" or not part.gpu_only)]
+        [
+            part._replace(command=part.command + part.dry_run) if options.dry_run else part
+            for part in stage
+            if options.only in part.name and (options.device == "cuda" or not part.gpu_only)
+        ]
         for stage in calls[options.call]
     ]
     outcomes = {part.name: Outcome(part.name, limit=part.seconds) for stage in stages for part in stage}
@@ -329,6 +360,7 @@ def read_options(argv: Sequence[str] | None, calls: Mapping[int, Sequence[Stage]
     parser.add_argument("--prediction", default="None was written down.", help="text, or a file with it")
     parser.add_argument("--commit", help="the commit, where the checkout came without .git")
     parser.add_argument("--out", type=Path, help="folder of the record (perf/records/DATE_GPU_CHANGE)")
+    parser.add_argument("--dry-run", action="store_true", help="all parts at small sizes, no numbers compared")
     parser.add_argument("--only", default="", help="run only parts whose name contains this")
     return parser.parse_args(argv)
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from perf.gate import Args, Case, Variant, Work, check, differentiate, leaves, reason, results
+from perf.gpu_lock import gpu_alone
 from perf.report import Report, Row, environment, table
 
 FORWARD, BOTH = "forward", "forward+backward"
@@ -84,6 +85,7 @@ class _Clock:
         return begin.elapsed_time(end), host
 
 
+@gpu_alone()
 def measure(
     variants: Mapping[str, Callable[[int], object]], device: torch.device, repeats: int = 20
 ) -> dict[str, Timing | str]:

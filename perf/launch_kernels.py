@@ -102,11 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shapes", default="gpu", choices=("gpu", "small"))
-    parser.add_argument("--ncu", type=Path, metavar="FILE", help="run under Nsight Compute, whose CSV this is")
+    parser.add_argument("--ncu", metavar="FILE", help="run under Nsight Compute, whose CSV this is")
     given = parser.parse_args(argv)
     if given.ncu:
         again = ["--times", str(given.times), "--device", given.device, "--shapes", given.shapes]
-        return profiled(given.ncu, again)
+        return profiled(Path(given.ncu), again)
     launch_all(given.shapes, given.device, given.times)
     return 0
 

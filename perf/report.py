@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from perf import null_library
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "torchvision", "numpy", "scipy", "pycocotools", "hotcoco")
@@ -111,7 +112,7 @@ def environment(device: str) -> dict[str, Any]:
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {
-            "name": f"{properties.name}{NULL_GPU if is_null_gpu() else ''}",
+            "name": f"{properties.name}{NULL_GPU if null_library.is_loaded() else ''}",
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
@@ -121,14 +122,6 @@ def environment(device: str) -> dict[str, Any]:
             "clocks_and_power": nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"),
         }
     return facts
-
-
-def is_null_gpu() -> bool:
-    """Tell whether CUDA is the stand-in of `perf/null_gpu.py`, whose times and numbers mean nothing."""
-    try:
-        return hasattr(ctypes.CDLL("libcuda.so.1"), "nullcuda_counts")
-    except OSError:
-        return False
 
 
 def nvidia_smi(query: str) -> str:

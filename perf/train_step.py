@@ -27,6 +27,7 @@ import torch
 
 from perf.counting import count_compiled_kernels, count_syncs, peak_bytes
 from perf.gate import reason
+from perf.gpu_lock import gpu_alone
 from perf.harness import WARM_UPS
 from perf.inputs import object_classes, training_batch
 from perf.report import Report, Row, environment, number
@@ -264,6 +265,7 @@ class Measurement:
         for turn in range(WARM_UPS if self.device.type == "cuda" else 1):
             side.step(turn)
 
+    @gpu_alone()
     def take_turns(self, ours: Side, row: StepRow, images: int) -> None:
         """Time one of our sides; the baseline with it, in turns, if it has no times yet."""
         pair = [(ours, row)]
@@ -291,6 +293,7 @@ class Measurement:
         limit = H100_LIMITS.get((self.recipe.model.backbone.dilation, *map(int, size.split("x"))))
         return row.images_per_s / limit if limit else None
 
+    @gpu_alone()
     def count(self) -> None:
         """Counts, and times of phases, of all sides."""
         for side, row in self.sides:
@@ -301,6 +304,7 @@ class Measurement:
             row.phases_ms = found
         self.write()
 
+    @gpu_alone()
     def profile(self, folder: Path) -> None:
         """Write a profile of each of our sides, and print the tables."""
         for side, row in self.sides:
