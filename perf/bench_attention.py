@@ -2,7 +2,7 @@
 
 Published: scores, mask, softmax and dropout are written to memory. Before the times, each implementation says which
 share of the weights it keeps at dropout 0.1, which must be 0.9: some round the probability. "ours" is `attend`, which
-lets torch choose among those that do not.
+lets torch choose among those that do not, and makes a mask of keys channels of the heads: flash attention has no masks.
 """
 
 from __future__ import annotations

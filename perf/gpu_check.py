@@ -63,9 +63,12 @@ def slug(text: str) -> str:
 Stage = tuple[Part, ...]  # run side by side
 
 
+SMALL_BENCH = ("--shapes", "small", "--repeats", "2", "--no-compile", "--no-gate")
+
+
 def _bench(op: str, seconds: float, *options: str) -> Part:
     command = (f"perf/bench_{op}.py", "--device", "{device}", "--out", "{out}", "--seconds", f"{0.75 * seconds:.0f}")
-    return Part(f"bench {op}", (*command, *options), seconds, dry_run=("--shapes", "small", "--repeats", "2"))
+    return Part(f"bench {op}", (*command, *options), seconds, dry_run=SMALL_BENCH)
 
 
 def _pytest(name: str, seconds: float, processes: int, *chosen: str) -> Part:
@@ -79,9 +82,8 @@ def _steps(recipe: str, batches: tuple[int, int], seconds: float) -> Part:
     command = ("perf/train_step.py", f"recipes/{recipe}.toml", "--height", "640", "--width", "864")  # the mean, about
     command += ("--batch", *map(str, batches), "--ways", "eager", "compiled", "graph", "--steps", "10", "--group", "2")
     command += ("--device", "{device}", "--profile", "{out}/profiles", "--json", f"{{out}}/step_{recipe}.json")
-    small = ("--height", "128", "--width", "160", "--steps", "1", "--group", "1", "--no-gate", "--no-baseline")
-    for change in ("encoder_layers=1", "decoder_layers=2", 'backbone.name="resnet18"', 'backbone.weights="none"'):
-        small += ("--set", f"model.{change}")
+    small = ("--height", "128", "--width", "160", "--batch", "1", "--steps", "1", "--group", "1")
+    small += ("--no-gate", "--no-baseline", "--set", "model.encoder_layers=1", "--set", "model.decoder_layers=2")
     return Part(f"steps {recipe}", command, seconds, gpu_only=True, dry_run=small)
 
 

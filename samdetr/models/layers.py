@@ -15,6 +15,9 @@ INVERSE_SIGMOID_EPSILON = 1e-5
 GROUPS = 32  # of the norm after the input projection
 # not cuDNN's, some of whose kernels round the probability of dropout to sixteenths (pytorch/pytorch#174245)
 EXACT_DROPOUT = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+MASK_CHANNELS = 8  # flash attention takes heads of a multiple of 8 channels
+MASKED = -(2.0**15)  # times the scale far below any score, and float16 holds it
+WIDEST_FLASH_HEAD = 256
 CLASS_PRIOR = 0.01  # initial probability of every class (focal loss paper, section 4.1)
 
 
@@ -87,9 +90,33 @@ def attend(
     mask: bool (True: attended) or added to the scores, broadcast to [B, heads, Q, S]. dropout: of the weights.
     """
     query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value))
+    width, scale = value.shape[-1], None  # None: torch's own, the root of the query's width
+    if mask is not None and masks_by_channels(query, value, mask):
+        scale = query.shape[-1] ** -0.5
+        query, key, value = with_mask_channels(query, key, value, mask)
+        mask = None
     with sdpa_kernel(EXACT_DROPOUT) if dropout else nullcontext():
-        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    return attended.transpose(1, 2).flatten(2)
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale
+        )
+    return attended[..., :width].transpose(1, 2).flatten(2)
+
+
+def masks_by_channels(query: Tensor, value: Tensor, mask: Tensor) -> bool:
+    """Tell whether these heads are for a GPU's flash attention, which knows no mask, and the mask is one of keys."""
+    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    of_keys = mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)
+    return half and of_keys and query.shape[-1] == value.shape[-1] <= WIDEST_FLASH_HEAD - MASK_CHANNELS
+
+
+def with_mask_channels(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Append channels that add to the score of a masked key what makes its weight exactly zero, and nothing to others.
+
+    [B, heads, Q or S, C] each, mask [B, 1, 1, S] bool (True: attended) -> the same with `MASK_CHANNELS` more channels.
+    """
+    masked = torch.where(mask, 0.0, MASKED / MASK_CHANNELS).to(key.dtype).transpose(2, 3)
+    key = torch.cat((key, masked.expand(*key.shape[:3], MASK_CHANNELS)), -1)
+    return functional.pad(query, (0, MASK_CHANNELS), value=1.0), key, functional.pad(value, (0, MASK_CHANNELS))
 
 
 class Attention(nn.Module):
