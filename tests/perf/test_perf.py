@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -310,8 +311,9 @@ def test_a_part_that_hangs_or_fails_costs_only_itself(tmp_path, capsys):
     states = {part["name"]: part["state"] for part in content["parts"]}
     assert states == {"hangs": "timed out", "fails": "failed", "ends well": "ok"}
     assert content["parts"][1]["exit_code"] == 3 and content["benches"]["written"]["op"] == "written"
-    hanging = next(line for line in content["parts"][0]["tail"].splitlines() if line.startswith("child"))
-    assert not alive(int(hanging.split()[1]))
+    hanging = re.search(r"^child (\d+)$", content["parts"][0]["tail"], re.MULTILINE)
+    assert hanging and not alive(int(hanging[1]))
+    assert "KeyboardInterrupt" in content["parts"][0]["tail"]  # where it hung
     readme = (tmp_path / "README.md").read_text()
     assert "it is fast" in readme and "timed out" in readme and torch.__version__.split("+")[0] in readme
     logs = packed(tmp_path)
@@ -377,6 +379,19 @@ def test_the_summary_names_the_baseline_and_its_dtype():
     ]
     summary = gpu_check._summary(asdict(Report("toy", {}, rows=step, complete=True)))
     assert summary[1:] == ["  step bfloat16 step: baseline (float32) 9 ms -> ours 3 ms, 3.00x"]
+
+
+def test_what_holds_the_gpu_is_shared_and_what_is_timed_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "describe_machine", lambda device: {"name": "test"})
+    said = "import pathlib, sys, time; time.sleep(1.5); pathlib.Path(sys.argv[1]).write_text(str(time.monotonic()))"
+    timed = "import pathlib, sys, time; from perf.gpu_lock import gpu_alone\n"
+    timed += "with gpu_alone(): pathlib.Path(sys.argv[1]).write_text(str(time.monotonic()))"
+    ends = [tmp_path / name for name in ("one", "two", "timed")]
+    holding = [Part(path.name, ("-c", said, str(path)), 30, holds_gpu=True) for path in ends[:2]]
+    stage = (*holding, Part("timed", ("-c", timed, str(ends[2])), 30))
+    assert check(["--device", "cpu", "--out", str(tmp_path / "record")], {1: (stage,)}) == 0
+    one, two, after = (float(path.read_text()) for path in ends)
+    assert abs(one - two) < 1.4 and after >= max(one, two)
 
 
 @pytest.mark.parametrize("call", gpu_check.CALLS)
