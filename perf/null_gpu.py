@@ -130,7 +130,8 @@ def head(counted: Counted) -> str:
     facts = counted.environment
     versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "cuda", "commit"))
     names = "".join(f"{name:>9}" for name in (*COLUMNS, "start-up"))
-    return f"{counted.size}, batch {counted.batch}, as if on {facts['name']}: {versions}\n{'':{NAME + WAY}}{names}"
+    card = facts["name"].partition(",")[0]  # without what is said of the null GPU
+    return f"{counted.size}, batch {counted.batch}, as if on {card}: {versions}\n{'':{NAME + WAY}}{names}"
 
 
 def line(row: StepCounts) -> str:

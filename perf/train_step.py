@@ -238,27 +238,31 @@ class Measurement:
         """Build our step in one way and time it, beside the baseline if that was not timed yet."""
         changed = self.recipe.compute.model_copy(update=WAYS[way])
         dtype = str(choose_precision(changed.precision, self.device)).removeprefix("torch.")
-        model = build_model_on(self.recipe, self.device)
         if self.options.baseline and self.baseline is None:
-            side = build_baseline(self.recipe, model, batches, self.device)
-            self.baseline = side, self.row(batches, "float32", side.name)
-            self.sides.append(self.baseline)
-            self.warm_up(side)
+            self.build_baseline(batches)
+        before = reserved_bytes(self.device)
+        model = build_model_on(self.recipe, self.device)
         row = self.row(batches, dtype, "ours" if way == "recipe" else f"ours {way}")
         try:
             compute = choose_compute(changed, self.device, buckets=True)
             self.report.environment[row.variant] = f"compile={compute.compile} cuda_graph={compute.cuda_graph}"
-            before = reserved_bytes(self.device)
             ours = build_ours(self.recipe, model, batches, self.device, compute=compute, note=self.report.note)
             self.warm_up(ours)
             if ours.recorded:  # a graph's memory is allocated for good
-                row.peak_mb = (reserved_bytes(self.device) - before) / 1e6
+                row.peak_mb = (reserved_bytes(self.device) - before - ours.state_bytes()) / 1e6
             self.sides.append((ours, row))
             self.take_turns(ours, row, len(batches[0].images))
         except (SamdetrError, RuntimeError) as error:
             row.problem, self.report.failed = reason(error), True
             self.report.note(f"FAILED {row.case} {row.variant}: {row.problem}")
         self.write()
+
+    def build_baseline(self, batches: Sequence[Batch]) -> None:
+        """Build the published step, with the weights that ours begins with."""
+        side = build_baseline(self.recipe, build_model_on(self.recipe, self.device), batches, self.device)
+        self.baseline = side, self.row(batches, "float32", side.name)
+        self.sides.append(self.baseline)
+        self.warm_up(side)
 
     def warm_up(self, side: Side) -> None:
         """Take steps that are not timed."""
