@@ -32,7 +32,7 @@ COLUMNS = {  # of the printed table: metric of Nsight Compute
     "DRAM %": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
     "L1 %": "l1tex__throughput.avg.pct_of_peak_sustained_active",
     "L2 %": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
-    "issue %": "sm__inst_executed.avg.pct_of_peak_sustained_active",
+    "issue %": "sm__inst_executed.avg.pct_of_peak_sustained_elapsed",
     "warps %": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "regs": "launch__registers_per_thread",
 }
@@ -82,16 +82,17 @@ def profiled(file: Path, arguments: Sequence[str]) -> int:
 def table(file: Path) -> str:
     """The medians of every kernel and launch shape."""
     lines = [line for line in file.read_text(errors="replace").splitlines() if line.startswith('"')]
-    rows = [row for row in csv.DictReader(lines) if row["ID"]]  # the row after the names holds units
+    rows = [row for row in csv.DictReader(lines) if row["ID"]]  # the row after the names holds units: ns, %
     found: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in rows:
         found.setdefault((row["Kernel Name"].split("(")[0], row.get("Grid Size", "")), []).append(row)
     text = [f"{'':58}" + "".join(f"{name:>9}" for name in COLUMNS)]
     for (kernel, grid), launches in found.items():
         cells = []
-        for metric in COLUMNS.values():
+        for name, metric in COLUMNS.items():
             values = [float(row[metric].replace(",", "")) for row in launches if row.get(metric)]
-            cells.append(f"{median(values):9.1f}" if values else f"{'-':>9}")
+            scale = 1e-3 if name == "us" else 1.0
+            cells.append(f"{scale * median(values):9.1f}" if values else f"{'-':>9}")
         text.append(f"{kernel.strip('_')[:40]:42}{grid:16}" + "".join(cells))
     return "\n".join(text)
 
