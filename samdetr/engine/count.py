@@ -168,12 +168,17 @@ class FusedAttention(TorchFunctionMode):
 
 
 def _fused_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
     bias = None
     if attn_mask is not None:
         bias = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
-    out = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout_p)
+    out = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout_p, scale=scale)
     attended: Tensor = out[0]
     return attended
 
