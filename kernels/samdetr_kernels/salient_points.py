@@ -369,16 +369,6 @@ def salient_points_backward_triton(
     return grad_features, grad_points
 
 
-def example_launches() -> None:
-    """Every kernel at the shapes of training, for the ahead-of-time report."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for valid_sizes in (None, torch.empty(16, 2, dtype=torch.int64, device="meta")):
-            features = torch.empty(16, 25, 38, 256, dtype=dtype, device="meta")
-            boxes, points = torch.empty(16, 300, 4, device="meta"), torch.empty(16, 300, 8, 2, device="meta")
-            out = salient_points_forward_triton(features, boxes, points, 7, valid_sizes)
-            salient_points_backward_triton(out, features, boxes, points, 7, valid_sizes)
-
-
 @torch.library.custom_op("samdetr::salient_points", mutates_args=(), device_types="cuda")
 def _salient_points(
     features: Tensor, boxes: Tensor, points: Tensor, output_size: int, valid_sizes: Tensor | None
