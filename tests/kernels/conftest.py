@@ -13,12 +13,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from samdetr_kernels.aot import read_list
 from samdetr_kernels.launch import Tile
-
-KERNEL_MODULES = (
-    *("roi_align", "salient_points", "salient_cross_attention_kernels"),
-    *("linear_assignment", "deformable_attention"),
-)
 
 
 def _mend_interpreter() -> None:
@@ -86,7 +82,7 @@ class Launched(NamedTuple):
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
     """Fill a list with what launchers, which may be given meta tensors, would run; nothing runs."""
     found: list[Launched] = []
-    for name in KERNEL_MODULES:
+    for name in {entry.module for entry in read_list()}:
         module = importlib.import_module(f"samdetr_kernels.{name}")
         monkeypatch.setattr(module, "launch", lambda *launched, **_: found.append(Launched(*launched)))
     return found
