@@ -1,11 +1,10 @@
-"""Compile every kernel with every shipped tile for GPUs that this machine does not have, and tabulate the result.
+"""Compile what training steps launch for GPUs that this machine does not have, and tabulate the result.
 
-    python -m samdetr_kernels.aot [--targets 80 90 100] [--only NAME] [--json FILE]
+    python -m samdetr_kernels.aot [--targets 80 90 100] [--only OP] [--json FILE]
 
-Each op module has a function ``example_launches()`` that calls its launchers with meta tensors of the shapes that
-training uses; `launch.record_launches` turns these into compilations. Columns: registers a thread, spilled bytes,
-shared memory a program, and the share of an SM's warps that can be resident (limited by these and by nothing else).
-Exit code 1 if any kernel spills or does not compile.
+`launches.json` lists the compilations; `perf/record_launches.py` writes it from steps. Columns: registers a thread,
+spilled bytes, shared memory a program, the share of an SM's warps that can be resident (limited by these and by nothing
+else), and what is wrong. Exit code 1 if a kernel spills, does not compile or asks for more memory than a program may.
 """
 
 from __future__ import annotations
@@ -18,41 +17,65 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from samdetr_kernels.launch import OPTIONS
 
-from samdetr_kernels.launch import OPTIONS, Launch, record_launches
-
-OPS = ("roi_align", "salient_points", "salient_cross_attention", "linear_assignment", "deformable_attention")
-TARGETS = (80, 90, 100)
-TYPES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.bool: "i1",
-}
+LIST = Path(__file__).with_name("launches.json")
+TENSOR_MEMORY = 512  # columns that a program may ask for, where there are any
 
 
 class Limits(NamedTuple):
-    """What one SM offers (CUDA C++ programming guide, table of compute capabilities)."""
+    """What one SM and one program have (CUDA C++ programming guide, table of compute capabilities)."""
 
     warps: int
     shared_bytes: int
+    programs: int
+    program_bytes: int  # of shared memory
     registers: int = 65536
-    programs: int = 32
 
 
-SM_LIMITS = {80: Limits(64, 164 << 10), 90: Limits(64, 228 << 10), 100: Limits(64, 228 << 10)}
+SM_LIMITS = {
+    80: Limits(64, 164 << 10, 32, 163 << 10),
+    86: Limits(48, 100 << 10, 16, 99 << 10),
+    89: Limits(48, 100 << 10, 24, 99 << 10),
+    90: Limits(64, 228 << 10, 32, 227 << 10),
+    100: Limits(64, 228 << 10, 32, 227 << 10),
+    120: Limits(48, 100 << 10, 24, 99 << 10),
+}
+
+
+class Compilation(NamedTuple):
+    """One kernel as Triton specialises it for a launch."""
+
+    module: str  # of this package
+    kernel: str
+    types: dict[str, str]  # of the run-time arguments, as Triton writes them
+    aligned: list[str]  # run-time arguments that are multiples of 16
+    constants: dict[str, bool | int | str | None]
+    warps: int
+    stages: int
+
+    @property
+    def op(self) -> str:
+        """The op that launches it."""
+        return self.module.removesuffix("_kernels")
+
+    def function(self) -> Any:
+        """Import the kernel. Raises AttributeError where there is none of this name."""
+        return getattr(importlib.import_module(f"samdetr_kernels.{self.module}"), self.kernel)
+
+    def describe(self) -> str:
+        """Say what tells it from other compilations of its kernel: pointers' types, constants, warps, stages."""
+        pointers = sorted({kind[1:] for kind in self.types.values() if kind.startswith(("*fp", "*bf"))})
+        constants = [f"{name}={value}" for name, value in self.constants.items()]
+        return " ".join(["/".join(pointers), *constants, f"warps={self.warps}", f"stages={self.stages}"])
 
 
 class Report(NamedTuple):
-    """What the assembler says of one kernel on one target."""
+    """What the assembler says of one kernel on one target; all numbers are 0 where it does not compile."""
 
     op: str
     kernel: str
@@ -62,68 +85,46 @@ class Report(NamedTuple):
     spilled_bytes: int
     shared_bytes: int
     occupancy: float
+    fault: str  # empty if there is none
 
 
-def example_launches(op: str) -> list[Launch]:
-    """What the op launches at the shapes of training, without running it, with exact and with TF32 products."""
-    module = importlib.import_module(f"samdetr_kernels.{op}")
-    precision = torch.get_float32_matmul_precision()
-    try:
-        with record_launches() as launches:
-            for wanted in ("highest", "high"):
-                torch.set_float32_matmul_precision(wanted)
-                module.example_launches()
-    finally:
-        torch.set_float32_matmul_precision(precision)
-    return launches
+def read_list(path: Path = LIST) -> list[Compilation]:
+    """Read the compilations of training steps."""
+    return [Compilation(**entry) for entry in json.loads(path.read_text())]
 
 
-def compile_launch(op: str, launch: Launch, target: int) -> Report:
-    """Compile one recorded launch for compute capability ``target`` / 10. Raises what Triton raises."""
+def compile_for(compilation: Compilation, target: int) -> Report:
+    """Compile for compute capability ``target`` / 10; what Triton raises is the report's fault."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = _specialise(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, **OPTIONS}
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    kernel = compilation.function()
+    signature = {name: compilation.types.get(name, "constexpr") for name in kernel.arg_names}
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in compilation.aligned}
+    source = ASTSource(kernel, signature, compilation.constants, attributes)
+    options = {"num_warps": compilation.warps, "num_stages": compilation.stages, **OPTIONS}
+    named = (compilation.op, compilation.kernel.strip("_"), target, compilation.describe())
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    except Exception as error:
+        return Report(*named, 0, 0, 0, 0.0, f"does not compile: {str(error).strip().splitlines()[0]}")
     registers, spilled = _resources(compiled.asm["cubin"])
-    shared = int(compiled.metadata.shared)
-    warps = int(compiled.metadata.num_warps)
-    return Report(
-        op=op,
-        kernel=launch.kernel.__name__.strip("_"),
-        target=target,
-        tile=_describe(launch),
-        registers=registers,
-        spilled_bytes=spilled,
-        shared_bytes=shared,
-        occupancy=_occupancy(registers, shared, warps, SM_LIMITS[target]),
-    )
+    shared, warps = int(compiled.metadata.shared), int(compiled.metadata.num_warps)
+    limits = SM_LIMITS[target]
+    fault = _fault(spilled, shared, getattr(compiled.metadata, "tmem_size", None) or 0, limits)
+    return Report(*named, registers, spilled, shared, _occupancy(registers, shared, warps, limits), fault)
 
 
-def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
-    """Signature, constants and attributes as Triton's own specialisation of these arguments gives them."""
-    names = launch.kernel.arg_names
-    signature: dict[str, str] = {}
-    constants = dict(launch.constants)
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    fixed = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
-    for index, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif value is None or (value == 1 and name not in fixed):
-            constants[name] = value
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and name not in fixed:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    signature.update(dict.fromkeys(constants, "constexpr"))
-    return {name: signature[name] for name in names}, constants, attributes
+def _fault(spilled: int, shared: int, tensor_memory: int, limits: Limits) -> str:
+    faults = []
+    if spilled:
+        faults.append(f"spills {spilled} bytes")
+    if shared > limits.program_bytes:
+        faults.append(f"a program may have {limits.program_bytes} bytes of shared memory")
+    if tensor_memory > TENSOR_MEMORY:
+        faults.append(f"needs {tensor_memory} columns of tensor memory, a program may have {TENSOR_MEMORY}")
+    return ", ".join(faults)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -155,48 +156,28 @@ def _occupancy(registers: int, shared: int, warps: int, limits: Limits) -> float
     return programs * warps / limits.warps
 
 
-def _describe(launch: Launch) -> str:
-    types = sorted({TYPES[a.dtype] for a in launch.arguments if isinstance(a, torch.Tensor) and a.is_floating_point()})
-    blocks = [f"{name}={value}" for name, value in launch.tile.blocks.items()]
-    modes = [f"{name}={value}" for name, value in launch.constants.items() if name not in launch.tile.blocks]
-    arguments = zip(launch.kernel.arg_names, launch.arguments, strict=False)
-    modes += [f"{name}=None" for name, value in arguments if value is None]
-    return " ".join(["/".join(types), *modes, *blocks, f"warps={launch.tile.warps}", f"stages={launch.tile.stages}"])
-
-
-def reports(ops: Iterable[str], targets: Sequence[int]) -> list[Report]:
-    """One report for each distinct kernel, tile and target."""
-    found: dict[tuple[Any, ...], Report] = {}
-    for op in ops:
-        for launch in example_launches(op):
-            for target in targets:
-                signature, constants, attributes = _specialise(launch)
-                key = (op, launch.kernel, str(signature), str(constants), str(attributes), launch.tile.warps, target)
-                if key not in found:
-                    found[key] = compile_launch(op, launch, target)
-    return list(found.values())
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
+    compilations, targets = read_list(), list(SM_LIMITS)
+    ops = sorted({compilation.op for compilation in compilations})
     parser = argparse.ArgumentParser(prog="python -m samdetr_kernels.aot", description=__doc__.split("\n")[0])
-    parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--only", nargs="+", default=list(OPS), choices=OPS, help="ops to compile")
+    parser.add_argument("--targets", type=int, nargs="+", default=targets, choices=targets)
+    parser.add_argument("--only", nargs="+", default=ops, choices=ops, help="ops to compile")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 is set: unset it, the interpreter cannot compile")
-    table = reports(options.only, options.targets)
-    print("| op | kernel | sm | tile | registers | spilled bytes | shared bytes | occupancy |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in table:
-        print(
-            f"| {row.op} | {row.kernel} | {row.target} | {row.tile} | {row.registers} | {row.spilled_bytes} "
-            f"| {row.shared_bytes} | {row.occupancy:.0%} |"
-        )
+    print("| op | kernel | sm | tile | registers | spilled bytes | shared bytes | occupancy | fault |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    table = []
+    for compilation in compilations:
+        for target in options.targets if compilation.op in options.only else []:
+            row = compile_for(compilation, target)
+            print("| " + " | ".join(map(str, row[:7])) + f" | {row.occupancy:.0%} | {row.fault} |", flush=True)
+            table.append(row)
     if options.json:
-        options.json.write_text(json.dumps([row._asdict() for row in table], indent=1))
-    return 1 if any(row.spilled_bytes for row in table) else 0
+        options.json.write_text(json.dumps([row._asdict() for row in table], indent=1) + "\n")
+    return int(any(row.fault for row in table))
 
 
 if __name__ == "__main__":

@@ -349,21 +349,6 @@ def _fixed_point(grad: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return scale, torch.where(bound.isfinite(), 1 / scale, torch.nan)
 
 
-def example_launches() -> None:
-    """Every kernel at the shapes of training, for the ahead-of-time report."""
-    shapes = ((100, 152), (50, 76), (25, 38), (13, 19))
-    cells = sum(height * width for height, width in shapes)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for queries in (cells, 300):
-            value = torch.empty(2, cells, 8, 32, dtype=dtype, device="meta")
-            locations = torch.empty(2, queries, 8, 4, 4, 2, device="meta")
-            weights = torch.empty(2, queries, 8, 4, 4, dtype=dtype, device="meta")
-            out = deformable_attention_forward_triton(value, shapes, locations, weights)
-            for deterministic in (False, True):
-                deformable_attention_backward_triton(out, value, shapes, locations, weights, deterministic)
-            deformable_attention_backward_triton(out, value, shapes, locations, weights, of_value=False)
-
-
 def _pairs(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(sizes[::2], sizes[1::2], strict=True))
 

@@ -1,13 +1,12 @@
 """How the ops start their Triton kernels, and the switch that makes them run their references instead.
 
-Every launch goes through `launch`, so that one place selects the tensor's device and `record_launches` can list
-exactly what would run, kernel by kernel, on a machine without a GPU (`samdetr_kernels.aot` compiles that list).
+Every launch goes through `launch`, so that one place selects the tensor's device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -29,42 +28,16 @@ class Tile(NamedTuple):
     stages: int = 2
 
 
-class Launch(NamedTuple):
-    """One recorded launch. ``arguments`` are the positional run-time arguments, ``constants`` the constexprs."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: Sequence[Any]
-    constants: Mapping[str, Any]
-    tile: Tile
-
-
-_recorded: list[Launch] | None = None
 _reference_forced = False
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: Sequence[Any], **constants: Any) -> None:
     """Run ``kernel`` on the device of its first tensor argument; an empty grid runs nothing."""
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, arguments, {**constants, **tile.blocks}, tile))
-        return
     if 0 in grid:
         return
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **constants, **tile.blocks, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS)
-
-
-@contextmanager
-def record_launches() -> Iterator[list[Launch]]:
-    """Within the context no kernel runs; launchers called with meta tensors fill the list. Not thread-safe."""
-    global _recorded
-    launches: list[Launch] = []
-    _recorded = launches
-    try:
-        yield launches
-    finally:
-        _recorded = None
 
 
 def force_reference(enabled: bool) -> None:

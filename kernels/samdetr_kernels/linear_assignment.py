@@ -157,22 +157,6 @@ def linear_assignment_triton(cost: Tensor, n_targets: Tensor) -> tuple[Tensor, T
     return indices, bad
 
 
-def example_launches() -> None:
-    """The kernel at the shapes of training and at its limit, for the ahead-of-time report."""
-    for queries, targets, dtype in (
-        (300, 16, torch.float32),
-        (300, 64, torch.float32),
-        (300, 100, torch.float32),
-        (300, 100, torch.bfloat16),
-        (300, 100, torch.float16),
-        (300, 100, torch.float64),
-        (900, 100, torch.float32),
-        (MAX_COLUMNS, 100, torch.float64),
-    ):
-        cost = torch.empty(96, queries, targets, dtype=dtype, device="meta")
-        linear_assignment_triton(cost, torch.empty(96, dtype=torch.int64, device="meta"))
-
-
 @torch.library.custom_op("samdetr::linear_assignment", mutates_args=(), device_types="cuda")
 def _linear_assignment(cost: Tensor, n_targets: Tensor) -> tuple[Tensor, Tensor]:
     if reference_forced():

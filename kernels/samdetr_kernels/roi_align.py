@@ -311,17 +311,6 @@ def roi_align_backward_triton(
     return out
 
 
-def example_launches() -> None:
-    """Every kernel at the shapes of training, for the ahead-of-time report."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for mode, channels in ((BINS, 64), (MEAN, 256), (MAX, 256)):
-            features = torch.empty(16, 25, 38, channels, dtype=dtype, device="meta")
-            boxes = torch.empty(16, 300, 4, device="meta")
-            for valid_sizes in (None, torch.empty(16, 2, dtype=torch.int64, device="meta")):
-                out, index = roi_align_forward_triton(features, boxes, 7, valid_sizes, mode)
-                roi_align_backward_triton(out, index, boxes, 25, 38, 7, valid_sizes, mode)
-
-
 @torch.library.custom_op("samdetr::roi_align", mutates_args=(), device_types="cuda")
 def _roi_align(features: Tensor, boxes: Tensor, output_size: int, valid_sizes: Tensor | None) -> Tensor:
     if reference_forced() or features.dtype == torch.float64:

@@ -410,23 +410,3 @@ def salient_cross_attention(
     inputs = (query, key, value, valid_sizes, map_width, points, scales, scale, dropout, seed if dropout > 0 else None)
     out: Tensor = _salient_cross_attention(*inputs)[0]
     return out
-
-
-def example_launches() -> None:
-    """Both launchers at the shapes of training, for the ahead-of-time report."""
-    half, full = torch.bfloat16, torch.float32
-    cases = [(16, 25, 38, 256, 32, half, smca, dropout) for smca in (True, False) for dropout in (0.0, 0.1)]
-    cases += [(batch, 50, 76, 256, 32, torch.float16, True, 0.1) for batch in (16, 4)]
-    cases += [(4, 25, 38, 256, 32, dtype, True, 0.1) for dtype in (half, full)]
-    widths = ((96, 12), (256, 32), (512, 64), (128, 32), (64, 64))
-    cases += [(16, 50, 76, *pair, dtype, True, 0.1) for pair in widths for dtype in (half, full)]
-    for batch, height, width, channels, head_width, dtype, smca, dropout in cases:
-        query = torch.empty(batch, 300, 8, channels, dtype=dtype, device="meta")
-        key = torch.empty(batch, height * width, channels, dtype=dtype, device="meta")
-        value = torch.empty(batch, height * width, 8, head_width, dtype=dtype, device="meta")
-        valid = torch.empty(batch, 2, dtype=torch.int64, device="meta")
-        points = torch.empty(batch, 300, 8, 2, device="meta") if smca else None
-        seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout else None
-        inputs = (query, key, value, valid, width, points, points, channels**-0.5, dropout, seed)
-        results = salient_cross_attention_forward_triton(*inputs)
-        salient_cross_attention_backward_triton(torch.empty_like(results[0]), *inputs, *results)

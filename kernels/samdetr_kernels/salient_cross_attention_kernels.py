@@ -363,10 +363,9 @@ def _tile(queries: int, cells: int, warps: int) -> Tile:
     return Tile({"BLOCK_N": queries, "BLOCK_S": cells}, warps)
 
 
-# Keyed by (bytes of an element, largest D and 8 E). Timed on no GPU yet: chosen by the compiler's report for sm_80,
-# sm_90 and sm_100 (`example_launches`): no spills, at most 110 KB of shared memory and then as many queries and cells
-# as fit. Other widths take these tiles too: of D from 16 to 512 with E from 12 to 64, (64, 32), (256, 64) and (512, 16)
-# spill 8 or 16 bytes.
+# Keyed by (bytes of an element, largest D and 8 E). Chosen by the compiler's report for sm_80, sm_90 and sm_100, not by
+# time: no spills, at most 110 KB of shared memory and then as many queries and cells as fit. Other widths take these
+# tiles too: of D from 16 to 512 with E from 12 to 64, (64, 32), (256, 64) and (512, 16) spill 8 or 16 bytes.
 _TILES = {
     (2, 128): _Tiles(_tile(64, 64, 4), _tile(64, 32, 8), _tile(32, 64, 8)),  # reported at D = 96, E = 12
     (2, 256): _Tiles(_tile(64, 64, 4), _tile(32, 64, 8), _tile(64, 32, 8)),  # D = 256, E = 32

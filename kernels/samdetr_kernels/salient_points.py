@@ -40,7 +40,10 @@ from samdetr_kernels.checks import DTYPES, check_devices, describe
 from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_of_2, outside_autocast, reference_forced
 
 # Chosen by registers and shared memory of the ahead-of-time report; not yet timed on a GPU.
-FORWARD_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=4, stages=2)
+FORWARD_TILES = {  # by bytes of an element
+    2: Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=4, stages=2),
+    4: Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=8, stages=2),  # 4 warps spill
+}
 FEATURES_TILE = Tile({"BLOCK_H": 4, "BLOCK_W": 8, "BLOCK_R": 32}, warps=8, stages=2)
 POINTS_TILE = Tile({"BLOCK_H": 2, "BLOCK_W": 16}, warps=4, stages=2)
 MAX_BLOCK_P = 32
@@ -319,7 +322,7 @@ def salient_points_forward_triton(
     out = features.new_empty(batch, number, count, channels)
     if out.numel() == 0:
         return out
-    tile = _blocks(FORWARD_TILE, channels, count)
+    tile = _blocks(FORWARD_TILES[features.element_size()], channels, count)
     grid = (batch * number, triton.cdiv(channels, tile.blocks["BLOCK_C"]), triton.cdiv(count, tile.blocks["BLOCK_P"]))
     inputs = (features.contiguous(), boxes.contiguous(), points.contiguous())
     valid_sizes = None if valid_sizes is None else valid_sizes.contiguous()
@@ -367,16 +370,6 @@ def salient_points_backward_triton(
         arguments = (grad, features, boxes, points, valid_sizes, grad_points, *sizes)
         launch(_salient_points_points_kernel, grid, tile, arguments, **constants)
     return grad_features, grad_points
-
-
-def example_launches() -> None:
-    """Every kernel at the shapes of training, for the ahead-of-time report."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for valid_sizes in (None, torch.empty(16, 2, dtype=torch.int64, device="meta")):
-            features = torch.empty(16, 25, 38, 256, dtype=dtype, device="meta")
-            boxes, points = torch.empty(16, 300, 4, device="meta"), torch.empty(16, 300, 8, 2, device="meta")
-            out = salient_points_forward_triton(features, boxes, points, 7, valid_sizes)
-            salient_points_backward_triton(out, features, boxes, points, 7, valid_sizes)
 
 
 @torch.library.custom_op("samdetr::salient_points", mutates_args=(), device_types="cuda")

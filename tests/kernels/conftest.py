@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -10,6 +12,9 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from samdetr_kernels.aot import read_list
+from samdetr_kernels.launch import Tile
 
 
 def _mend_interpreter() -> None:
@@ -62,6 +67,25 @@ _mend_interpreter()
 def kernel_device() -> torch.device:
     """A GPU, or the CPU under Triton's interpreter: launchers take either."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Launched(NamedTuple):
+    """What a launcher gave to `launch`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    tile: Tile
+    arguments: tuple[Any, ...]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
+    """Fill a list with what launchers, which may be given meta tensors, would run; nothing runs."""
+    found: list[Launched] = []
+    for name in {entry.module for entry in read_list()}:
+        module = importlib.import_module(f"samdetr_kernels.{name}")
+        monkeypatch.setattr(module, "launch", lambda *launched, **_: found.append(Launched(*launched)))
+    return found
 
 
 @pytest.fixture(autouse=True)

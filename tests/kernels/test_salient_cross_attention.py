@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from samdetr_kernels.attention_dropout import dropout_mask
-from samdetr_kernels.launch import force_reference, record_launches
+from samdetr_kernels.launch import force_reference
 from samdetr_kernels.salient_cross_attention import salient_cross_attention, salient_cross_attention_reference
 from samdetr_kernels.salient_cross_attention_kernels import (
     MAX_CELLS,
@@ -322,17 +322,16 @@ def test_kernels_repeat_by_bits(case, kernel_device):
     assert all(torch.equal(one, other) for one, other in zip(first[2], second[2], strict=True))
 
 
-def test_heads_are_split_by_a_rule_of_the_shape():
+def test_heads_are_split_by_a_rule_of_the_shape(launches):
     def splits(batch: int, cells: int, heads: int) -> int:
         query = torch.empty(batch, 300, heads, 256, dtype=torch.bfloat16, device="meta")
         key = torch.empty(batch, cells, 256, dtype=torch.bfloat16, device="meta")
         value = torch.empty(batch, cells, heads, 32, dtype=torch.bfloat16, device="meta")
         inputs = (query, key, value, torch.empty(batch, 2, dtype=torch.int64, device="meta"), 38, None, None, 1.0, 0.0)
-        with record_launches() as launches:
-            results = salient_cross_attention_forward_triton(*inputs, None)
-            salient_cross_attention_backward_triton(torch.empty_like(results[0]), *inputs, None, *results)
-        assert launches[2].grid[1] * launches[2].arguments[-1] == heads
-        return launches[2].grid[1]
+        results = salient_cross_attention_forward_triton(*inputs, None)
+        salient_cross_attention_backward_triton(torch.empty_like(results[0]), *inputs, None, *results)
+        assert launches[-1].grid[1] * launches[-1].arguments[-1] == heads
+        return launches[-1].grid[1]
 
     # 30 programs an image and split: as few splits as reach 128 programs
     assert [splits(batch, 950, 8) for batch in (1, 2, 4, 5, 16)] == [8, 4, 2, 1, 1]

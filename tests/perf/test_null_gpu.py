@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -195,19 +194,6 @@ def test_a_process_is_started_anew_only_once(monkeypatch: pytest.MonkeyPatch) ->
 def from_checkout() -> dict[str, str]:
     """Return this process's environment, with the checkout's packages."""
     return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-
-
-@pytest.fixture
-def null_gpu_there() -> None:
-    """Skip the test, with the reason, where there is no null GPU or nothing to build it with."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("the null GPU needs Triton, which is not installed")
-    try:
-        null_library.build(null_library.source_folder())
-    except NullGpuError as error:
-        if "could not build" in str(error):
-            raise
-        pytest.skip(f"not counted: {error}")
 
 
 def count(path: Path, *arguments: str, code: int = 0) -> Namespace:
