@@ -1,4 +1,4 @@
-"""Fetch, for a GPU machine without a network, the wheels that its own Python lacks: pure files in one folder.
+"""Fetch, for a GPU machine without a network, the wheels that its Python may lack; nothing is built there.
 
 python perf/fetch_wheels.py --python 3.12            # here, into .wheels/
 python3 -m pip install --no-index --no-deps --target SITE .wheels/*.whl    # there; then SITE into PYTHONPATH
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 # what samdetr needs beyond torch, torchvision, triton, numpy, scipy, matplotlib, typer, rich and safetensors
-WITH_DEPENDENCIES = ("pydantic",)
+WITH_DEPENDENCIES = ("pydantic", "pytest", "pytest-xdist")
 ALONE = ("msgspec", "hotcoco", "simplejpeg", "pycocotools")  # which need numpy only
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 

@@ -1,11 +1,13 @@
 """Everything a GPU can tell, in two commands for a machine that is there for fifteen minutes.
 
-Call 1: tests, commands and the training steps of R50 and R50-DC5 side by side (what is timed holds the GPU alone, the
-others compile meanwhile), then what bounds our kernels. Call 2: the other benches. Each part is a process group of its
-own, which is stopped at its time limit or at the deadline of the whole. README.md, results.json and files.tar.gz (logs,
-profiles) of the record are rewritten whenever a part ends, so that a part that fails or hangs, or a killed check, costs
-only what it had not finished. ``--device cpu`` tries the machinery; ``--dry-run`` goes through all parts at small sizes
-without comparing numbers, for a null GPU.
+Call 1: tests, commands and the training steps of R50 and R50-DC5 side by side, then what bounds our kernels. Call 2:
+the other benches. Nothing is timed while tests or commands run, nor while another part times something; a part that is
+compared, compiled or warmed up meanwhile still takes some steps on the GPU, which a median hardly sees (p80 does).
+
+Each part is a process group of its own, which is stopped at its time limit or at the deadline of the whole. README.md,
+results.json and files.tar.gz (logs, profiles) of the record are rewritten whenever a part ends, so that a part that
+fails or hangs, or a killed check, costs only what it had not finished. ``--device cpu`` tries the machinery;
+``--dry-run`` goes through all parts at small sizes without comparing numbers, for a null GPU.
 
     python perf/gpu_check.py --call 1 --change first-run --prediction "the aligner takes a tenth of the published time"
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import io
 import json
 import os
 import re
@@ -37,9 +40,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TAIL_LINES = 12
 ENVIRONMENT_SECONDS = 15
 POLL_SECONDS = 0.1
-GPU_LOCK = ".gpu.lock"
+GPU_LOCK, RESULTS = ".gpu.lock", "results.json"
 INTERRUPTION_SECONDS = 6
 TERMINATION_SECONDS = 2  # between asking a part to end and killing it
+STOPPING_SECONDS = INTERRUPTION_SECONDS + 2 * TERMINATION_SECONDS
 COMMIT_VARIABLE = "PERF_COMMIT"
 NO_GPU = 3  # exit code of the process that describes the machine
 
@@ -90,21 +94,23 @@ def _steps(recipe: str, batches: tuple[int, int], seconds: float) -> Part:
 def _commands(name: str, seconds: float, *options: str) -> Part:
     command = ("perf/try_commands.py", "recipes/quickstart.toml", *options, "--json", f"{{out}}/{slug(name)}.json")
     small = ("--set", "train.epochs=1", "--set", "data.shapes.train_images=320", "--set", "data.shapes.val_images=20")
-    return Part(name, command, seconds, gpu_only=True, dry_run=small)
+    return Part(name, command, seconds, gpu_only=True, holds_gpu=True, dry_run=small)
 
 
 OPS = ("aligner_kernels", "aligner_ops", "deformable_attention", "linear_assignment", "salient_cross_attention")
 KERNEL_TESTS = tuple(f"tests/kernels/test_{name}.py" for name in OPS)
+LAYER_TESTS = "tests/models/test_layers.py"
 GPU_TESTS = ("tests/engine/test_compile.py", "tests/engine/test_optim.py", "tests/engine/test_checkpoint.py")
 UNDER_NCU = ("perf/launch_kernels.py", "--times", "1", "--ncu", "{out}/kernels.csv")
+FEWER_PICTURES = ("--set", "data.shapes.train_images=800", "--set", "data.shapes.val_images=40")
 BF16 = ("--dtypes", "bfloat16")
 CALLS: dict[int, tuple[Stage, ...]] = {
     1: (
         (
-            _pytest("kernel tests", 110, 8, "-m", "not slow", *KERNEL_TESTS),
+            _pytest("kernel tests", 110, 8, "-m", "not slow", *KERNEL_TESTS, LAYER_TESTS),
             _steps("r50_12ep", (4, 16), 255),
             _steps("r50_dc5_12ep", (1, 8), 255),
-            _commands("commands on one epoch of quickstart", 200, "--set", "train.epochs=1"),
+            _commands("commands on a part of quickstart", 130, "--set", "train.epochs=1", *FEWER_PICTURES),
         ),
         (Part("kernels under ncu", UNDER_NCU, 65, True, dry_run=("--shapes", "small", "--ncu", "")),),
         (_bench("attention", 60, *BF16),),
@@ -148,15 +154,16 @@ class Record:
         for path in sorted(results.glob("*.json")):
             self.benches[path.stem] = json.loads(path.read_text())
         with tarfile.open(self.folder / "files.tar.gz", "w:gz") as packed:
-            for path in sorted(results.iterdir()):
-                if path.suffix != ".json" and not path.name.startswith("."):
-                    packed.add(path, arcname=path.name)
+            for path in sorted(results.rglob("*")):
+                if path.is_file() and path.suffix != ".json" and not path.name.startswith("."):
+                    with suppress(OSError):  # another part is writing it
+                        packed.addfile(*_as_it_is(path, results))
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
         """results.json and README.md as of now."""
         content: dict[str, Any] = {"change": self.change, "prediction": self.prediction, "environment": self.facts}
         content |= {"parts": [asdict(outcome) for outcome in outcomes], "benches": self.benches}
-        (self.folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+        (self.folder / RESULTS).write_text(json.dumps(content, indent=1) + "\n")
         facts = "\n".join(f"- {name}: {value}" for name, value in self.facts.items())
         (self.folder / "README.md").write_text(
             f"# {self.change}\n\n## Prediction\n\n{self.prediction}\n\n## Outcome\n\nTo be written.\n\n"
@@ -171,23 +178,34 @@ class Record:
         return "\n".join(lines)
 
 
+def _as_it_is(path: Path, root: Path) -> tuple[tarfile.TarInfo, io.BytesIO]:
+    """What a tar file takes of a file that may grow meanwhile."""
+    content = path.read_bytes()
+    entry = tarfile.TarInfo(str(path.relative_to(root)))
+    entry.size, entry.mtime = len(content), int(time.time())
+    return entry, io.BytesIO(content)
+
+
 def _summary(bench: Mapping[str, Any]) -> list[str]:
     """For each case: the first variant's name and time; of ours the time, how many times faster, share of the bound."""
     state = "" if bench["complete"] else ", unfinished"
     lines = [f"{bench['op']}{state}{', RED or failed' if bench['failed'] else ''}"]
-    first: Mapping[str, Any] = {}
+    firsts: dict[tuple[str, str, str], Mapping[str, Any]] = {}
     for row in bench["rows"]:
+        # a step's baseline has a dtype of its own
+        dtype = "" if row["direction"] == "step" else row["dtype"]
+        first = firsts.setdefault((row["case"], dtype, row["direction"]), row)
         case = f"{row['case']} {row['dtype']} {row['direction']}"
-        if not first or row["variant"] == first["variant"]:
-            first = row  # of the next case; a step's baseline has a dtype of its own
         if row["problem"] is not None:
             lines.append(f"  {case}: {row['variant']}: {row['problem'][:90]}")
         elif row["variant"].startswith("ours"):
-            named = first["variant"] if "(" in first["variant"] else f"{first['variant']} ({first['dtype']})"
-            before = named if first["ms"] is None else f"{named} {first['ms']:.4g} ms"
-            faster = "" if row["times_faster"] is None else f", {row['times_faster']:.2f}x"
+            before = ""
+            if first["ms"] is not None and not first["variant"].startswith("ours"):
+                named = first["variant"] if "(" in first["variant"] else f"{first['variant']} ({first['dtype']})"
+                before = f"{named} {first['ms']:.4g} ms -> "
+            faster = "" if row["times_faster"] is None or not before else f", {row['times_faster']:.2f}x"
             share = "" if row["share"] is None else f", {row['share']:.0%}"
-            lines.append(f"  {case}: {before} -> {row['variant']} {row['ms']:.4g} ms{faster}{share}{_counts(row)}")
+            lines.append(f"  {case}: {before}{row['variant']} {row['ms']:.4g} ms{faster}{share}{_counts(row)}")
     return lines + [f"  {note}" for note in bench["notes"]]
 
 
@@ -260,7 +278,8 @@ def run_stage(
     begin = time.monotonic()
     running: dict[int, subprocess.Popen[bytes]] = {}
     try:
-        for place, part in enumerate(stage):
+        # first those that hold the GPU: nobody else has it yet
+        for place, part in sorted(enumerate(stage), key=lambda item: not item[1].holds_gpu):
             running[place] = begin_part(part, logs[place], device, results)
         while running:
             for place, process in list(running.items()):
@@ -318,8 +337,10 @@ def main(argv: Sequence[str] | None = None, calls: Mapping[int, Sequence[Stage]]
     if len(prediction) < 256 and Path(prediction).is_file():
         prediction = Path(prediction).read_text().strip()
     facts = describe_machine(options.device)
-    name = f"{datetime.now(UTC):%Y-%m-%d}_{slug(facts['name'])}_{slug(options.change)}"
+    name = f"{datetime.now(UTC):%Y-%m-%d}_{slug(facts['name'])}_{slug(options.change)}_call-{options.call}"
     folder = options.out or ROOT / "perf" / "records" / name
+    if (folder / RESULTS).exists():
+        sys.exit(f"error: {folder} holds a record already: take another --change or --out.")
     record = Record(folder, facts, options.change, prediction)
     stages = [
         [
@@ -330,7 +351,7 @@ def main(argv: Sequence[str] | None = None, calls: Mapping[int, Sequence[Stage]]
         for stage in calls[options.call]
     ]
     outcomes = {part.name: Outcome(part.name, limit=part.seconds) for stage in stages for part in stage}
-    deadline = begin + 60 * (options.minutes or MINUTES[options.call]) - 2 * TERMINATION_SECONDS
+    deadline = begin + 60 * (options.minutes or MINUTES[options.call]) - STOPPING_SECONDS
     with tempfile.TemporaryDirectory() as scratch:
         logs_at = Path(scratch) / "logs"
         logs_at.mkdir()
@@ -361,7 +382,7 @@ def read_options(argv: Sequence[str] | None, calls: Mapping[int, Sequence[Stage]
     parser.add_argument("--change", default="check", help="what is measured, for the name of the record")
     parser.add_argument("--prediction", default="None was written down.", help="text, or a file with it")
     parser.add_argument("--commit", help="the commit, where the checkout came without .git")
-    parser.add_argument("--out", type=Path, help="folder of the record (perf/records/DATE_GPU_CHANGE)")
+    parser.add_argument("--out", type=Path, help="folder of the record (perf/records/DATE_GPU_CHANGE_CALL)")
     parser.add_argument("--dry-run", action="store_true", help="all parts at small sizes, no numbers compared")
     parser.add_argument("--only", default="", help="run only parts whose name contains this")
     return parser.parse_args(argv)

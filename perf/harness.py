@@ -293,6 +293,8 @@ def main(op: str, cases: Callable[[Options], Iterable[Case]], argv: Sequence[str
     report.ceilings = measure_ceilings(options.device, min(options.repeats, 20))
     print(" ".join(f"{key}={value}" for key, value in report.environment.items()))
     print("measured limits: " + ", ".join(f"{name} {value:.4g}" for name, value in report.ceilings.items()) + "\n")
+    if not options.gate:
+        report.note("no gate: --no-gate")
     try:
         again = []
         for case in cases(options):

@@ -64,7 +64,7 @@ def launch_all(shapes: str, device: str, times: int) -> None:
             print(f"{op}: {case.name}", flush=True)
 
 
-def profiled(file: Path, arguments: Sequence[str]) -> int:
+def profiled(file: Path, times: int, arguments: Sequence[str]) -> int:
     """Run this file under Nsight Compute, its rows in ``file``; returns the exit code, 3 where there is none."""
     found = [shutil.which("ncu"), *(path for pattern in PLACES for path in sorted(glob.glob(pattern)))]
     program = next(filter(None, found), None)
@@ -75,25 +75,26 @@ def profiled(file: Path, arguments: Sequence[str]) -> int:
     command += ["--kernel-name", "regex:roi_align|salient|assignment|deformable", "--log-file", str(file)]
     command += [word for section in SECTIONS for word in ("--section", section)]
     code = subprocess.run([*command, sys.executable, __file__, *arguments]).returncode
-    print(table(file))
+    print(table(file, times))
     return code
 
 
-def table(file: Path) -> str:
-    """The medians of every kernel and launch shape."""
+def table(file: Path, times: int) -> str:
+    """The medians of every kernel and case, in order; a case launches each of its kernels ``times`` times."""
     lines = [line for line in file.read_text(errors="replace").splitlines() if line.startswith('"')]
     rows = [row for row in csv.DictReader(lines) if row["ID"]]  # the row after the names holds units: ns, %
-    found: dict[tuple[str, str], list[dict[str, str]]] = {}
+    found: dict[str, list[dict[str, str]]] = {}
     for row in rows:
-        found.setdefault((row["Kernel Name"].split("(")[0], row.get("Grid Size", "")), []).append(row)
+        found.setdefault(row["Kernel Name"].split("(")[0], []).append(row)
     text = [f"{'':58}" + "".join(f"{name:>9}" for name in COLUMNS)]
-    for (kernel, grid), launches in found.items():
-        cells = []
-        for name, metric in COLUMNS.items():
-            values = [float(row[metric].replace(",", "")) for row in launches if row.get(metric)]
-            scale = 1e-3 if name == "us" else 1.0
-            cells.append(f"{scale * median(values):9.1f}" if values else f"{'-':>9}")
-        text.append(f"{kernel.strip('_')[:40]:42}{grid:16}" + "".join(cells))
+    for kernel, every in found.items():
+        for launches in (every[first : first + times] for first in range(0, len(every), times)):
+            cells = []
+            for name, metric in COLUMNS.items():
+                values = [float(row[metric].replace(",", "")) for row in launches if row.get(metric)]
+                scale = 1e-3 if name == "us" else 1.0
+                cells.append(f"{scale * median(values):9.1f}" if values else f"{'-':>9}")
+            text.append(f"{kernel.strip('_')[:40]:42}{launches[0].get('Grid Size', ''):16}" + "".join(cells))
     return "\n".join(text)
 
 
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.ncu:
         again = ["--times", str(given.times), "--device", given.device, "--shapes", given.shapes]
-        return profiled(Path(given.ncu), again)
+        return profiled(Path(given.ncu), given.times, again)
     launch_all(given.shapes, given.device, given.times)
     return 0
 

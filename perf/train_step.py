@@ -50,13 +50,18 @@ WAYS: dict[str, dict[str, str]] = {  # what they change of the recipe's compute 
     "graph": {"compile": "on", "cuda_graph": "on"},
 }
 PROFILED_STEPS = 3
+H100 = "NVIDIA H100 80GB HBM3"
 # images/s that an H100 cannot exceed (design: sum over kernels of the larger of compute and traffic), at batch 16
 H100_LIMITS = {(False, 800, 1216): 813, (True, 800, 1216): 469, (False, 640, 864): 1275, (True, 640, 864): 834}
 
 
 @dataclass
 class StepRow(Row):
-    """A side's step. ``ms`` is wall time, the host's included; ``times_faster`` the median of the turns' ratios."""
+    """A side's step. ``ms`` is wall time, the host's included.
+
+    ``times_faster`` is the median of the turns' ratios for the first way, which takes turns with the baseline; for
+    others at that size the ratio of medians.
+    """
 
     cpu_ms: float | None = None  # processor time of the host, all threads: what a busy machine disturbs less
     images_per_s: float | None = None
@@ -290,9 +295,10 @@ class Measurement:
                 timed.times_faster = self.baseline[1].ms / timed.ms
 
     def share_of_limit(self, row: StepRow) -> float | None:
-        """What part of an H100's limit a row reaches, where the limit is known."""
+        """What part of an H100's limit a row of SAM-DETR on one map reaches, where the limit is known."""
         size, batch = row.case.split(" batch ")
-        if batch != "16" or "H100" not in self.report.environment["name"] or row.images_per_s is None:
+        is_h100 = self.report.environment["name"] == H100
+        if batch != "16" or not is_h100 or self.recipe.model.system != "sam_detr" or row.images_per_s is None:
             return None
         limit = H100_LIMITS.get((self.recipe.model.backbone.dilation, *map(int, size.split("x"))))
         return row.images_per_s / limit if limit else None

@@ -87,11 +87,13 @@ def attend(
 ) -> Tensor:
     """Softmax attention, channels split among heads: [B, Q, C], [B, S, C], [B, S, D] -> [B, Q, D].
 
-    mask: bool (True: attended) or added to the scores, broadcast to [B, heads, Q, S]. dropout: of the weights.
+    mask: bool (True: attended, one key at least) or added to the scores, broadcast to [B, heads, Q, S]. dropout: of the
+    weights.
     """
     query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value))
     width, scale = value.shape[-1], None  # None: torch's own, the root of the query's width
-    if mask is not None and masks_by_channels(query, value, mask):
+    # without dropout torch may take cuDNN's, which is fast with a mask too
+    if dropout and mask is not None and query.is_cuda and fits_mask_channels(query, value, mask):
         scale = query.shape[-1] ** -0.5
         query, key, value = with_mask_channels(query, key, value, mask)
         mask = None
@@ -102,9 +104,9 @@ def attend(
     return attended[..., :width].transpose(1, 2).flatten(2)
 
 
-def masks_by_channels(query: Tensor, value: Tensor, mask: Tensor) -> bool:
-    """Tell whether these heads are for a GPU's flash attention, which knows no mask, and the mask is one of keys."""
-    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+def fits_mask_channels(query: Tensor, value: Tensor, mask: Tensor) -> bool:
+    """Tell whether flash attention, which knows no mask, takes these heads, and the mask is one of keys."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
     of_keys = mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)
     return half and of_keys and query.shape[-1] == value.shape[-1] <= WIDEST_FLASH_HEAD - MASK_CHANNELS
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from samdetr.models.layers import attend, masks_by_channels, with_mask_channels
+from samdetr.models.layers import attend, fits_mask_channels, with_mask_channels
 
 HEADS, WIDTH = 4, 8
 
@@ -55,32 +55,45 @@ def test_a_masked_key_changes_nothing_to_the_last_bit() -> None:
     assert torch.equal(before, channels(query, key, value, mask))
 
 
-def test_where_they_are_used() -> None:
-    parts, mask = inputs(torch.bfloat16)
-    query, _, value = parts
-    assert not masks_by_channels(query, value, mask)  # on a CPU, whose attention takes masks
-    assert not masks_by_channels(query.float(), value.float(), mask) and not masks_by_channels(
-        query, value[..., :4], mask
-    )
+def test_what_fits() -> None:
+    (query, _, value), mask = inputs(torch.bfloat16)
+    assert fits_mask_channels(query, value, mask) and fits_mask_channels(query.half(), value.half(), mask)
+    wide = torch.zeros(3, HEADS, 5, 256, dtype=torch.bfloat16)
+    assert fits_mask_channels(wide[..., :248], wide[..., :248], mask) and not fits_mask_channels(wide, wide, mask)
+    assert not fits_mask_channels(query.float(), value.float(), mask)
+    assert not fits_mask_channels(query, value[..., :4], mask)
+    assert not fits_mask_channels(query, value, mask.float())  # added to the scores
+    assert not fits_mask_channels(query, value, mask.expand(3, HEADS, 5, 11))  # of pairs, not of keys
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_attention_on_a_gpu_agrees_with_float64(dtype: torch.dtype, dropout: float) -> None:
+def test_flash_attention_on_a_gpu_gives_the_gradients_of_float64(dtype: torch.dtype, compiled: bool) -> None:
     random = torch.Generator().manual_seed(0)
-    parts = [torch.randn(2, 950, 256, generator=random).to(dtype) for _ in range(3)]
+    parts = [torch.randn(2, 950, 256, generator=random).to(dtype) for _ in range(4)]
     mask = torch.rand(2, 1, 1, 950, generator=random) < 0.7
+    few = 1e-6  # dropout that leaves out next to nothing, so that flash attention is taken and can be compared
+    attention = torch.compile(attend, fullgraph=True) if compiled else attend
+    found = []
+    for run, device, wide in ((attention, "cuda", dtype), (attend, "cpu", torch.float64)):
+        *leaves, upstream = (part.to(device, wide) for part in parts)
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        out = run(*leaves, heads=8, dropout=few if device == "cuda" else 0.0, mask=mask.to(device))
+        found.append([out, *torch.autograd.grad(out, leaves, upstream)])
+    for one, exact in zip(*found, strict=True):
+        error = (one.cpu().double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+        assert error < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dropout_on_a_gpu_is_flash_attentions_and_keeps_its_share(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    mask = (torch.rand(4, 1, 1, 950, generator=random) < 0.7).cuda()
+    zeros = torch.zeros(4, 950, 256, dtype=dtype, device="cuda")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        out = attend(*(part.cuda() for part in parts), heads=8, dropout=dropout, mask=mask.cuda())
+        kept = attend(zeros, zeros, torch.ones_like(zeros), heads=8, dropout=0.1, mask=mask)
         torch.cuda.synchronize()
-    if dropout:  # without, cuDNN may be faster
-        assert any("flash" in event.key for event in profiler.key_averages())
-    exact = attend(*(part.double() for part in parts), heads=8, mask=mask)
-    error = (out.cpu().double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    # a weight that is kept with probability 0.9 has a relative variance of 1/9
-    assert error < (0.01 if dropout == 0 else 0.5)
-    if dropout:
-        equal = (part.cuda() for part in (parts[0] * 0, parts[1] * 0, torch.ones_like(parts[2])))
-        kept = attend(*equal, heads=8, dropout=dropout, mask=mask.cuda())
-        assert abs(kept.double().mean().item() - 1) < 0.01
+    assert any("flash" in event.key for event in profiler.key_averages())
+    assert abs(kept.double().mean().item() - 1) < 0.01
