@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
+import os
 import re
+import signal
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +22,7 @@ from perf import bench_roi_align, bench_salient_points, gate, gpu_check
 from perf.gate import Args, Case, Variant, Work
 from perf.gpu_check import Part, slug
 from perf.gpu_check import main as check
+from perf.gpu_lock import LOCK_VARIABLE, gpu_alone
 from perf.harness import BOTH, FORWARD, floor_ms, main, measure, read_options
 from perf.inputs import Shape, between_kinks, boxes_in_cells, cast, generator
 from perf.report import Report, Row
@@ -354,8 +358,8 @@ def test_the_deadline_of_the_whole(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_check, "describe_machine", lambda device: {"name": "test"})
     stages = ((Part("long", ("-c", "import time; time.sleep(60)"), 50),), (Part("after it", ("-c", ""), 50),))
     begin = time.monotonic()
-    assert check(["--device", "cpu", "--out", str(tmp_path), "--minutes", "0.1"], {1: stages}) == 1
-    assert time.monotonic() - begin < 6
+    assert check(["--device", "cpu", "--out", str(tmp_path), "--minutes", "0.2"], {1: stages}) == 1
+    assert time.monotonic() - begin < 12
     content = json.loads((tmp_path / "results.json").read_text())
     assert [part["state"] for part in content["parts"]] == ["timed out", "not run"]
     assert "not run" in (tmp_path / "README.md").read_text() and "not run" in capsys.readouterr().out
@@ -376,9 +380,40 @@ def test_the_summary_names_the_baseline_and_its_dtype():
     step = [
         Row("toy", "step", "float32", "step", "baseline", ms=9.0),
         Row("toy", "step", "bfloat16", "step", "ours", ms=3.0, times_faster=3.0),
+        Row("toy", "larger step", "bfloat16", "step", "ours eager", ms=8.0),
+        Row("toy", "larger step", "bfloat16", "step", "ours graph", ms=4.0),
     ]
     summary = gpu_check._summary(asdict(Report("toy", {}, rows=step, complete=True)))
-    assert summary[1:] == ["  step bfloat16 step: baseline (float32) 9 ms -> ours 3 ms, 3.00x"]
+    assert summary[1:] == [
+        "  step bfloat16 step: baseline (float32) 9 ms -> ours 3 ms, 3.00x",
+        "  larger step bfloat16 step: ours eager 8 ms",
+        "  larger step bfloat16 step: ours graph 4 ms",
+    ]
+
+
+def test_a_record_is_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "describe_machine", lambda device: {"name": "test"})
+    arguments = ["--device", "cpu", "--out", str(tmp_path)]
+    assert check(arguments, {1: ((Part("good", ("-c", ""), 30),),)}) == 0
+    with pytest.raises(SystemExit, match="holds a record already"):
+        check(arguments, {1: ()})
+
+
+def test_the_lock_may_be_nested_and_ends_with_its_context(tmp_path, monkeypatch):
+    monkeypatch.setenv(LOCK_VARIABLE, str(tmp_path / "lock"))
+    with gpu_alone(), gpu_alone():
+        child = os.fork()  # has the file too
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with (tmp_path / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where another holds it
+            with pytest.raises(BlockingIOError), (tmp_path / "lock").open("w") as other:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_what_holds_the_gpu_is_shared_and_what_is_timed_waits(tmp_path, monkeypatch):
