@@ -15,13 +15,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 START = "import sys; from samdetr.cli.main import main; main(sys.argv[1:])"
 TERMINATED = 143
 LIMIT = 400.0  # seconds of one command
+
+
+class Samdetr(NamedTuple):
+    """How a process comes to be ``samdetr``."""
+
+    words: tuple[str, ...] = (sys.executable, "-c", START)  # before its arguments
+    environment: Mapping[str, str] | None = None  # None: that of this process
+
+
+SAMDETR = Samdetr()
 
 
 class Ended(NamedTuple):
@@ -34,10 +44,10 @@ class Ended(NamedTuple):
     output: str
 
 
-def start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+def start(arguments: Sequence[str], log: Path, samdetr: Samdetr) -> subprocess.Popen[bytes]:
     """Begin ``samdetr ARGUMENTS``, its output in ``log``."""
     with log.open("wb") as output:
-        return subprocess.Popen([sys.executable, "-c", START, *arguments], stdout=output, stderr=output)
+        return subprocess.Popen([*samdetr.words, *arguments], stdout=output, stderr=output, env=samdetr.environment)
 
 
 def finish(name: str, process: subprocess.Popen[bytes], begin: float, log: Path, wanted: int = 0) -> Ended:
@@ -54,16 +64,16 @@ def finish(name: str, process: subprocess.Popen[bytes], begin: float, log: Path,
     return ended
 
 
-def run(name: str, arguments: Sequence[str], log: Path) -> Ended:
+def run(name: str, arguments: Sequence[str], log: Path, samdetr: Samdetr, wanted: int = 0) -> Ended:
     """One command from its start to its end."""
     begin = time.monotonic()
-    return finish(name, start(arguments, log), begin, log)
+    return finish(name, start(arguments, log, samdetr), begin, log, wanted)
 
 
-def stopped(train: Sequence[str], folder: Path, log: Path) -> Ended:
+def stopped(train: Sequence[str], folder: Path, log: Path, samdetr: Samdetr) -> Ended:
     """Train until the first line of metrics.jsonl is there, then send SIGTERM."""
     begin = time.monotonic()
-    process = start(train, log)
+    process = start(train, log, samdetr)
     while process.poll() is None and time.monotonic() - begin < LIMIT:
         if any(path.stat().st_size for path in folder.glob("runs/*/*/metrics.jsonl")):
             process.send_signal(signal.SIGTERM)
@@ -72,12 +82,14 @@ def stopped(train: Sequence[str], folder: Path, log: Path) -> Ended:
     return finish("train, stopped by SIGTERM", process, begin, log, wanted=TERMINATED)
 
 
-def try_all(recipe: str, device: str, settings: Sequence[str], folder: Path) -> tuple[list[Ended], dict[str, object]]:
+def try_all(
+    recipe: str, device: str, settings: Sequence[str], folder: Path, samdetr: Samdetr = SAMDETR
+) -> tuple[list[Ended], dict[str, object]]:
     """All commands in order, until one ends otherwise than it should; what metrics.jsonl says of the evaluations."""
     log = folder / "log.txt"
     change = [f"run.device={device}", f"run.folder={folder / 'runs'}", "train.log_every=10", *settings]
     options = [word for setting in change for word in ("--set", setting)]
-    ended = [stopped(["train", recipe, *options], folder, log)]
+    ended = [stopped(["train", recipe, *options], folder, log, samdetr)]
     found = sorted(folder.glob("runs/*/1"))
     if ended[0].exit_code != TERMINATED or not found:
         return ended, {}
@@ -93,7 +105,7 @@ def try_all(recipe: str, device: str, settings: Sequence[str], folder: Path) -> 
     for name, arguments in commands:
         if name == "predict":
             draw_pictures(pictures)
-        ended.append(run(name, arguments, log))
+        ended.append(run(name, arguments, log, samdetr))
         if ended[-1].exit_code != 0:
             break
     lines = [json.loads(line) for line in (found[0] / "metrics.jsonl").read_text().splitlines()]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -19,6 +17,7 @@ from perf.null_counts import Part, StepCounts
 from perf.null_gpu import NOT_COUNTED, ROOT, SYSTEMS, Counted, main
 from perf.null_library import FOLDER_VARIABLE, Counts, NullGpuError
 from samdetr.published import PUBLISHED
+from tests.perf.null_gpu import from_checkout, on_null_gpu
 
 # launches of an eager step, 2 images of 320 x 320: the larger of torch 2.11's and 2.14's counts, up to the next ten
 BOUNDS = {
@@ -192,24 +191,6 @@ def test_a_process_is_started_anew_only_once(monkeypatch: pytest.MonkeyPatch) ->
 # ---- on the null GPU ----
 
 
-def from_checkout() -> dict[str, str]:
-    """Return this process's environment, with the checkout's packages."""
-    return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-
-
-@pytest.fixture
-def null_gpu_there() -> None:
-    """Skip the test, with the reason, where there is no null GPU or nothing to build it with."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("the null GPU needs Triton, which is not installed")
-    try:
-        null_library.build(null_library.source_folder())
-    except NullGpuError as error:
-        if "could not build" in str(error):
-            raise
-        pytest.skip(f"not counted: {error}")
-
-
 def count(path: Path, *arguments: str, code: int = 0) -> Namespace:
     """Run the command at a small size; returns its JSON and what it said."""
     command = [sys.executable, "perf/null_gpu.py", *arguments, "--batch", "2", "--size", "320x320", "--json", str(path)]
@@ -269,9 +250,9 @@ try:
 except Exception as error:
     print(json.dumps([waits, null_library.refused(), str(error).splitlines()[0]]))
 """
-    library = null_library.build(null_library.source_folder())
-    environment = null_library.environment_on(library, from_checkout())
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=on_null_gpu(), capture_output=True, text=True, check=True
+    )
     waits, refused, error = json.loads(done.stdout)
     assert waits and set(waits) <= {"copy D2H", "copy D2H pageable", "cudaStreamSynchronize"}
     assert any("during a capture" in call for call in refused) and "captur" in error
