@@ -9,19 +9,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 START = "import sys; from samdetr.cli.main import main; main(sys.argv[1:])"
 TERMINATED = 143
-LIMIT = 400.0  # seconds of one command
+COMMANDS = 5
+LIMIT, PATIENCE = 400.0, 20.0  # seconds of one command, and for its end
+
+
+class Samdetr(NamedTuple):
+    """How a process comes to be ``samdetr``."""
+
+    words: tuple[str, ...] = (sys.executable, "-c", START)  # before its arguments
+    environment: Mapping[str, str] | None = None  # None: that of this process
+
+
+SAMDETR = Samdetr()
 
 
 class Ended(NamedTuple):
@@ -34,10 +44,10 @@ class Ended(NamedTuple):
     output: str
 
 
-def start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+def start(arguments: Sequence[str], log: Path, samdetr: Samdetr) -> subprocess.Popen[bytes]:
     """Begin ``samdetr ARGUMENTS``, its output in ``log``."""
     with log.open("wb") as output:
-        return subprocess.Popen([sys.executable, "-c", START, *arguments], stdout=output, stderr=output)
+        return subprocess.Popen([*samdetr.words, *arguments], stdout=output, stderr=output, env=samdetr.environment)
 
 
 def finish(name: str, process: subprocess.Popen[bytes], begin: float, log: Path, wanted: int = 0) -> Ended:
@@ -45,8 +55,12 @@ def finish(name: str, process: subprocess.Popen[bytes], begin: float, log: Path,
     try:
         code = process.wait(max(1.0, LIMIT - (time.monotonic() - begin)))
     except subprocess.TimeoutExpired:
-        process.kill()
-        code = process.wait()
+        process.terminate()  # it ends its loaders
+        try:
+            code = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
     ended = Ended(name, round(time.monotonic() - begin, 1), code, wanted, log.read_text(errors="replace"))
     print(f"{name}: exit code {code} after {ended.seconds} s", flush=True)
     if code != wanted or "Traceback" in ended.output:
@@ -54,16 +68,16 @@ def finish(name: str, process: subprocess.Popen[bytes], begin: float, log: Path,
     return ended
 
 
-def run(name: str, arguments: Sequence[str], log: Path) -> Ended:
+def run(name: str, arguments: Sequence[str], log: Path, samdetr: Samdetr, wanted: int = 0) -> Ended:
     """One command from its start to its end."""
     begin = time.monotonic()
-    return finish(name, start(arguments, log), begin, log)
+    return finish(name, start(arguments, log, samdetr), begin, log, wanted)
 
 
-def stopped(train: Sequence[str], folder: Path, log: Path) -> Ended:
+def stopped(train: Sequence[str], folder: Path, log: Path, samdetr: Samdetr) -> Ended:
     """Train until the first line of metrics.jsonl is there, then send SIGTERM."""
     begin = time.monotonic()
-    process = start(train, log)
+    process = start(train, log, samdetr)
     while process.poll() is None and time.monotonic() - begin < LIMIT:
         if any(path.stat().st_size for path in folder.glob("runs/*/*/metrics.jsonl")):
             process.send_signal(signal.SIGTERM)
@@ -72,12 +86,23 @@ def stopped(train: Sequence[str], folder: Path, log: Path) -> Ended:
     return finish("train, stopped by SIGTERM", process, begin, log, wanted=TERMINATED)
 
 
-def try_all(recipe: str, device: str, settings: Sequence[str], folder: Path) -> tuple[list[Ended], dict[str, object]]:
-    """All commands in order, until one ends otherwise than it should; what metrics.jsonl says of the evaluations."""
+def try_all(
+    recipe: str,
+    device: str,
+    settings: Sequence[str],
+    folder: Path,
+    samdetr: Samdetr = SAMDETR,
+    after: Callable[[list[Ended]], None] = lambda ended: None,
+) -> tuple[list[Ended], dict[str, object]]:
+    """All commands in order, until one ends otherwise than it should; what metrics.jsonl says of the evaluations.
+
+    ``after`` hears of the commands so far whenever one has ended.
+    """
     log = folder / "log.txt"
     change = [f"run.device={device}", f"run.folder={folder / 'runs'}", "train.log_every=10", *settings]
     options = [word for setting in change for word in ("--set", setting)]
-    ended = [stopped(["train", recipe, *options], folder, log)]
+    ended = [stopped(["train", recipe, *options], folder, log, samdetr)]
+    after(ended)
     found = sorted(folder.glob("runs/*/1"))
     if ended[0].exit_code != TERMINATED or not found:
         return ended, {}
@@ -93,7 +118,8 @@ def try_all(recipe: str, device: str, settings: Sequence[str], folder: Path) -> 
     for name, arguments in commands:
         if name == "predict":
             draw_pictures(pictures)
-        ended.append(run(name, arguments, log))
+        ended.append(run(name, arguments, log, samdetr))
+        after(ended)
         if ended[-1].exit_code != 0:
             break
     lines = [json.loads(line) for line in (found[0] / "metrics.jsonl").read_text().splitlines()]
@@ -119,18 +145,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change of the recipe")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        ended, told = try_all(options.recipe, options.device, options.set, Path(scratch))
-    names = ["train", "resume", "eval", "predict", "export"]
-    good = len(ended) == len(names)
-    good &= all(one.exit_code == one.wanted and "Traceback" not in one.output for one in ended)
-    print(json.dumps(told))
-    if options.json:
+
+    def write(ended: Sequence[Ended], told: Mapping[str, object] | None = None, good: bool = False) -> None:
+        if not options.json:
+            return
         parts = [{**one._asdict(), "output": one.output[-3000:]} for one in ended]
         content = {"recipe": options.recipe, "set": options.set, "device": options.device, "good": good}
-        temporary = options.json.with_suffix(f".tmp{os.getpid()}")
-        temporary.write_text(json.dumps({**content, "commands": parts, **told}, indent=1) + "\n")
+        temporary = options.json.with_name(f".{options.json.name}.tmp")
+        temporary.write_text(json.dumps({**content, "commands": parts, **(told or {})}, indent=1) + "\n")
         temporary.replace(options.json)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        ended, told = try_all(options.recipe, options.device, options.set, Path(scratch), after=write)
+    good = len(ended) == COMMANDS
+    good &= all(one.exit_code == one.wanted and "Traceback" not in one.output for one in ended)
+    print(json.dumps(told))
+    write(ended, told, good)
     return int(not good)
 
 

@@ -18,6 +18,7 @@ from samdetr.data.splits import load_splits
 from samdetr.engine.build import build_loaders
 from samdetr.engine.checkpoint import EXPORTED, find_checkpoint, meta_file, read_meta
 from samdetr.engine.compile import choose_precision
+from samdetr.engine.out_of_memory import placing
 from samdetr.engine.parallel import ALONE
 from samdetr.engine.replay import REPLAY
 from samdetr.engine.setup import choose_device, load_trained
@@ -137,24 +138,25 @@ def debug_nan(file: str) -> bool:
     replay = meta[REPLAY]
     model, recipe, _, _ = load_trained(str(path))
     device = choose_device("cpu" if recipe.run.device == "cpu" else "auto", recipe.compute.kernels)
-    batches = [finish(batch, device) for batch in _load(recipe, meta, device)]
-    say = partial(Console().print, markup=False, highlight=False, soft_wrap=True)
-    values = ", ".join(f"{name} {value}" for name, value in replay["values"].items())
-    say(f"step {replay['step']} (epoch {replay['epoch'] + 1}), in the run: {values}")
-    for sentence in [*_bad_images(batches), *_bad_weights(model)]:
-        say(sentence)
-    model.to(device).train()
-    seeds = [micro["seed"] for micro in replay["micro_batches"]]
-    configured = choose_precision(recipe.compute.precision, device)
-    criterion, found = build_criterion(recipe), {}
-    for precision in sorted(PRECISIONS, key=lambda one: one != configured):
-        found[precision] = result = compute(model, criterion, batches, seeds, precision=precision)
-        how = "as configured" if precision == configured else "for comparison"
-        say(f"{PRECISIONS[precision]}, {how}: loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}")
-        if not result.finite:
-            image_ids = ", ".join(map(str, replay["micro_batches"][result.micro_batch]["image_ids"]))
-            say(f"  not finite in the loss: {', '.join(result.terms) or 'nothing, the gradient alone'}")
-            say(f"  first: {result.first}, in micro-batch {result.micro_batch + 1} (image ids {image_ids})")
+    with placing(device, "the replay"):
+        batches = [finish(batch, device) for batch in _load(recipe, meta, device)]
+        say = partial(Console().print, markup=False, highlight=False, soft_wrap=True)
+        values = ", ".join(f"{name} {value}" for name, value in replay["values"].items())
+        say(f"step {replay['step']} (epoch {replay['epoch'] + 1}), in the run: {values}")
+        for sentence in [*_bad_images(batches), *_bad_weights(model)]:
+            say(sentence)
+        model.to(device).train()
+        seeds = [micro["seed"] for micro in replay["micro_batches"]]
+        configured = choose_precision(recipe.compute.precision, device)
+        criterion, found = build_criterion(recipe), {}
+        for precision in sorted(PRECISIONS, key=lambda one: one != configured):
+            found[precision] = result = compute(model, criterion, batches, seeds, precision=precision)
+            how = "as configured" if precision == configured else "for comparison"
+            say(f"{PRECISIONS[precision]}, {how}: loss {result.loss:.6g}, gradient norm {result.grad_norm:.6g}")
+            if not result.finite:
+                image_ids = ", ".join(map(str, replay["micro_batches"][result.micro_batch]["image_ids"]))
+                say(f"  not finite in the loss: {', '.join(result.terms) or 'nothing, the gradient alone'}")
+                say(f"  first: {result.first}, in micro-batch {result.micro_batch + 1} (image ids {image_ids})")
     say(_verdict(found, configured))
     return found[configured].finite
 

@@ -21,7 +21,7 @@ from samdetr.data.splits import build_dataset, read_split
 from samdetr.engine.coco import CocoDetections, choose_evaluator, coco_detections, coco_evaluate
 from samdetr.engine.compile import choose_precision, computing_in, eagerly
 from samdetr.engine.log import print_evaluation, print_findings, print_per_class
-from samdetr.engine.out_of_memory import described, evaluating, named
+from samdetr.engine.out_of_memory import START_UP, described, evaluating, named, placing
 from samdetr.engine.parallel import World
 from samdetr.engine.setup import choose_device, load_trained
 from samdetr.errors import RecipeError
@@ -159,7 +159,8 @@ def _evaluate_and_print(model: Detector, recipe: Recipe, raw: CocoData, categori
     loader = build_eval_loader(
         dataset, batch=recipe.eval.batch, workers=recipe.data.workers, pin_memory=device.type == "cuda"
     )
-    model.to(device)
+    with placing(device, START_UP):
+        model.to(device)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar, evaluating(recipe, device):
         task = bar.add_task("evaluating", total=len(loader))
         results = detect(

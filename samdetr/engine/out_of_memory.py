@@ -73,6 +73,18 @@ def evaluating(recipe: Recipe, device: torch.device) -> Iterator[None]:
         raise SamdetrError("\n".join(lines)) from error
 
 
+@contextmanager
+def placing(device: torch.device, where: str) -> Iterator[None]:
+    """Around what no recipe key makes smaller: raises SamdetrError where memory runs out. where: "the start-up"."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SamdetrError(
+            f"{_first_line(error, device, where)} If other programs hold the rest (nvidia-smi lists them), end them "
+            "or choose another GPU by CUDA_VISIBLE_DEVICES."
+        ) from error
+
+
 def _notes(error: torch.OutOfMemoryError) -> list[str]:
     return getattr(error, "__notes__", [])
 

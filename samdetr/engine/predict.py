@@ -15,6 +15,7 @@ from samdetr.data.transforms import build_transform
 from samdetr.engine.coco import CocoDetections, coco_detections
 from samdetr.engine.compile import choose_precision, computing_in
 from samdetr.engine.evaluate import best_detections
+from samdetr.engine.out_of_memory import START_UP, placing
 from samdetr.engine.setup import choose_device, load_trained
 from samdetr.errors import DataError, SamdetrError
 from samdetr.visualize.predictions import draw_detections, save_png
@@ -41,7 +42,8 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
         "cpu" if recipe.run.device == "cpu" else "auto",  # "cuda" was the training machine's
         recipe.compute.kernels,
     )
-    model.to(device).eval()
+    with placing(device, START_UP):
+        model.to(device).eval()
     precision = choose_precision(recipe.compute.precision, device)
     transform = build_transform(recipe.augment, training=False)
     by_id = dict(zip(categories.ids, categories.names, strict=True))
@@ -57,10 +59,10 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
             continue
         _make_folder(folder)
         image, _, _ = transform(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        with computing_in(precision, device):
+        with placing(device, f"the prediction of {photo}"), computing_in(precision, device):
             outputs = model(image[None].to(device), torch.tensor([image.shape[-2:]], device=device))
-        original = torch.tensor([pixels.shape[-2:]], device=device)
-        found = best_detections(outputs, original, recipe.eval.top_k, recipe.loss.classification)
+            original = torch.tensor([pixels.shape[-2:]], device=device)
+            found = best_detections(outputs, original, recipe.eval.top_k, recipe.loss.classification)
         every = coco_detections(found, [number], categories)
         kept = every.where(every.scores >= threshold)
         images.append({"id": number, "file_name": photo.name, "width": pixels.shape[2], "height": pixels.shape[1]})

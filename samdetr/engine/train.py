@@ -22,7 +22,7 @@ from samdetr.engine.evaluate import detect, gather_detections
 from samdetr.engine.log import Meter, RunLog, Stopwatch
 from samdetr.engine.nonfinite import report_all, report_steps
 from samdetr.engine.optim import Guarded, lr_factor, set_learning_rate
-from samdetr.engine.out_of_memory import START_UP, described, named, said_of_training
+from samdetr.engine.out_of_memory import START_UP, described, named, placing, said_of_training
 from samdetr.engine.parallel import ALONE, World, joined, local_gradients, lost_contact, whole
 from samdetr.engine.pictures import draw_validation
 from samdetr.engine.profile import StepProfiler
@@ -126,9 +126,10 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
     device = choose_device(recipe.run.device, recipe.compute.kernels)
     with joined(device, recipe.parallel) as world:
         console = Console(quiet=not world.is_main)
-        training = build_training(
-            recipe, resume=resume, device=device, world=world, console=console, train_step=train_step
-        )
+        with placing(device, START_UP):
+            training = build_training(
+                recipe, resume=resume, device=device, world=world, console=console, train_step=train_step
+            )
         return run(training, profile=profile)
 
 

@@ -10,15 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+import samdetr.engine.debug_nan
 import samdetr.engine.evaluate
+import samdetr.engine.predict
 import samdetr.engine.train
 from samdetr.engine.count import build_on_meta, training_memory
 from samdetr.engine.out_of_memory import GIB, evaluation_advice, savings, training_advice
 from samdetr.engine.train import train
-from samdetr.errors import SamdetrError
+from samdetr.errors import NonFiniteError, SamdetrError
+from samdetr.models.sam_detr import SAMDETR
 from samdetr.recipe import Recipe, load_recipe
-from tests.engine.runs import ROOT, Command, MakeRecipe, assert_same_weights, end, start_in
+from tests.engine.runs import ROOT, Command, MakeRecipe, Result, assert_same_weights, end, sentence, start_in
+from tests.engine.test_nonfinite import poison_steps
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB."
 FULL = f"{SAID} If reserved but unallocated memory is large try this.\nmore"
@@ -103,6 +108,42 @@ def test_evaluating_a_checkpoint(monkeypatch: pytest.MonkeyPatch, samdetr_comman
     first, second, third = result.err.splitlines()
     assert first.startswith("error: cpu is out of memory in the evaluation, at 1 images of ") and first.endswith(SAID)
     assert second == "It needs less with" and third.startswith("  augment.eval_size and augment.eval_max_size below 64")
+
+
+STARTED = f"error: cpu is out of memory in the start-up: {SAID} If other programs hold the rest ("
+
+
+def test_a_model_that_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, train_command: Command, samdetr_command: Command, trained: Path, tmp_path: Path
+) -> None:
+    photo, output = tmp_path / "photo.png", tmp_path / "predictions"
+    Image.new("RGB", (64, 48)).save(photo)
+    commands: tuple[Callable[[], Result], ...] = (
+        train_command,
+        lambda: samdetr_command("eval", str(trained)),
+        lambda: samdetr_command("predict", str(trained), str(photo), "--output", str(output)),
+    )
+    for command in commands:
+        with monkeypatch.context() as patch:
+            fill_at(patch, SAMDETR, "to", 1)
+            assert sentence(command()).startswith(STARTED)
+    fill_at(monkeypatch, samdetr.engine.predict, "computing_in", 1)
+    assert sentence(commands[-1]()).startswith(f"error: cpu is out of memory in the prediction of {photo}: {SAID} If")
+    assert not (tmp_path / "runs").exists() and not list(output.glob("*"))
+
+
+def test_a_replay_that_does_not_fit(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, samdetr_command: Command
+) -> None:
+    recipe = make_recipe()
+    poison_steps(monkeypatch, 1)
+    with pytest.raises(NonFiniteError):
+        train(recipe)
+    fill_at(monkeypatch, samdetr.engine.debug_nan, "forward_backward", 2)
+    (file,) = Path(recipe.run.folder).glob("*/*/nonfinite-*.safetensors")
+    result = samdetr_command("debug-nan", str(file))
+    assert result.code == 1 and result.err.startswith(f"error: cpu is out of memory in the replay: {SAID} If other")
+    assert result.err.count("\n") == 1
 
 
 def published(*overrides: str) -> Recipe:

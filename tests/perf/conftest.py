@@ -1,4 +1,4 @@
-"""What the tests on the null GPU share: the reason why there is none."""
+"""The null GPU, or the reason why it is not there."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import importlib.util
 
 import pytest
 
-from perf import null_library
 from perf.null_library import NullGpuError
+from tests.perf.null_gpu import on_null_gpu
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def null_gpu_there() -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("the null GPU needs Triton, which is not installed")
     try:
-        null_library.build(null_library.source_folder())
+        on_null_gpu()
     except NullGpuError as error:
         if "could not build" in str(error):
             raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -18,6 +17,7 @@ from perf.null_counts import Part, StepCounts
 from perf.null_gpu import NOT_COUNTED, ROOT, SYSTEMS, Counted, main
 from perf.null_library import FOLDER_VARIABLE, Counts, NullGpuError
 from samdetr.published import PUBLISHED
+from tests.perf.null_gpu import from_checkout, on_null_gpu
 
 # launches of an eager step, 2 images of 320 x 320: the larger of torch 2.11's and 2.14's counts, up to the next ten
 BOUNDS = {
@@ -191,11 +191,6 @@ def test_a_process_is_started_anew_only_once(monkeypatch: pytest.MonkeyPatch) ->
 # ---- on the null GPU ----
 
 
-def from_checkout() -> dict[str, str]:
-    """Return this process's environment, with the checkout's packages."""
-    return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-
-
 def count(path: Path, *arguments: str, code: int = 0) -> Namespace:
     """Run the command at a small size; returns its JSON and what it said."""
     command = [sys.executable, "perf/null_gpu.py", *arguments, "--batch", "2", "--size", "320x320", "--json", str(path)]
@@ -255,9 +250,9 @@ try:
 except Exception as error:
     print(json.dumps([waits, null_library.refused(), str(error).splitlines()[0]]))
 """
-    library = null_library.build(null_library.source_folder())
-    environment = null_library.environment_on(library, from_checkout())
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=on_null_gpu(), capture_output=True, text=True, check=True
+    )
     waits, refused, error = json.loads(done.stdout)
     assert waits and set(waits) <= {"copy D2H", "copy D2H pageable", "cudaStreamSynchronize"}
     assert any("during a capture" in call for call in refused) and "captur" in error
@@ -281,8 +276,7 @@ def test_a_compiled_step_and_its_graph(tmp_path: Path) -> None:
 @pytest.mark.parametrize("call", gpu_check.CALLS)
 def test_the_check_of_a_gpu_goes_through_all_its_parts(call: int, tmp_path: Path) -> None:
     command = [sys.executable, "perf/gpu_check.py", "--call", str(call), "--dry-run", "--out", str(tmp_path)]
-    environment = null_library.environment_on(null_library.build(null_library.source_folder()), from_checkout())
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=on_null_gpu(), capture_output=True, text=True, timeout=600)
     content = json.loads((tmp_path / "results.json").read_text())
     parts = [part.name for stage in gpu_check.CALLS[call] for part in stage]
     assert {part["name"]: part["state"] for part in content["parts"]} == dict.fromkeys(parts, "ok"), done.stdout[-3000:]

@@ -13,7 +13,7 @@ from perf import null_library
 from perf.null_library import FOLDER_VARIABLE, NullGpuError
 from perf.record_launches import LIST, ROOT, main, read_recipes
 from samdetr_kernels import aot
-from tests.perf.test_null_gpu import from_checkout
+from tests.perf.null_gpu import from_checkout
 
 REWRITE = "python perf/record_launches.py writes it anew"
 
