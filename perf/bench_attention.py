@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from perf.gate import Args, Case, Run, Variant, Work, published_variants, reason, total
-from perf.harness import BOTH, FORWARD, Options, main
+from perf.harness import BOTH, FORWARD, Options, main, read_options
 from perf.inputs import HEADS, SHAPES, WIDTH, Shape, element_bytes, generator, normal, valid_sizes
 from samdetr.models.layers import attend
 
@@ -71,7 +71,8 @@ def print_kept_shares(device: torch.device) -> None:
     cells = shape.height * shape.width
     for padded in (False, True):
         mask = torch.ones(shape.batch, 1, 1, cells, dtype=torch.bool, device=device) if padded else None
-        for name, run in (*((name, partial(with_backend, name)) for name in BACKENDS), ("ours", ours)):
+        backends = [(name, partial(with_backend, name)) for name in BACKENDS if device.type == "cuda"]
+        for name, run in (*backends, ("ours", ours)):
             try:
                 found = f"{kept_share(run, shape, mask, device):.4f}"
             except RuntimeError as error:
@@ -131,5 +132,5 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    print_kept_shares(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print_kept_shares(read_options("attention", None).device)
     sys.exit(main("attention", cases))

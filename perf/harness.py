@@ -255,6 +255,8 @@ def read_options(op: str, argv: Sequence[str] | None) -> Options:
     parser.add_argument("--tf32", action="store_true", help="let fp32 products use TF32, the kernels' too")
     parser.add_argument("--out", type=Path, help="folder for the JSON")
     given = parser.parse_args(argv)
+    if given.device == "cuda" and not cuda:
+        parser.error("torch finds no CUDA GPU here; --device cpu tries the machinery")
     if given.tf32:
         torch.set_float32_matmul_precision("high")
     shapes = given.shapes or ("gpu" if given.device == "cuda" else "small")

@@ -106,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", default="gpu", choices=("gpu", "small"))
     parser.add_argument("--ncu", metavar="FILE", help="run under Nsight Compute, whose CSV this is")
     given = parser.parse_args(argv)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA GPU here; --device cpu --shapes small tries the machinery")
     if given.ncu:
         again = ["--times", str(given.times), "--device", given.device, "--shapes", given.shapes]
         return profiled(Path(given.ncu), given.times, again)

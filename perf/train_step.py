@@ -89,6 +89,8 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", type=Path, help="folder for profiles of our ways")
     options = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not cuda:
+        parser.error("torch finds no CUDA GPU here: --device cpu")
     options.device = ("cuda" if cuda else "cpu") if options.device == "auto" else options.device
     options.group = options.group or (4 if options.device == "cuda" else 1)
     return options

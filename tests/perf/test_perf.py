@@ -12,6 +12,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -397,6 +398,29 @@ def test_a_record_is_not_written_over(tmp_path, monkeypatch):
     assert check(arguments, {1: ((Part("good", ("-c", ""), 30),),)}) == 0
     with pytest.raises(SystemExit, match="holds a record already"):
         check(arguments, {1: ()})
+
+
+def test_a_part_that_does_not_exist_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "describe_machine", lambda device: {"name": "test"})
+    with pytest.raises(SystemExit, match=r"no part of call 2 on cpu has 'nosuch' in its name: .*bench roi_align"):
+        check(["--device", "cpu", "--call", "2", "--only", "nosuch", "--out", str(tmp_path / "record")])
+    assert not (tmp_path / "record").exists()
+
+
+def test_a_machine_that_cannot_be_described_is_an_error(monkeypatch):
+    monkeypatch.setattr(gpu_check, "ENVIRONMENT_SECONDS", 0.01)
+    with pytest.raises(SystemExit, match="could not be described: TimeoutExpired"):
+        gpu_check.describe_machine("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
+@pytest.mark.parametrize("tool", ["bench", "launch_kernels", "train_step"])
+def test_without_a_gpu_the_tools_say_so(tool, capsys):
+    run = partial(main, "toy", bench()) if tool == "bench" else importlib.import_module(f"perf.{tool}").main
+    recipe = ["recipes/r50_12ep.toml"] if tool == "train_step" else []
+    with pytest.raises(SystemExit) as left:
+        run([*recipe, "--device", "cuda"])
+    assert left.value.code == 2 and "torch finds no CUDA GPU here" in capsys.readouterr().err
 
 
 def test_the_lock_may_be_nested_and_ends_with_its_context(tmp_path, monkeypatch):
