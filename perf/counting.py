@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -196,6 +197,22 @@ def peak_bytes(call: Callable[[], object], device: torch.device, *, reserved: bo
         held += change
         peak = max(peak, held)
     return peak
+
+
+def host_ms(step: Callable[[], object]) -> float:
+    """Measure the milliseconds in which the host starts all of a step on an idle GPU."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    step()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """Return what torch holds of the GPU's memory, after giving back what it does not use; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int]]:

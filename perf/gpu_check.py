@@ -2,7 +2,7 @@
 
 Call 1: tests, commands and the training steps of R50 and R50-DC5 side by side, then what bounds our kernels. Call 2:
 the other benches. Nothing is timed while tests or commands run, nor while another part times something; a part that is
-compared, compiled or warmed up meanwhile still takes some steps on the GPU, which a median hardly sees (p80 does).
+compared, compiled or warmed up meanwhile still takes some steps on the GPU (compare p20 and p80).
 
 Each part is a process group of its own, which is stopped at its time limit or at the deadline of the whole. README.md,
 results.json and files.tar.gz (logs, profiles) of the record are rewritten whenever a part ends, so that a part that
@@ -65,8 +65,6 @@ def slug(text: str) -> str:
 
 
 Stage = tuple[Part, ...]  # run side by side
-
-
 SMALL_BENCH = ("--shapes", "small", "--repeats", "2", "--no-compile", "--no-gate")
 
 
@@ -179,7 +177,7 @@ class Record:
 
 
 def _as_it_is(path: Path, root: Path) -> tuple[tarfile.TarInfo, io.BytesIO]:
-    """What a tar file takes of a file that may grow meanwhile."""
+    """Read a file that may grow meanwhile, for a tar file."""
     content = path.read_bytes()
     entry = tarfile.TarInfo(str(path.relative_to(root)))
     entry.size, entry.mtime = len(content), int(time.time())
@@ -298,7 +296,7 @@ def run_stage(
 def outcome_of(
     part: Part, state: str, process: subprocess.Popen[bytes], seconds: float, limit: float, log: Path
 ) -> Outcome:
-    """What is recorded of a part that has ended."""
+    """Describe a part that has ended."""
     tail = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
     is_tests = "pytest" in part.command and "--collect-only" not in part.command
     if state == "ok" and is_tests and not re.search(r"\b[1-9]\d* passed", "\n".join(tail)):

@@ -5,8 +5,9 @@ device at its end. First one step of each without dropout is compared, ours in f
 if losses or gradients differ, no speed is printed. What is compiled or recorded passes the engine's own start-up check.
 Phases are timed apart, with a wait after each, so on a GPU their sum is larger than the step.
 
-Several batch sizes and ways to run our step may be asked for. All are timed first (the published step at the first
-batch size only), then counted, then profiled; results are written as they come, and a way that fails costs only itself.
+Several batch sizes and ways to run our step may be asked for. All are built, then timed (the published step at the
+first batch size only), then counted, and the last way is profiled. Results are written as they come, and a way that
+fails costs only itself.
 
     python perf/train_step.py recipes/r50_12ep.toml --batch 2 --height 320 --width 320 --device cpu
     python perf/train_step.py recipes/r50_12ep.toml --batch 4 16 --ways eager compiled graph --profile profile
@@ -18,14 +19,15 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from perf.counting import count_compiled_kernels, count_syncs, peak_bytes
+from perf.counting import count_compiled_kernels, count_syncs, host_ms, peak_bytes, reserved_bytes
 from perf.gate import reason
 from perf.gpu_lock import gpu_alone
 from perf.harness import WARM_UPS
@@ -86,7 +88,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gate", action=argparse.BooleanOptionalAction, default=True, help="compare losses first")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change of the recipe")
     parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--profile", type=Path, help="folder for profiles of our ways")
+    parser.add_argument("--profile", type=Path, help="folder for profiles of the last of the ways")
     options = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
     if options.device == "cuda" and not cuda:
@@ -193,14 +195,6 @@ def describe(side: Side, row: StepRow, device: torch.device) -> None:
         row.host_ms = median(host_ms(step) for _ in range(WARM_UPS))
 
 
-def host_ms(step: Callable[[], object]) -> float:
-    """Milliseconds in which the host starts all of a step on an idle GPU."""
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    step()
-    return (time.perf_counter() - begin) * 1e3
-
-
 def table(rows: Sequence[StepRow], useful: float) -> str:
     """All rows with what was measured of them."""
     head = ("images/s", "ms", "p20", "p80", "cpu ms", "host ms", "launches", "syncs", "state MB", "peak MB", "faster")
@@ -241,8 +235,15 @@ class Measurement:
         self.report.rows.append(row)
         return row
 
-    def time_way(self, way: str, batches: Sequence[Batch]) -> None:
-        """Build our step in one way and time it, beside the baseline if that was not timed yet."""
+    def time_ways(self, ways: Sequence[str], sizes: Sequence[Sequence[Batch]]) -> None:
+        """Build our step in each way and size, then time all: what is timed may have to wait for the GPU."""
+        built = [self.build(way, batches) for way in ways for batches in sizes]
+        for side, row in filter(None, built):
+            with self.failing(row):
+                self.take_turns(side, row)
+
+    def build(self, way: str, batches: Sequence[Batch]) -> tuple[Side, StepRow] | None:
+        """Build our step in one way, and the baseline before the first; None where it fails."""
         changed = self.recipe.compute.model_copy(update=WAYS[way])
         dtype = str(choose_precision(changed.precision, self.device)).removeprefix("torch.")
         if self.options.baseline and self.baseline is None:
@@ -250,7 +251,7 @@ class Measurement:
         before = reserved_bytes(self.device)
         model = build_model_on(self.recipe, self.device)
         row = self.row(batches, dtype, "ours" if way == "recipe" else f"ours {way}")
-        try:
+        with self.failing(row):
             compute = choose_compute(changed, self.device, buckets=True)
             self.report.environment[row.variant] = f"compile={compute.compile} cuda_graph={compute.cuda_graph}"
             ours = build_ours(self.recipe, model, batches, self.device, compute=compute, note=self.report.note)
@@ -258,7 +259,14 @@ class Measurement:
             if ours.recorded:  # a graph's memory is allocated for good
                 row.peak_mb = (reserved_bytes(self.device) - before - ours.state_bytes()) / 1e6
             self.sides.append((ours, row))
-            self.take_turns(ours, row, len(batches[0].images))
+            return ours, row
+        return None
+
+    @contextmanager
+    def failing(self, row: StepRow) -> Iterator[None]:
+        """Note what the context raises as the row's problem; write the report at its end."""
+        try:
+            yield
         except (SamdetrError, RuntimeError) as error:
             row.problem, self.report.failed = reason(error), True
             self.report.note(f"FAILED {row.case} {row.variant}: {row.problem}")
@@ -277,7 +285,7 @@ class Measurement:
             side.step(turn)
 
     @gpu_alone()
-    def take_turns(self, ours: Side, row: StepRow, images: int) -> None:
+    def take_turns(self, ours: Side, row: StepRow) -> None:
         """Time one of our sides; the baseline with it, in turns, if it has no times yet."""
         pair = [(ours, row)]
         if self.baseline and self.baseline[1].ms is None:
@@ -288,7 +296,7 @@ class Measurement:
             timed.cpu_ms = median(cpu)
             timed.ms, timed.repeats, timed.problem = median(taken), len(taken), None
             timed.p20, timed.p80 = (taken[round(share * (len(taken) - 1))] for share in (0.2, 0.8))
-            timed.images_per_s = images / timed.ms * 1e3
+            timed.images_per_s = int(timed.case.split()[-1]) / timed.ms * 1e3
             timed.share = self.share_of_limit(timed)
             if len(pair) == 2:
                 turns = zip(times[pair[0][0].name], times[side.name], strict=True)
@@ -297,7 +305,7 @@ class Measurement:
                 timed.times_faster = self.baseline[1].ms / timed.ms
 
     def share_of_limit(self, row: StepRow) -> float | None:
-        """What part of an H100's limit a row of SAM-DETR on one map reaches, where the limit is known."""
+        """Return what part of an H100's limit a row of SAM-DETR on one map reaches, where the limit is known."""
         size, batch = row.case.split(" batch ")
         is_h100 = self.report.environment["name"] == H100
         if batch != "16" or not is_h100 or self.recipe.model.system != "sam_detr" or row.images_per_s is None:
@@ -318,9 +326,10 @@ class Measurement:
 
     @gpu_alone()
     def profile(self, folder: Path) -> None:
-        """Write a profile of each of our sides, and print the tables."""
+        """Write a profile of the last way at each size, and print the tables."""
+        last = self.sides[-1][1].variant if self.sides else ""
         for side, row in self.sides:
-            if side.name != "ours":
+            if side.name != "ours" or row.variant != last:
                 continue
             place = folder / f"{self.report.op}_{row.case}_{row.variant}".replace(" ", "_")
             with StepProfiler(place, self.report.note, first=2, last=1 + PROFILED_STEPS) as profiler:
@@ -329,14 +338,6 @@ class Measurement:
                     wait(self.device)  # a step's kernels belong to its range
                     profiler.step()
             print(f"{row.case} {row.variant}\n{profiler.report}", flush=True)
-
-
-def reserved_bytes(device: torch.device) -> int:
-    """What torch holds of the GPU's memory, after giving back what it does not use; 0 on a CPU."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -375,9 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.collect()
     if not report.failed:
         measurement = Measurement(recipe, options, report, write)
-        for way in options.ways:
-            for batches in sizes.values():
-                measurement.time_way(way, batches)
+        measurement.time_ways(options.ways, list(sizes.values()))
         measurement.count()
         print(table([row for row in report.rows if isinstance(row, StepRow)], useful), flush=True)
         if options.profile:

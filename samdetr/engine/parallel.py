@@ -189,7 +189,7 @@ def joined(device: torch.device, section: ParallelSection) -> Iterator[World]:
 
 
 def device_limit(section: ParallelSection, device: torch.device) -> timedelta:
-    """How long a call on tensors of ``device`` waits for another process; on a GPU longer than the host does."""
+    """Return how long a call on tensors of ``device`` waits for another process: on a GPU longer than the host does."""
     return timedelta(seconds=section.timeout * (DEVICE_PATIENCE if device.type == "cuda" else 1))
 
 

@@ -96,7 +96,7 @@ def forward_backward(
 
 
 def forward(model: nn.Module, criterion: Criterion, batch: Batch, *, precision: torch.dtype) -> Outputs | RegionLosses:
-    """What the model gives the criterion of a micro-batch in training, with products in ``precision``."""
+    """Call the model on a micro-batch as training does; the result is for the criterion. precision: of products."""
     with computing_in(precision, batch.images.device):
         outputs: Outputs | RegionLosses = model(
             batch.images, batch.image_sizes, *criterion.model_targets(batch.targets)

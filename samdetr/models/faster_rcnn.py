@@ -185,7 +185,7 @@ def on_host(numbers: Tensor) -> list[list[int]]:
 
 
 def pixels_of(image_sizes: Tensor) -> Tensor:
-    """What corners in [0, 1] are multiplied by: [B, 1, 4] int (w, h, w, h) of image_sizes [B, 2] (h, w)."""
+    """Return the factor from [0, 1] to pixels for corners: [B, 1, 4] int (w, h, w, h) of image_sizes [B, 2] (h, w)."""
     return image_sizes.flip(-1).repeat(1, 2)[:, None]
 
 
