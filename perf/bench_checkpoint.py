@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from perf.report import Report, Row, environment, table
-from samdetr.engine.average import WeightAverage
-from samdetr.engine.checkpoint import AVERAGE, MODEL, OPTIMIZER, Progress, load_checkpoint, model_tensors
-from samdetr.engine.checkpoint import optimizer_tensors as tensors_of
+from samdetr.engine.checkpoint.format import AVERAGE, MODEL, OPTIMIZER, Progress, load_checkpoint, model_tensors
+from samdetr.engine.checkpoint.format import optimizer_tensors as tensors_of
+from samdetr.engine.checkpoint.saving import Parts, Saver
+from samdetr.engine.distributed.parallel import ALONE
+from samdetr.engine.ema import WeightAverage
 from samdetr.engine.optim import build_optimizer
-from samdetr.engine.parallel import ALONE
-from samdetr.engine.saving import Parts, Saver
 from samdetr.models import build_model
 from samdetr.recipe import load_recipe
 

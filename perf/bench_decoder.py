@@ -25,7 +25,7 @@ from perf.inputs import training_batch
 from perf.report import Report, environment, number
 from perf.sides import build_model_on
 from perf.train_step import StepRow, wait
-from samdetr.engine.compile import EXACT, Compute, choose_compute, compile_regions, computing_in
+from samdetr.engine.compute.compile import EXACT, Compute, choose_compute, compile_regions, computing_in
 from samdetr.errors import SamdetrError
 from samdetr.loss import build_criterion
 from samdetr.models.position import MapGeometry, sine_map, valid_mask

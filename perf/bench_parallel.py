@@ -1,7 +1,7 @@
 """What ddp, fsdp and recomputation of layers cost a training step in one process, after a comparison of losses.
 
-A process alone never has the first two: `samdetr.engine.parallel.distribute` leaves its model as it is. Here they are
-forced on it, over a process group of one, so that what they cost without any other process can be seen.
+A process alone never has the first two: `distribute` leaves its model as it is. Here they are forced on it, over a
+process group of one, so that what they cost without any other process can be seen.
 
     python perf/bench_parallel.py recipes/r50_12ep.toml --batch 2 --height 320 --width 320 --out perf/records/NAME
 """
@@ -24,10 +24,10 @@ from torch import Tensor
 from perf.report import Report, environment, table
 from perf.train_step import StepRow, wait
 from samdetr.data.prefetch import finish
-from samdetr.engine.compile import random_batch
+from samdetr.engine.compute.activation_checkpoint import recompute_layers
+from samdetr.engine.compute.compile import random_batch
+from samdetr.engine.distributed.parallel import ALONE, wrapped
 from samdetr.engine.optim import build_optimizer
-from samdetr.engine.parallel import ALONE, wrapped
-from samdetr.engine.recompute import recompute_layers
 from samdetr.engine.train import train_step
 from samdetr.loss import build_criterion
 from samdetr.models import Detector, build_model

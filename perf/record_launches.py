@@ -85,8 +85,8 @@ def record_model(recipe: Recipe) -> None:
     from perf.null_counts import grid_sample_without_cudnn
     from perf.sides import build_model_on
     from samdetr.data.prefetch import finish
-    from samdetr.engine.compile import random_batch
-    from samdetr.engine.setup import choose_device
+    from samdetr.engine.checkpoint.weights import choose_device
+    from samdetr.engine.compute.compile import random_batch
     from samdetr.engine.train import forward, forward_backward
     from samdetr.loss import build_criterion
 

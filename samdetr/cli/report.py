@@ -40,7 +40,7 @@ def report(
     counted = list(dict.fromkeys(_size(word) for value in sizes or [] for word in value.split(",")))
     paths = _chosen(recipes or [], every)
     loaded = {path: load_recipe(path, overrides or []) for path in paths}
-    from samdetr.engine.report_text import report_recipes
+    from samdetr.cost.report_text import report_recipes
 
     report_recipes(loaded, counted, "json" if as_json else "markdown" if as_markdown else "table")
 

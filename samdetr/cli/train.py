@@ -51,8 +51,8 @@ def train(
     if print_recipe:
         sys.stdout.write(dump_recipe(resolved))
         return
-    from samdetr.engine.launch import launch, processes_wanted, visible_gpus
-    from samdetr.engine.parallel import is_launched
+    from samdetr.engine.distributed.launch import launch, processes_wanted, visible_gpus
+    from samdetr.engine.distributed.parallel import is_launched
     from samdetr.engine.train import train as run_training
 
     processes = 1 if is_launched() else processes_wanted(nproc, resolved, visible_gpus(resolved))

@@ -15,8 +15,8 @@ from torch import nn
 from samdetr.data.checks import raise_for_errors
 from samdetr.data.loader import EvalLoader, Share, TrainLoader, build_eval_loader, build_train_loader
 from samdetr.data.splits import Splits, batch_shapes, build_dataset, load_splits
-from samdetr.engine.average import WeightAverage
-from samdetr.engine.checkpoint import (
+from samdetr.engine.checkpoint.folder import load_newest
+from samdetr.engine.checkpoint.format import (
     AVERAGE,
     BEST,
     LAST,
@@ -28,17 +28,17 @@ from samdetr.engine.checkpoint import (
     model_tensors,
     optimizer_tensors,
 )
-from samdetr.engine.checkpoint_folder import load_newest
+from samdetr.engine.checkpoint.saving import Saver
+from samdetr.engine.checkpoint.weights import load_initial_weights
 from samdetr.engine.coco import Evaluator, choose_evaluator
-from samdetr.engine.compile import Compute, choose_compute
-from samdetr.engine.cuda_graph import StepGraphs
-from samdetr.engine.interrupt import StopSignal
-from samdetr.engine.log import Meter, Stopwatch, print_findings, step_values
-from samdetr.engine.memory import choose_micro_batch
+from samdetr.engine.compute.compile import Compute, choose_compute
+from samdetr.engine.compute.cuda_graph import StepGraphs
+from samdetr.engine.compute.micro_batch import choose_micro_batch
+from samdetr.engine.distributed.parallel import World, distribute, micro_batches_of
+from samdetr.engine.ema import WeightAverage
+from samdetr.engine.failures.interrupt import StopSignal
 from samdetr.engine.optim import Guarded, RunningStatistics, build_optimizer
-from samdetr.engine.parallel import World, distribute, micro_batches_of
-from samdetr.engine.readings import Readings, Step
-from samdetr.engine.run_folder import (
+from samdetr.engine.run.folder import (
     CHECKPOINTS,
     environment_of,
     find_run,
@@ -48,8 +48,8 @@ from samdetr.engine.run_folder import (
     with_micro_batch_of,
     write_environment,
 )
-from samdetr.engine.saving import Saver
-from samdetr.engine.setup import load_initial_weights
+from samdetr.engine.run.log import Meter, Stopwatch, print_findings, step_values
+from samdetr.engine.run.metrics import Readings, Step
 from samdetr.errors import CheckpointError
 from samdetr.loss import Criterion, build_criterion
 from samdetr.models import Detector, build_model

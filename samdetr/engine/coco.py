@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from samdetr.data.datasets import CocoData, Floats, Ints, positions
-from samdetr.engine.log import STAT_NAMES
+from samdetr.engine.run.log import STAT_NAMES
 from samdetr.errors import NonFiniteError, RecipeError
 from samdetr.structures import Categories, Detections
 

@@ -18,12 +18,12 @@ from samdetr.data.datasets import CocoData, make_categories, positions
 from samdetr.data.loader import EvalLoader, build_eval_loader
 from samdetr.data.prefetch import prefetch
 from samdetr.data.splits import build_dataset, read_split
+from samdetr.engine.checkpoint.weights import choose_device, load_trained
 from samdetr.engine.coco import CocoDetections, choose_evaluator, coco_detections, coco_evaluate
-from samdetr.engine.compile import choose_precision, computing_in, eagerly
-from samdetr.engine.log import print_evaluation, print_findings, print_per_class
-from samdetr.engine.out_of_memory import START_UP, described, evaluating, named, placing
-from samdetr.engine.parallel import World
-from samdetr.engine.setup import choose_device, load_trained
+from samdetr.engine.compute.compile import choose_precision, computing_in, eagerly
+from samdetr.engine.distributed.parallel import World
+from samdetr.engine.failures.out_of_memory import START_UP, described, evaluating, named, placing
+from samdetr.engine.run.log import print_evaluation, print_findings, print_per_class
 from samdetr.errors import RecipeError
 from samdetr.loss.boxes import cxcywh_to_xyxy
 from samdetr.models import Detector, build_model

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save
 
 from samdetr.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from samdetr.engine.checkpoint import EXPORTED, facts_of, meta_file, read_meta, reason_of, sync, write_meta
-from samdetr.engine.run_folder import METRICS_FILE
-from samdetr.engine.setup import load_trained
+from samdetr.engine.checkpoint.format import EXPORTED, facts_of, meta_file, read_meta, reason_of, sync, write_meta
+from samdetr.engine.checkpoint.weights import load_trained
+from samdetr.engine.run.folder import METRICS_FILE
 from samdetr.errors import CheckpointError
 from samdetr.models.official import to_official
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from samdetr.data.decode import decode_image
 from samdetr.data.transforms import build_transform
+from samdetr.engine.checkpoint.weights import choose_device, load_trained
 from samdetr.engine.coco import CocoDetections, coco_detections
-from samdetr.engine.compile import choose_precision, computing_in
+from samdetr.engine.compute.compile import choose_precision, computing_in
 from samdetr.engine.evaluate import best_detections
-from samdetr.engine.out_of_memory import START_UP, placing
-from samdetr.engine.setup import choose_device, load_trained
+from samdetr.engine.failures.out_of_memory import START_UP, placing
 from samdetr.errors import DataError, SamdetrError
 from samdetr.visualize.predictions import draw_detections, save_png
 

@@ -15,21 +15,21 @@ from torch import Tensor, nn
 
 from samdetr.data.prefetch import prefetch
 from samdetr.engine.build import Training, build_training
+from samdetr.engine.checkpoint.weights import choose_device
 from samdetr.engine.coco import CocoDetections, coco_evaluate
-from samdetr.engine.compile import computing_in, prepare_step
-from samdetr.engine.cuda_graph import StepGraphs
+from samdetr.engine.compute.compile import computing_in, prepare_step
+from samdetr.engine.compute.cuda_graph import StepGraphs
+from samdetr.engine.distributed.parallel import ALONE, World, joined, local_gradients, lost_contact, whole
 from samdetr.engine.evaluate import detect, gather_detections
-from samdetr.engine.log import Meter, RunLog, Stopwatch
-from samdetr.engine.nonfinite import report_all, report_steps
+from samdetr.engine.failures.nonfinite import report_all, report_steps
+from samdetr.engine.failures.out_of_memory import START_UP, described, named, placing, said_of_training
+from samdetr.engine.failures.replay import step_seed
 from samdetr.engine.optim import Guarded, lr_factor, set_learning_rate
-from samdetr.engine.out_of_memory import START_UP, described, named, placing, said_of_training
-from samdetr.engine.parallel import ALONE, World, joined, local_gradients, lost_contact, whole
-from samdetr.engine.pictures import draw_validation
-from samdetr.engine.profile import StepProfiler
-from samdetr.engine.readings import Lead, Step
-from samdetr.engine.replay import step_seed
-from samdetr.engine.run_folder import METRICS_FILE, resume_command
-from samdetr.engine.setup import choose_device
+from samdetr.engine.run.folder import METRICS_FILE, resume_command
+from samdetr.engine.run.log import Meter, RunLog, Stopwatch
+from samdetr.engine.run.metrics import Lead, Step
+from samdetr.engine.run.pictures import draw_validation
+from samdetr.engine.run.profile import StepProfiler
 from samdetr.errors import DataError, SamdetrError
 from samdetr.loss import Criterion
 from samdetr.recipe import with_absolute_paths

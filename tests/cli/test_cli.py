@@ -13,8 +13,8 @@ from types import ModuleType
 import pytest
 
 # the train command asks these two how many processes to start: they stay the real ones
-import samdetr.engine.launch
-import samdetr.engine.parallel  # noqa: F401
+import samdetr.engine.distributed.launch
+import samdetr.engine.distributed.parallel  # noqa: F401
 from samdetr import __version__
 from samdetr.cli.main import main, main_train
 from samdetr.cli.train import mark_resume
@@ -55,16 +55,13 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     def report_recipes(recipes: dict[Path, Recipe], sizes: list[tuple[int, int]], form: str) -> None:
         calls.append((recipes, sizes, form))
 
-    package = ModuleType("samdetr.engine")
-    package.__path__ = []
-    monkeypatch.setitem(sys.modules, "samdetr.engine", package)
     for name, functions in {
-        "train": [train],
-        "evaluate": [evaluate_checkpoint, evaluate_official],
-        "predict": [predict],
-        "report_text": [report_recipes],
+        "engine.train": [train],
+        "engine.evaluate": [evaluate_checkpoint, evaluate_official],
+        "engine.predict": [predict],
+        "cost.report_text": [report_recipes],
     }.items():
-        module = ModuleType(f"samdetr.engine.{name}")
+        module = ModuleType(f"samdetr.{name}")
         for function in functions:
             setattr(module, function.__name__, function)
         monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from samdetr.engine.checkpoint import load_checkpoint
+from samdetr.engine.checkpoint.format import load_checkpoint
 from samdetr.engine.train import train
 from samdetr.recipe import Recipe
 

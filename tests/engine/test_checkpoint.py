@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import samdetr
-import samdetr.engine.checkpoint as checkpoint_module
-import samdetr.engine.checkpoint_folder as folder_module
-import samdetr.engine.saving as saving_module
-from samdetr.engine.checkpoint import (
+import samdetr.engine.checkpoint.folder as folder_module
+import samdetr.engine.checkpoint.format as checkpoint_module
+import samdetr.engine.checkpoint.saving as saving_module
+from samdetr.engine.checkpoint.folder import load_newest, newest_first, newest_progress, remove_old, update_progress
+from samdetr.engine.checkpoint.format import (
     AVERAGE,
     MODEL,
     OPTIMIZER,
@@ -28,9 +29,8 @@ from samdetr.engine.checkpoint import (
     model_tensors,
     optimizer_tensors,
 )
-from samdetr.engine.checkpoint_folder import load_newest, newest_first, newest_progress, remove_old, update_progress
-from samdetr.engine.parallel import ALONE
-from samdetr.engine.saving import Saver, Staging, save_checkpoint
+from samdetr.engine.checkpoint.saving import Saver, Staging, save_checkpoint
+from samdetr.engine.distributed.parallel import ALONE
 from samdetr.errors import CheckpointError
 from tests.engine.runs import ROOT
 

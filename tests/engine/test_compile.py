@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from samdetr.data.prefetch import prefetch
-from samdetr.engine.compile import (
+from samdetr.engine.compute.compile import (
     Compute,
     check_step,
     choose_compute,
@@ -21,9 +21,9 @@ from samdetr.engine.compile import (
     prepare_step,
     random_batch,
 )
-from samdetr.engine.cuda_graph import StepGraphs
+from samdetr.engine.compute.cuda_graph import StepGraphs
+from samdetr.engine.distributed.parallel import ALONE, wrapped
 from samdetr.engine.optim import GuardedAdamW, build_optimizer, set_learning_rate
-from samdetr.engine.parallel import ALONE, wrapped
 from samdetr.engine.train import forward_backward, train_step, update
 from samdetr.errors import SamdetrError
 from samdetr.loss import SetCriterion, build_criterion

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from samdetr.engine.checkpoint import read_meta
+from samdetr.engine.checkpoint.format import read_meta
+from samdetr.engine.checkpoint.weights import load_initial_weights, load_trained
 from samdetr.engine.export import export
-from samdetr.engine.setup import load_initial_weights, load_trained
 from samdetr.engine.train import train
 from samdetr.errors import CheckpointError
 from samdetr.models import build_model

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import samdetr.engine.train
-from samdetr.engine.compile import choose_compute, compile_regions, random_batch
-from samdetr.engine.count import Size, build_on_meta, count_macs, training_memory
+from samdetr.cost.flops import Size, build_on_meta, count_macs, training_memory
+from samdetr.engine.compute.compile import choose_compute, compile_regions, random_batch
 from samdetr.engine.optim import build_optimizer, set_learning_rate
 from samdetr.engine.predict import predict
 from samdetr.engine.train import train, train_step

@@ -17,9 +17,9 @@ from PIL import Image
 
 from samdetr.data.batching import epoch_order
 from samdetr.data.datasets import make_categories, read_coco
-from samdetr.engine.checkpoint import MODEL, Progress, load_checkpoint, model_tensors
-from samdetr.engine.checkpoint_folder import newest_first
-from samdetr.engine.saving import Staging, save_checkpoint
+from samdetr.engine.checkpoint.folder import newest_first
+from samdetr.engine.checkpoint.format import MODEL, Progress, load_checkpoint, model_tensors
+from samdetr.engine.checkpoint.saving import Staging, save_checkpoint
 from samdetr.engine.train import train
 from samdetr.models import build_model
 from samdetr.models.official import to_official

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from samdetr.engine.checkpoint import Progress
-from samdetr.engine.log import (
+from samdetr.engine.checkpoint.format import Progress
+from samdetr.engine.run.log import (
     STAT_NAMES,
     Meter,
     RunLog,

@@ -15,11 +15,11 @@ from torch import Tensor
 import samdetr.engine.train
 from samdetr.data.batching import Sample, epoch_order
 from samdetr.data.datasets import DetectionDataset
-from samdetr.engine.checkpoint import MODEL, Progress, model_tensors
-from samdetr.engine.compile import random_batch
-from samdetr.engine.debug_nan import compute
-from samdetr.engine.readings import Readings
-from samdetr.engine.saving import Staging, save_checkpoint
+from samdetr.engine.checkpoint.format import MODEL, Progress, model_tensors
+from samdetr.engine.checkpoint.saving import Staging, save_checkpoint
+from samdetr.engine.compute.compile import random_batch
+from samdetr.engine.failures.debug_nan import compute
+from samdetr.engine.run.metrics import Readings
 from samdetr.engine.train import train
 from samdetr.errors import NonFiniteError
 from samdetr.loss import build_criterion
@@ -297,7 +297,7 @@ def test_more_skips_in_a_row_stop_also_after_a_resume(make_recipe: MakeRecipe, m
 
 
 POISON = """
-import os, samdetr.engine.train as engine, samdetr.engine.readings as readings
+import os, samdetr.engine.train as engine, samdetr.engine.run.metrics as readings
 step, calls = engine.train_step, 0
 def poisoned(model, criterion, optimizer, batch, **options):
     global calls

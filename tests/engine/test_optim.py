@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from samdetr.engine.checkpoint import load_checkpoint
+from samdetr.engine.checkpoint.format import load_checkpoint
+from samdetr.engine.checkpoint.weights import choose_device, load_initial_weights
 from samdetr.engine.optim import GuardedSGD, build_optimizer, lr_factor, set_learning_rate
-from samdetr.engine.setup import choose_device, load_initial_weights
 from samdetr.engine.train import train
 from samdetr.errors import CheckpointError, RecipeError, SamdetrError
 from samdetr.models import build_model

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-import samdetr.engine.debug_nan
 import samdetr.engine.evaluate
+import samdetr.engine.failures.debug_nan
 import samdetr.engine.predict
 import samdetr.engine.train
-from samdetr.engine.count import build_on_meta, training_memory
-from samdetr.engine.out_of_memory import GIB, evaluation_advice, savings, training_advice
+from samdetr.cost.flops import build_on_meta, training_memory
+from samdetr.engine.failures.out_of_memory import GIB, evaluation_advice, savings, training_advice
 from samdetr.engine.train import train
 from samdetr.errors import NonFiniteError, SamdetrError
 from samdetr.models.sam_detr import SAMDETR
@@ -139,7 +139,7 @@ def test_a_replay_that_does_not_fit(
     poison_steps(monkeypatch, 1)
     with pytest.raises(NonFiniteError):
         train(recipe)
-    fill_at(monkeypatch, samdetr.engine.debug_nan, "forward_backward", 2)
+    fill_at(monkeypatch, samdetr.engine.failures.debug_nan, "forward_backward", 2)
     (file,) = Path(recipe.run.folder).glob("*/*/nonfinite-*.safetensors")
     result = samdetr_command("debug-nan", str(file))
     assert result.code == 1 and result.err.startswith(f"error: cpu is out of memory in the replay: {SAID} If other")

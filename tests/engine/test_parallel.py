@@ -20,13 +20,13 @@ import torch.distributed as dist
 
 from samdetr.data.loader import Share, build_eval_loader, build_train_loader
 from samdetr.data.splits import build_dataset, load_splits
-from samdetr.engine import parallel
 from samdetr.engine.coco import CocoDetections
+from samdetr.engine.distributed import parallel
+from samdetr.engine.distributed.launch import processes_wanted
+from samdetr.engine.distributed.parallel import ALONE, World, joined, micro_batches_of, wrapped
 from samdetr.engine.evaluate import gather_detections
-from samdetr.engine.launch import processes_wanted
-from samdetr.engine.nonfinite import report_all
-from samdetr.engine.parallel import ALONE, World, joined, micro_batches_of, wrapped
-from samdetr.engine.readings import Readings, Step
+from samdetr.engine.failures.nonfinite import report_all
+from samdetr.engine.run.metrics import Readings, Step
 from samdetr.errors import RecipeError, SamdetrError
 from samdetr.models import build_model
 from samdetr.recipe import ParallelSection

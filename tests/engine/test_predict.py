@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from samdetr.engine.setup import load_trained
+from samdetr.engine.checkpoint.weights import load_trained
 from samdetr.recipe import load_recipe
 from tests.engine.runs import Command, Result, sentence
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from samdetr.engine.profile import Gap, Interval, StepProfiler, find_gaps, gap_table, top_table
+from samdetr.engine.run.profile import Gap, Interval, StepProfiler, find_gaps, gap_table, top_table
 from samdetr.engine.train import train
 from tests.engine.runs import MakeRecipe
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 
 import samdetr.engine.build
-import samdetr.engine.checkpoint
+import samdetr.engine.checkpoint.format
 import samdetr.engine.train
 from samdetr.cli.main import main_train
 from samdetr.data.splits import Splits, load_splits
 from samdetr.engine.build import Training
-from samdetr.engine.checkpoint import MODEL, OPTIMIZER, load_checkpoint, read_meta
-from samdetr.engine.checkpoint_folder import newest_first
-from samdetr.engine.interrupt import SAVING, StopSignal
-from samdetr.engine.run_folder import find_run
+from samdetr.engine.checkpoint.folder import newest_first
+from samdetr.engine.checkpoint.format import MODEL, OPTIMIZER, load_checkpoint, read_meta
+from samdetr.engine.failures.interrupt import SAVING, StopSignal
+from samdetr.engine.run.folder import find_run
 from samdetr.engine.train import train
 from samdetr.errors import CheckpointError, RecipeError
 from samdetr.recipe import Recipe, dump_recipe
@@ -202,15 +202,15 @@ def test_signals_of_a_process(recipe_file: Path, make_recipe: MakeRecipe, traine
     ("module", "function", "call"),
     [
         ("train", "train_step", 9),
-        ("saving", "HuggingFaceStorageWriter", 4),  # the second checkpoint's model is written, its optimizer is not
-        ("saving", "write_meta", 2),  # all is written but the file that names it
-        ("saving", "publish", 2),  # the second checkpoint is whole, but has no name
-        ("checkpoint_folder", "link", 3),  # it has, but is not the last one yet
-        ("saving", "remove_old", 3),
+        ("checkpoint.saving", "HuggingFaceStorageWriter", 4),  # the second checkpoint has its model, no optimizer yet
+        ("checkpoint.saving", "write_meta", 2),  # all is written but the file that names it
+        ("checkpoint.saving", "publish", 2),  # the second checkpoint is whole, but has no name
+        ("checkpoint.folder", "link", 3),  # it has, but is not the last one yet
+        ("checkpoint.saving", "remove_old", 3),
         ("train", "coco_evaluate", 2),
         ("train", "draw_validation", 2),  # the line of the evaluation is written, its result is not saved
-        ("saving", "update_progress", 1),
-        ("checkpoint_folder", "write_meta", 1),  # best is linked, the result is not saved
+        ("checkpoint.saving", "update_progress", 1),
+        ("checkpoint.folder", "write_meta", 1),  # best is linked, the result is not saved
         ("train", "plot_curves", 1),
     ],
 )
@@ -324,7 +324,7 @@ def test_nothing_to_resume(train_command: Command, tmp_path: Path, make_recipe: 
     assert f"{tmp_path / 'nowhere'} is not a run folder" in sentence(
         train_command("--resume", str(tmp_path / "nowhere"))
     )
-    bare = samdetr.engine.run_folder.new_run(make_recipe(), {})
+    bare = samdetr.engine.run.folder.new_run(make_recipe(), {})
     assert f"the run {bare} has no checkpoint yet; start it again" in sentence(train_command("--resume", str(bare)))
 
 
@@ -353,7 +353,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
 
 
 TWO_SIGNALS = """
-import os, signal, time, samdetr.engine.saving as saving, samdetr.engine.train as engine
+import os, signal, time, samdetr.engine.checkpoint.saving as saving, samdetr.engine.train as engine
 step, write, calls = engine.train_step, saving.save_checkpoint, [0, 0]
 def stepping(*arguments, **options):
     calls[0] += 1
@@ -406,7 +406,7 @@ def test_a_second_sigterm_ends_at_once_unless_it_is_the_first_passed_on_twice(mo
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop and not stop.at_once
-        monkeypatch.setattr(samdetr.engine.interrupt, "AGAIN", 0.0)
+        monkeypatch.setattr(samdetr.engine.failures.interrupt, "AGAIN", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.at_once

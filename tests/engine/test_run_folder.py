@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import samdetr
-from samdetr.engine.checkpoint import read_meta, write_meta
-from samdetr.engine.run_folder import environment_of, new_run, run_of_launch
+from samdetr.engine.checkpoint.format import read_meta, write_meta
+from samdetr.engine.run.folder import environment_of, new_run, run_of_launch
 from samdetr.errors import CheckpointError, SamdetrError
 from samdetr.recipe import load_recipe, with_absolute_paths
 from tests.engine.runs import MakeRecipe, metrics

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import samdetr.engine.saving
+import samdetr.engine.checkpoint.saving
 import samdetr.engine.train
-from samdetr.engine.checkpoint import load_checkpoint
-from samdetr.engine.checkpoint_folder import newest_first
+from samdetr.engine.checkpoint.folder import newest_first
+from samdetr.engine.checkpoint.format import load_checkpoint
 from samdetr.engine.train import train
 from samdetr.errors import CheckpointError, RecipeError
 from samdetr.recipe import load_recipe
@@ -32,9 +32,10 @@ from tests.engine.runs import (
 OFTEN = ("checkpoint.every=2", "checkpoint.keep=9", "optim.ema_decay=0.9", "train.micro_batch=2")
 # The main process cannot name what all have written; the second one's disk refuses its share.
 FAILING = {
-    0: "import samdetr.engine.saving as saving\ndef fail(*_): raise OSError(28, 'No space left on device')\n"
+    0: "from samdetr.engine.checkpoint import saving\ndef fail(*_): raise OSError(28, 'No space left on device')\n"
     "saving.write_meta = fail",
-    1: "import os, samdetr.engine.saving as saving\ndef fail(*_): raise OSError(28, 'No space left on device')\n"
+    1: "import os\nfrom samdetr.engine.checkpoint import saving\n"
+    "def fail(*_): raise OSError(28, 'No space left on device')\n"
     "if os.environ['RANK'] == '1': saving.HuggingFaceStorageWriter.write_data = fail",
 }
 
@@ -83,7 +84,7 @@ def test_a_run_goes_on_from_any_of_them(
 def test_a_failed_save_ends_the_run_at_the_next_step(
     make_recipe: MakeRecipe, straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, calls = samdetr.engine.saving.write_meta, []
+    write, calls = samdetr.engine.checkpoint.saving.write_meta, []
 
     def fail(*arguments: object) -> None:
         calls.append(1)
@@ -91,7 +92,7 @@ def test_a_failed_save_ends_the_run_at_the_next_step(
             raise OSError(28, "No space left on device")
         write(*arguments)  # type: ignore[arg-type]
 
-    save, saved = samdetr.engine.saving.Saver._write, []
+    save, saved = samdetr.engine.checkpoint.saving.Saver._write, []
     step, taken = samdetr.engine.train.train_step, []
 
     def saving(*arguments: object) -> None:
@@ -106,8 +107,8 @@ def test_a_failed_save_ends_the_run_at_the_next_step(
         return step(*arguments, **options)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(samdetr.engine.saving, "write_meta", fail)
-        patch.setattr(samdetr.engine.saving.Saver, "_write", saving)
+        patch.setattr(samdetr.engine.checkpoint.saving, "write_meta", fail)
+        patch.setattr(samdetr.engine.checkpoint.saving.Saver, "_write", saving)
         patch.setattr(samdetr.engine.train, "train_step", fifth_waits)
         with pytest.raises(CheckpointError, match=r"step-00000004 \(No space left on device\); the previous .* intact"):
             train(make_recipe(*OFTEN))

@@ -20,7 +20,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from perf.inputs import training_batch
-from samdetr.engine.count import MacCounter
+from samdetr.cost.flops import MacCounter
 from samdetr.engine.evaluate import best_detections
 from samdetr.errors import CheckpointError, RecipeError
 from samdetr.loss import RegionCriterion

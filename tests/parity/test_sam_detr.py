@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samdetr.engine.compile import compile_regions, graphs_compiled
+from samdetr.engine.compute.compile import compile_regions, graphs_compiled
 from samdetr.engine.evaluate import best_detections
 from samdetr.loss import SetCriterion
 from samdetr.models.sam_detr import SAMDETR

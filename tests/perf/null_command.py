@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import samdetr.cli.main as cli
-import samdetr.engine.launch as launching
+import samdetr.engine.distributed.launch as launching
 import samdetr.engine.train as training
 from perf import null_library
 

@@ -10,7 +10,7 @@ import torch
 
 from perf import bench_checkpoint
 from perf.bench_checkpoint import main
-from samdetr.engine.checkpoint import Checkpoint, load_checkpoint
+from samdetr.engine.checkpoint.format import Checkpoint, load_checkpoint
 from tests.engine.runs import TINY
 
 

@@ -16,7 +16,7 @@ from perf import gpu_check, null_gpu, null_library
 from perf.null_counts import Part, StepCounts
 from perf.null_gpu import NOT_COUNTED, ROOT, SYSTEMS, Counted, main
 from perf.null_library import FOLDER_VARIABLE, Counts, NullGpuError
-from samdetr.published import PUBLISHED
+from samdetr.cost.published import PUBLISHED
 from tests.perf.null_gpu import from_checkout, on_null_gpu
 
 # launches of an eager step, 2 images of 320 x 320: the larger of torch 2.11's and 2.14's counts, up to the next ten

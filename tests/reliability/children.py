@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-import samdetr.engine.saving
+import samdetr.engine.checkpoint.saving
 import samdetr.engine.train
 from samdetr.errors import SamdetrError
 from samdetr.recipe import Recipe, load_recipe
@@ -149,7 +149,7 @@ def _signal_before_step(signal: Signal) -> None:
 
 
 def _mark_saves(saving: Saving) -> None:
-    save = samdetr.engine.saving.save_checkpoint
+    save = samdetr.engine.checkpoint.saving.save_checkpoint
 
     def marking(*arguments: Any, **values: Any) -> Path:
         saving.file.write_text(str(values["progress"].step))
@@ -157,4 +157,4 @@ def _mark_saves(saving: Saving) -> None:
         saving.file.unlink()
         return path
 
-    samdetr.engine.saving.save_checkpoint = marking
+    samdetr.engine.checkpoint.saving.save_checkpoint = marking

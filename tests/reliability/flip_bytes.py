@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from samdetr.engine.checkpoint_folder import load_newest, newest_first
-from samdetr.engine.parallel import ALONE
+from samdetr.engine.checkpoint.folder import load_newest, newest_first
+from samdetr.engine.distributed.parallel import ALONE
 from tests.reliability.children import finish, options, small_recipe
 
 

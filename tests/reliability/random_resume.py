@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from samdetr.engine.checkpoint import load_checkpoint
+from samdetr.engine.checkpoint.format import load_checkpoint
 from tests.engine.runs import losses, metrics, weights
 from tests.reliability.children import STEPS, Signal, end, finish, options, small_recipe, start
 

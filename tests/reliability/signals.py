@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from samdetr.engine.checkpoint import read_meta
+from samdetr.engine.checkpoint.format import read_meta
 from tests.engine.runs import ROOT, TINY, metrics
 from tests.reliability.children import KEYS, LIMIT, options
 from tests.reliability.random_resume import same

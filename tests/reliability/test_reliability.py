@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from samdetr.engine.checkpoint_folder import load_newest
-from samdetr.engine.parallel import ALONE
+from samdetr.engine.checkpoint.folder import load_newest
+from samdetr.engine.distributed.parallel import ALONE
 from tests.reliability.flip_bytes import Noticed, damage
 from tests.reliability.kill_saves import kill_saves
 from tests.reliability.random_resume import resumed_equal
@@ -57,7 +57,7 @@ def test_signals_through_launchers(tmp_path: Path) -> None:
 SLOW_SAVE = """
 import os
 if "RANK" in os.environ:
-    import time, samdetr.engine.saving as saving
+    import time, samdetr.engine.checkpoint.saving as saving
     save = saving.save_checkpoint
     def slow(*arguments, **options):
         if options["progress"].step > 4:

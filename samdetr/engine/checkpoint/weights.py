@@ -1,0 +1,79 @@
+"""What training, evaluation and prediction start from: a device, a model, its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydantic import ValidationError
+
+from samdetr.engine.checkpoint.format import find_checkpoint, load_checkpoint, load_model_state
+from samdetr.errors import CheckpointError, SamdetrError
+from samdetr.models import Detector, build_model
+from samdetr.models.backbone import load_backbone_weights
+from samdetr.models.official import load_official, read_official
+from samdetr.recipe import Recipe
+from samdetr.structures import Categories
+from samdetr_kernels import force_reference
+
+
+class Trained(NamedTuple):
+    """A trained model as its checkpoint has it."""
+
+    model: Detector  # on the CPU
+    recipe: Recipe
+    categories: Categories
+    path: Path  # the checkpoint folder
+
+
+def choose_device(name: str, kernels: str) -> torch.device:
+    """The device of ``run.device``: "auto" is the first GPU if there is one, else the CPU.
+
+    kernels: ``compute.kernels``, from now on what the ops run there. Raises SamdetrError when "cuda" is asked for and
+    there is no GPU.
+    """
+    force_reference(kernels == "reference")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SamdetrError('run.device = "cuda", but torch finds no GPU: set it to "cpu" or "auto".')
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_initial_weights(model: Detector, recipe: Recipe) -> str:
+    """Load what the recipe starts from, and return a sentence that says so.
+
+    From another model (init.official, init.checkpoint) the class heads are taken over only if they have as many
+    classes. Raises CheckpointError when a file is absent or does not fit.
+    """
+    if recipe.init.official:
+        remade = load_official(model, read_official(recipe.init.official), remake_class_heads=True)
+        source = f"the published checkpoint {recipe.init.official}"
+    elif recipe.init.checkpoint:
+        checkpoint = load_checkpoint(find_checkpoint(recipe.init.checkpoint), with_optimizer=False)
+        remade = load_model_state(model, checkpoint, remake_class_heads=True)
+        source = str(checkpoint.path)
+    else:
+        weights = recipe.model.backbone.weights
+        load_backbone_weights(model.backbone, weights)
+        return "weights: random" + ("" if weights == "none" else f", backbone {weights}")
+    sentence = f"weights: {source}"
+    if remade:
+        sentence += f"; class heads are made anew, for {recipe.model.num_classes} classes (it has {remade})"
+    return sentence
+
+
+def load_trained(path: str) -> Trained:
+    """Read a run or checkpoint. Raises CheckpointError when it cannot be read."""
+    checkpoint = load_checkpoint(find_checkpoint(path), with_optimizer=False)
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(checkpoint.meta["recipe"]))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CheckpointError(
+            f"the recipe in {checkpoint.path} is not one of this version of samdetr: "
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}."
+        ) from error
+    model = build_model(recipe.model)
+    load_model_state(model, checkpoint)
+    return Trained(model, recipe, Categories.from_json(checkpoint.meta["categories"]), checkpoint.path)

@@ -1,0 +1,176 @@
+"""``train.micro_batch = "auto"``: whole steps of the largest batches, tried on the GPU until one does not fit.
+
+Every process tries on its own GPU and alone, so that one that runs out of memory leaves no other waiting; the smallest
+answer is everybody's. A trial has a model, optimizer and average of its own, which are gone before the run's are made,
+and holds them whole: with sharding a step takes less. It runs eagerly; what compiled code, CUDA graphs, collectives
+and fragmentation take besides must find room in the margin.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from samdetr.data.batching import Shape
+from samdetr.data.prefetch import finish
+from samdetr.data.splits import Splits, build_dataset, largest_shape
+from samdetr.engine.compute.compile import Compute, arrange, random_batch
+from samdetr.engine.distributed.parallel import World, micro_batches_of
+from samdetr.engine.ema import WeightAverage
+from samdetr.engine.optim import build_optimizer
+from samdetr.errors import RecipeError
+from samdetr.loss import build_criterion
+from samdetr.models import build_model
+from samdetr.recipe import with_micro_batch
+
+if TYPE_CHECKING:
+    from samdetr.recipe import Recipe
+
+MARGIN = 0.1  # of the memory that a run can have, to be left free
+STEPS = 2  # the first one allocates the optimizer's state
+GIB = 2**30
+
+
+class Trial(NamedTuple):
+    """What a step with a micro-batch needed."""
+
+    images: int
+    shape: Shape  # padded height and width
+    peak: int | None  # bytes; None: out of memory
+
+    def fits(self, usable: int) -> bool:
+        """Whether the margin is left of so many bytes."""
+        return self.peak is not None and self.peak <= (1 - MARGIN) * usable
+
+
+def choose_micro_batch(
+    recipe: Recipe,
+    splits: Splits,
+    compute: Compute,
+    device: torch.device,
+    world: World,
+    *,
+    train_step: Callable[..., object],
+    say: Callable[[str], None],
+) -> Recipe:
+    """The recipe with the largest micro-batch that fits into the GPUs of all processes, and divides their shares.
+
+    The trials' table is told to ``say``. Random states are as before. All processes must call it. Raises RecipeError on
+    a CPU, where the processes cannot share a step, or where one image is too much.
+    """
+    usable, share = usable_bytes(device), micro_batches_of(world, total_batch=recipe.train.total_batch, micro_batch=1)
+    dataset = build_dataset(
+        splits.train, splits.categories, recipe.data, recipe.augment, seed=recipe.run.seed, training=True
+    )
+
+    def attempt(images: int) -> Trial:
+        shape = largest_shape(dataset, recipe.data, images)
+
+        def run() -> None:
+            try_steps(recipe, compute, device, train_step, shape, (images, share // images, dataset.max_objects))
+
+        return Trial(images, shape, peak_bytes(run, device))
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        trials = try_sizes(divisors(share), attempt, usable)
+    fitting = max((trial.images for trial in trials if trial.fits(usable)), default=0)
+    agreed = -world.most(-fitting)
+    for line in memory_table(trials, usable, boxes=dataset.max_objects):
+        say(line)
+    if not agreed:
+        raise RecipeError(
+            'train.micro_batch = "auto": a step of one image does not fit into the memory; set '
+            'compute.activation_checkpointing = "layers", compute.precision = "bf16" or a smaller augment.max_size.'
+        )
+    others = ", the most that fits in every process" if agreed < fitting else ""
+    say(f"train.micro_batch = {agreed}{others}; the run keeps it when it is continued")
+    return with_micro_batch(recipe, agreed)
+
+
+def divisors(share: int) -> list[int]:
+    """The micro-batches that cut a process's images of a step evenly, ascending."""
+    return [images for images in range(1, share + 1) if share % images == 0]
+
+
+def try_sizes(sizes: Iterable[int], attempt: Callable[[int], Trial], usable: int) -> list[Trial]:
+    """The trials of ascending micro-batches, up to the first that does not fit."""
+    trials = []
+    for images in sizes:
+        trials.append(attempt(images))
+        if not trials[-1].fits(usable):
+            break
+    return trials
+
+
+def memory_table(trials: Iterable[Trial], usable: int, *, boxes: int) -> list[str]:
+    """The trials as lines for a person."""
+    lines = [
+        f"memory of a step with {boxes} boxes an image; {usable / GIB:.2f} GiB can be had, {MARGIN:.0%} stay free",
+        "micro_batch   largest batch       peak   fits",
+    ]
+    for trial in trials:
+        shape = f"{trial.shape[0]} x {trial.shape[1]}"
+        peak = "too much" if trial.peak is None else f"{trial.peak / GIB:.2f} GiB"
+        lines.append(f"{trial.images:11} {shape:>15} {peak:>10}   {'yes' if trial.fits(usable) else 'no'}")
+    return lines
+
+
+def usable_bytes(device: torch.device) -> int:
+    """What this process can have of its GPU's memory. Raises RecipeError on a CPU."""
+    if device.type != "cuda":
+        raise RecipeError(
+            'train.micro_batch = "auto" tries steps on a GPU, and this run is on the CPU: set it to a number.'
+        )
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device)
+
+
+def peak_bytes(run: Callable[[], None], device: torch.device) -> int | None:
+    """The most bytes of the GPU's memory that were allocated at once in the call; None where there were too few."""
+    torch.cuda.reset_peak_memory_stats(device)
+    peak = None
+    try:
+        run()
+        peak = torch.cuda.max_memory_allocated(device)
+    except torch.OutOfMemoryError:
+        pass  # what it held is freed below, once nothing refers to the exception
+    gc.collect()  # a model that computes its layers again is in a cycle
+    torch.cuda.empty_cache()
+    return peak
+
+
+def try_steps(
+    recipe: Recipe,
+    compute: Compute,
+    device: torch.device,
+    train_step: Callable[..., object],
+    shape: Shape,
+    counts: tuple[int, int, int],
+) -> None:
+    """Two steps of a new model with everything in memory that a run has there.
+
+    counts: images of a micro-batch, micro-batches of this process's step, boxes of an image.
+    """
+    images, parts, boxes = counts
+    model, criterion = build_model(recipe.model).to(device).train(), build_criterion(recipe)
+    arrange(model, criterion, compute._replace(compile=False), shapes=1)
+    optimizer = build_optimizer(model, recipe.optim)
+    average = WeightAverage(model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
+    # a step's batches are there while the next ones arrive
+    held = [finish(random_batch(shape, images, boxes, least=boxes), device) for _ in range(2 * parts)]
+    for _ in range(STEPS):
+        train_step(
+            model,
+            criterion,
+            optimizer,
+            held[: min(parts, 2)],  # gradients are there from the second one on; more adds nothing
+            device=device,
+            clip_norm=recipe.optim.clip_norm,
+            precision=compute.precision,
+        )
+        if average:
+            average.update()

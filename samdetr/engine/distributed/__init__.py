@@ -1,0 +1,1 @@
+"""Several processes: what they tell each other, a model among them, starting them."""

@@ -1,0 +1,1 @@
+"""What goes wrong: signals, memory that runs out, numbers that are not finite, and their replay."""
