@@ -26,7 +26,7 @@ from samdetr.engine.checkpoint.format import AVERAGE, MODEL, OPTIMIZER, Progress
 from samdetr.engine.checkpoint.format import optimizer_tensors as tensors_of
 from samdetr.engine.checkpoint.saving import Parts, Saver
 from samdetr.engine.distributed.parallel import ALONE
-from samdetr.engine.ema import WeightAverage
+from samdetr.engine.ema import EMA
 from samdetr.engine.optim import build_optimizer
 from samdetr.models import build_model
 from samdetr.recipe import load_recipe
@@ -42,7 +42,7 @@ def state_of(recipe: Path, device: torch.device) -> Parts:
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    average = WeightAverage(model, 0.999).averages
+    average = EMA(model, 0.999).averages
     return {MODEL: model_tensors(model), OPTIMIZER: tensors_of(model, optimizer), AVERAGE: average}
 
 

@@ -25,7 +25,7 @@ from perf.inputs import training_batch
 from perf.report import Report, environment, number
 from perf.sides import build_model_on
 from perf.train_step import StepRow, wait
-from samdetr.engine.compute.compile import EXACT, Compute, choose_compute, compile_regions, computing_in
+from samdetr.engine.compute.compile import EXACT, Compute, autocast, choose_compute, compile_regions
 from samdetr.errors import SamdetrError
 from samdetr.loss import build_criterion
 from samdetr.models.position import MapGeometry, sine_map, valid_mask
@@ -62,7 +62,7 @@ def build_ours(recipe: Recipe, batch: Batch, valid: Tensor, memory: Tensor, comp
     def run() -> Tensor:
         model.zero_grad(set_to_none=True)
         leaf.grad = None
-        with computing_in(dtype, device):
+        with autocast(dtype, device):
             outputs = model.decode(leaf.to(dtype), position.to(dtype), geometry)
         loss = criterion(outputs, targets).total
         loss.backward()

@@ -24,9 +24,9 @@ from torch import Tensor
 from perf.report import Report, environment, table
 from perf.train_step import StepRow, wait
 from samdetr.data.prefetch import finish
-from samdetr.engine.compute.activation_checkpoint import recompute_layers
+from samdetr.engine.compute.activation_checkpoint import checkpoint_activations
 from samdetr.engine.compute.compile import random_batch
-from samdetr.engine.distributed.parallel import ALONE, wrapped
+from samdetr.engine.distributed.parallel import ALONE, wrap
 from samdetr.engine.optim import build_optimizer
 from samdetr.engine.train import train_step
 from samdetr.loss import build_criterion
@@ -43,19 +43,19 @@ Step = Callable[[int], Tensor]
 def build_step(recipe: Recipe, model: Detector, way: str, batch: Batch, device: torch.device) -> Step:
     """The engine's step on a copy of the model, wrapped in one of the ways; it returns the values of `train_step`."""
     model = deepcopy(model)
-    replica: torch.nn.Module = model
+    parallel_model: torch.nn.Module = model
     if way == DDP:
-        replica = wrapped(model, ParallelSection(strategy="ddp"), ALONE, device)
+        parallel_model = wrap(model, ParallelSection(strategy="ddp"), ALONE, device)
     elif way == FSDP:
-        replica = wrapped(model, ParallelSection(strategy="fsdp"), ALONE, device)
+        parallel_model = wrap(model, ParallelSection(strategy="fsdp"), ALONE, device)
     elif way == AGAIN:
-        recompute_layers(model)
+        checkpoint_activations(model)
     criterion, optimizer = build_criterion(recipe), build_optimizer(model, recipe.optim)
     clip_norm = recipe.optim.clip_norm
 
     def step(turn: int) -> Tensor:
         found = train_step(
-            replica, criterion, optimizer, [batch], device=device, clip_norm=clip_norm, world=ALONE, seeds=[turn]
+            parallel_model, criterion, optimizer, [batch], device=device, clip_norm=clip_norm, world=ALONE, seeds=[turn]
         )
         return found.values
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from samdetr.engine.compute.activation_checkpoint import recompute_layers
+from samdetr.engine.compute.activation_checkpoint import checkpoint_activations
 from samdetr.loss import build_criterion
 from samdetr.models import SAMDETR, DeformableDETR, Detector, MultiScaleSAMDETR, build_model
 from samdetr.models.aligner import ROI_SIZE, AlignedQueries, SemanticAligner
@@ -264,7 +264,7 @@ def training_memory(model: Detector, recipe: Recipe) -> Memory:
         return tensor
 
     if recipe.compute.activation_checkpointing == "layers":
-        recompute_layers(model)
+        checkpoint_activations(model)
     criterion, targets = build_criterion(recipe), _targets(len(images))
     with saved_tensors_hooks(save, lambda tensor: tensor), FusedAttention(), MacCounter():
         criterion(model.train()(images, image_sizes, *criterion.model_targets(targets)), targets)

@@ -27,28 +27,28 @@ from samdetr.structures import Batch
 _DESCRIBED = 20_000  # images whose batches `TrainLoader.describe` looks at
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """Which micro-batches a process loads: those at ``rank``, ``rank + ranks``, ... of all."""
 
     rank: int = 0
     ranks: int = 1
 
 
-EVERYTHING = Share()
+EVERYTHING = Shard()
 
 
 class _Loader:
     """A DataLoader over lists of keys whose workers live until `close`, or until the process ends."""
 
     def __init__(
-        self, dataset: DetectionDataset, sampler: Iterable[MicroBatch], share: Share, workers: int, pin: bool
+        self, dataset: DetectionDataset, sampler: Iterable[MicroBatch], shard: Shard, workers: int, pin: bool
     ) -> None:
         # An own generator: DataLoader draws a seed for its workers and must not advance the caller's RNG.
         with _silent_about_workers():
             self._loader: DataLoader[Batch | DataError] = DataLoader(
                 _BatchDataset(dataset),
                 batch_size=None,
-                sampler=_Shared(sampler, share),
+                sampler=_Sharded(sampler, shard),
                 num_workers=workers,
                 collate_fn=_as_is,
                 pin_memory=pin and torch.cuda.is_available(),
@@ -91,7 +91,7 @@ class TrainLoader(_Loader):
 
     The batches depend on (seed, epoch, step) only, not on the number of workers or on earlier iterations.
     Without ``shapes`` they are random (published); with them the rule of `samdetr.data.buckets` holds. Of a step's
-    micro-batches, whose number ``share.ranks`` divides, this process loads its share.
+    micro-batches, whose number ``shard.ranks`` divides, this process loads its shard.
     Workers live until `close`, which also runs when the process ends.
     """
 
@@ -105,19 +105,19 @@ class TrainLoader(_Loader):
         seed: int,
         pin_memory: bool,
         shapes: Sequence[Shape] | None = None,
-        share: Share = EVERYTHING,
+        shard: Shard = EVERYTHING,
     ) -> None:
         self._dataset, self._total, self._micro, self._seed = dataset, total_batch, micro_batch, seed
-        self._micro_per_step = -(-total_batch // micro_batch) // share.ranks
+        self._micro_per_step = -(-total_batch // micro_batch) // shard.ranks
         self._steps: EpochSampler | BucketSampler
         if shapes is None:
             self._steps = EpochSampler(len(dataset), total_batch, seed, shuffle=True)
-            super().__init__(dataset, _MicroSampler(self._steps, micro_batch), share, workers, pin_memory)
+            super().__init__(dataset, _MicroSampler(self._steps, micro_batch), shard, workers, pin_memory)
         else:
             self._steps = BucketSampler(
                 dataset.planned_sizes, len(dataset), shapes, batch=total_batch, micro=micro_batch, seed=seed
             )
-            super().__init__(dataset, self._steps, share, workers, pin_memory)
+            super().__init__(dataset, self._steps, shard, workers, pin_memory)
 
     @property
     def shapes(self) -> tuple[Shape, ...] | None:
@@ -183,13 +183,13 @@ class EvalLoader(_Loader):
     """
 
     def __init__(
-        self, dataset: DetectionDataset, *, batch: int, workers: int, pin_memory: bool, share: Share = EVERYTHING
+        self, dataset: DetectionDataset, *, batch: int, workers: int, pin_memory: bool, shard: Shard = EVERYTHING
     ) -> None:
         self._steps = EpochSampler(len(dataset), batch, 0, shuffle=False)
-        self._ranks = share.ranks
+        self._ranks = shard.ranks
         batches = list(_MicroSampler(self._steps, batch))
-        batches += batches[-1:] * (-len(batches) % share.ranks)
-        super().__init__(dataset, batches, share, workers, pin_memory)
+        batches += batches[-1:] * (-len(batches) % shard.ranks)
+        super().__init__(dataset, batches, shard, workers, pin_memory)
 
     def __len__(self) -> int:
         """Batches of this process."""
@@ -208,7 +208,7 @@ def build_train_loader(
     seed: int,
     pin_memory: bool,
     shapes: Sequence[Shape] | None = None,
-    share: Share = EVERYTHING,
+    shard: Shard = EVERYTHING,
 ) -> TrainLoader:
     """The loader of the training split (DataError: fewer images than ``total_batch``)."""
     return TrainLoader(
@@ -219,25 +219,25 @@ def build_train_loader(
         seed=seed,
         pin_memory=pin_memory,
         shapes=shapes,
-        share=share,
+        shard=shard,
     )
 
 
 def build_eval_loader(
-    dataset: DetectionDataset, *, batch: int, workers: int, pin_memory: bool, share: Share = EVERYTHING
+    dataset: DetectionDataset, *, batch: int, workers: int, pin_memory: bool, shard: Shard = EVERYTHING
 ) -> EvalLoader:
     """The loader of the validation split."""
-    return EvalLoader(dataset, batch=batch, workers=workers, pin_memory=pin_memory, share=share)
+    return EvalLoader(dataset, batch=batch, workers=workers, pin_memory=pin_memory, shard=shard)
 
 
-class _Shared(Sampler[MicroBatch]):
+class _Sharded(Sampler[MicroBatch]):
     """A process's share of the micro-batches."""
 
-    def __init__(self, all_of_them: Iterable[MicroBatch], share: Share) -> None:
-        self.all_of_them, self.share = all_of_them, share
+    def __init__(self, all_of_them: Iterable[MicroBatch], shard: Shard) -> None:
+        self.all_of_them, self.shard = all_of_them, shard
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return islice(self.all_of_them, self.share.rank, None, self.share.ranks)
+        return islice(self.all_of_them, self.shard.rank, None, self.shard.ranks)
 
 
 class _MicroSampler(Sampler[MicroBatch]):

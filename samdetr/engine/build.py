@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from samdetr.data.checks import raise_for_errors
-from samdetr.data.loader import EvalLoader, Share, TrainLoader, build_eval_loader, build_train_loader
+from samdetr.data.loader import EvalLoader, Shard, TrainLoader, build_eval_loader, build_train_loader
 from samdetr.data.splits import Splits, batch_shapes, build_dataset, load_splits
 from samdetr.engine.checkpoint.folder import load_newest
 from samdetr.engine.checkpoint.format import (
@@ -35,9 +35,9 @@ from samdetr.engine.compute.compile import Compute, choose_compute
 from samdetr.engine.compute.cuda_graph import StepGraphs
 from samdetr.engine.compute.micro_batch import choose_micro_batch
 from samdetr.engine.distributed.parallel import World, distribute, micro_batches_of
-from samdetr.engine.ema import WeightAverage
+from samdetr.engine.ema import EMA
 from samdetr.engine.failures.interrupt import StopSignal
-from samdetr.engine.optim import Guarded, RunningStatistics, build_optimizer
+from samdetr.engine.optim import NonFiniteGuard, RunningStatistics, build_optimizer
 from samdetr.engine.run.folder import (
     CHECKPOINTS,
     environment_of,
@@ -49,7 +49,7 @@ from samdetr.engine.run.folder import (
     write_environment,
 )
 from samdetr.engine.run.log import Meter, Stopwatch, print_findings, step_values
-from samdetr.engine.run.metrics import Readings, Step
+from samdetr.engine.run.metrics import AsyncMetrics, Step
 from samdetr.errors import CheckpointError
 from samdetr.loss import Criterion, build_criterion
 from samdetr.models import Detector, build_model
@@ -69,10 +69,10 @@ class Training:
     splits: Splits
     world: World
     model: Detector
-    replica: nn.Module  # what to call for a forward pass in training: the model itself, in a process alone
+    parallel_model: nn.Module  # what to call for a forward pass in training: the model itself, in a process alone
     criterion: Criterion
-    optimizer: Guarded
-    average: WeightAverage | None
+    optimizer: NonFiniteGuard
+    ema: EMA | None
     train_loader: TrainLoader
     val_loader: EvalLoader
     evaluator: Evaluator
@@ -84,13 +84,13 @@ class Training:
     stop: StopSignal
     saver: Saver
     statistics: RunningStatistics | None  # of live BatchNorm, where a step may be skipped
-    readings: Readings = field(default_factory=Readings)
+    metrics: AsyncMetrics = field(default_factory=AsyncMetrics)
     failed: tuple[Step, list[float]] | None = None  # the step that ends the run, not finite, and its values
     graphs: StepGraphs | None = None
 
     def asked_to_stop(self) -> bool:
         """Whether any process was, by a signal. All of them must ask, at the same place."""
-        agreed = self.world.most(self.stop.number or 0)
+        agreed = self.world.all_reduce_max(self.stop.number or 0)
         if agreed:
             self.stop.number = agreed
         return bool(
@@ -105,14 +105,14 @@ class Training:
             # other processes' statistics of BatchNorm are not the run's; first, as it gives up gathered layers
             MODEL: model_tensors(self.model, with_buffers=self.world.is_main),
             OPTIMIZER: optimizer_tensors(self.model, self.optimizer),
-            AVERAGE: self.average.averages if self.average else {},
+            AVERAGE: self.ema.averages if self.ema else {},
         }
         meta = {
             "recipe": self.recipe.model_dump(mode="json"),
             "categories": self.splits.categories.to_json(),
             "data": self.splits.fingerprint(),
             "environment": self.environment,
-            "averaged_steps": self.average.count if self.average else 0,
+            "averaged_steps": self.ema.count if self.ema else 0,
         }
         self.saver.save(parts, self.progress, meta)
 
@@ -135,9 +135,9 @@ class _Start:
     """What a new run and one that goes on bring along."""
 
     folder: Path
-    replica: nn.Module
-    optimizer: Guarded
-    average: WeightAverage | None
+    parallel_model: nn.Module
+    optimizer: NonFiniteGuard
+    ema: EMA | None
     progress: Progress
     note: str  # for the console
 
@@ -149,7 +149,7 @@ def _run_to_continue(recipe: Recipe, resume: str | None, world: World) -> Path |
         wanted = run_of_launch(recipe) if resume is None else resume
         return (None if wanted is None else find_run(recipe, wanted),)
 
-    return world.from_main(find)[0]
+    return world.broadcast_from_main(find)[0]
 
 
 def build_training(
@@ -194,10 +194,10 @@ def build_training(
         splits=splits,
         world=world,
         model=model,
-        replica=start.replica,
+        parallel_model=start.parallel_model,
         criterion=criterion,
         optimizer=start.optimizer,
-        average=start.average,
+        ema=start.ema,
         train_loader=train_loader,
         val_loader=val_loader,
         evaluator=evaluator,
@@ -217,7 +217,7 @@ def build_training(
 def _read_data(recipe: Recipe, world: World, console: Console) -> Splits:
     """Both splits, their findings printed. Raises DatasetError where they hold what cannot be trained on."""
     watch = Stopwatch()
-    with console.status("reading and checking the data"), world.machine_first():
+    with console.status("reading and checking the data"), world.local_main_first():
         splits = load_splits(
             recipe.data,
             num_queries=recipe.model.most_objects,
@@ -238,11 +238,11 @@ def _begin(
 ) -> _Start:
     """A new run: its initial weights, and its folder, last."""
     note = load_initial_weights(model, recipe)
-    replica = distribute(model.to(device), recipe.parallel, world, device)
+    parallel_model = distribute(model.to(device), recipe.parallel, world, device)
     optimizer = build_optimizer(model, recipe.optim, max_skips=recipe.train.skips_allowed)
-    average = build_average(model, recipe)
-    folder = world.from_main(lambda: new_run(recipe, environment))
-    return _Start(folder, replica, optimizer, average, Progress(), note)
+    average = build_ema(model, recipe)
+    folder = world.broadcast_from_main(lambda: new_run(recipe, environment))
+    return _Start(folder, parallel_model, optimizer, average, Progress(), note)
 
 
 def _go_on(
@@ -264,19 +264,19 @@ def _go_on(
             "(other images, boxes or categories): start a new run with init.checkpoint instead."
         )
     load_model_state(model, checkpoint, averaged=False)
-    replica = distribute(model.to(device), recipe.parallel, world, device)
+    parallel_model = distribute(model.to(device), recipe.parallel, world, device)
     optimizer = build_optimizer(model, recipe.optim, max_skips=recipe.train.skips_allowed)
     load_optimizer_state(model, optimizer, checkpoint)
-    average = build_average(model, recipe)
+    average = build_ema(model, recipe)
     if average:
         average.load(checkpoint.average, checkpoint.meta["averaged_steps"])
     progress = replace(checkpoint.progress, finished=False)
-    optimizer.in_row.fill_(progress.skips_in_row)
+    optimizer.consecutive_skips.fill_(progress.skips_in_row)
     if not (folder / CHECKPOINTS / BEST).exists():  # it was damaged: the next one is the best again
         progress.best_ap, progress.best_epoch = -1.0, -1
     if world.is_main and progress.epoch < recipe.train.epochs:
         write_environment(folder, environment, step=progress.step)
-    return _Start(folder, replica, optimizer, average, progress, f"continuing after step {progress.step}")
+    return _Start(folder, parallel_model, optimizer, average, progress, f"continuing after step {progress.step}")
 
 
 def _size_and_place(model: Detector, recipe: Recipe, device: torch.device, world: World) -> str:
@@ -292,15 +292,15 @@ def _never_drops(recipe: Recipe) -> str:
     return ""
 
 
-def build_average(model: Detector, recipe: Recipe) -> WeightAverage | None:
+def build_ema(model: Detector, recipe: Recipe) -> EMA | None:
     """The average that ``optim.ema_decay`` asks for."""
-    return WeightAverage(model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
+    return EMA(model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
 
 
 def build_loaders(recipe: Recipe, splits: Splits, device: torch.device, world: World) -> tuple[TrainLoader, EvalLoader]:
     """The loaders of both splits. Raises RecipeError where the processes cannot share a step."""
     micro_batches_of(world, total_batch=recipe.train.total_batch, micro_batch=recipe.train.images)
-    share = Share(world.rank, world.size)
+    shard = Shard(world.rank, world.size)
     seed, categories = recipe.run.seed, splits.categories
     pin_memory = device.type == "cuda"
     train_set, val_set = (
@@ -315,9 +315,9 @@ def build_loaders(recipe: Recipe, splits: Splits, device: torch.device, world: W
         seed=seed,
         pin_memory=pin_memory,
         shapes=batch_shapes(train_set, recipe.data),
-        share=share,
+        shard=shard,
     )
     val_loader = build_eval_loader(
-        val_set, batch=recipe.eval.batch, workers=recipe.data.workers, pin_memory=pin_memory, share=share
+        val_set, batch=recipe.eval.batch, workers=recipe.data.workers, pin_memory=pin_memory, shard=shard
     )
     return train_loader, val_loader

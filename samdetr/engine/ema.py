@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from samdetr.engine.distributed.parallel import drop_gathered, own_share, share_like
+from samdetr.engine.distributed.parallel import local_shard, reshard, shard_like
 from samdetr.errors import CheckpointError
 
 WARM_UP = 10  # the first averages forget fast: after n updates the decay is at most (1 + n) / (WARM_UP + n)
 
 
-class WeightAverage:
+class EMA:
     """Exponential moving average of the parameters that are trained; buffers are the model's own.
 
     After every step ``average = d * average + (1 - d) * parameter`` with ``d = min(decay, (1 + n) / (10 + n))`` and n
@@ -32,8 +32,8 @@ class WeightAverage:
     def update(self, skipped: Tensor | None = None) -> None:
         """Take the parameters in, after a step; not where ``skipped`` ([], on the device), if given, is not 0."""
         decay = min(self.decay, (1 + self.count) / (WARM_UP + self.count))
-        parameters = [own_share(value.detach()) for value in self.parameters.values()]
-        averages = [own_share(value) for value in self.averages.values()]
+        parameters = [local_shard(value.detach()) for value in self.parameters.values()]
+        averages = [local_shard(value) for value in self.averages.values()]
         if skipped is not None:  # an average of a value and itself is that value, to the last bit
             parameters = [torch.where(skipped > 0, *pair) for pair in zip(averages, parameters, strict=True)]
         get_ema_multi_avg_fn(decay)(averages, parameters, self.count)  # type: ignore[no-untyped-call]
@@ -42,20 +42,20 @@ class WeightAverage:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within the context the model's parameters hold their averages."""
-        parameters = [own_share(value.detach()) for value in self.parameters.values()]
+        parameters = [local_shard(value.detach()) for value in self.parameters.values()]
         trained = [value.clone() for value in parameters]
-        torch._foreach_copy_(parameters, [own_share(value) for value in self.averages.values()])
-        drop_gathered(self.model)
+        torch._foreach_copy_(parameters, [local_shard(value) for value in self.averages.values()])
+        reshard(self.model)
         try:
             yield
         finally:
             torch._foreach_copy_(parameters, trained)
-            drop_gathered(self.model)
+            reshard(self.model)
 
     def load(self, averages: Mapping[str, Tensor], count: int) -> None:
         """Go on from a checkpoint's averages. Raises CheckpointError where they are of other parameters."""
         if averages.keys() != self.averages.keys():
             raise CheckpointError("the checkpoint has no averages of these weights: was optim.ema_decay 0 before?")
         for name, value in self.averages.items():
-            value.copy_(share_like(averages[name], value))
+            value.copy_(shard_like(averages[name], value))
         self.count = count

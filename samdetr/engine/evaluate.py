@@ -20,7 +20,7 @@ from samdetr.data.prefetch import prefetch
 from samdetr.data.splits import build_dataset, read_split
 from samdetr.engine.checkpoint.weights import choose_device, load_trained
 from samdetr.engine.coco import CocoDetections, choose_evaluator, coco_detections, coco_evaluate
-from samdetr.engine.compute.compile import choose_precision, computing_in, eagerly
+from samdetr.engine.compute.compile import autocast, choose_precision, eagerly
 from samdetr.engine.distributed.parallel import World
 from samdetr.engine.failures.out_of_memory import START_UP, described, evaluating, named, placing
 from samdetr.engine.run.log import print_evaluation, print_findings, print_per_class
@@ -80,7 +80,7 @@ def detect(
     try:
         for done, (batch,) in enumerate(prefetch(([batch] for batch in loader), device), start=1):
             # images of any size: nothing to compile
-            with named(partial(described, batch)), eagerly(), computing_in(precision, device):
+            with named(partial(described, batch)), eagerly(), autocast(precision, device):
                 outputs = model(batch.images, batch.image_sizes)
             sizes = batch.original_sizes.to(device, non_blocking=True)
             parts.append(best_detections(outputs, sizes, top_k, classification))

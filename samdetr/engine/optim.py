@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from samdetr.recipe import OptimSection
 
 
-class Guarded(torch.optim.Optimizer):
+class NonFiniteGuard(torch.optim.Optimizer):
     """An optimizer that takes no step of which a number was not finite; nobody waits to find out.
 
     After more than ``max_skips`` such steps in a row it changes nothing any more: whoever notices, however late, finds
     everything as it was at that step. The switch is ``found_inf`` ([] float32, 0 or 1), which torch's fused optimizers
-    read on the device, made for loss scaling; its steps in a row are ``in_row`` ([] float32). Parameters must be on
-    their device already.
+    read on the device, made for loss scaling; its steps in a row are ``consecutive_skips`` ([] float32). Parameters
+    must be on their device already.
     """
 
     found_inf: Tensor
-    in_row: Tensor
+    consecutive_skips: Tensor
     max_skips: int = 0
 
     def prepare(self) -> None:
@@ -34,23 +34,23 @@ class Guarded(torch.optim.Optimizer):
             for group in self.param_groups:
                 group["lr"] = torch.tensor(group["lr"], device=device)
         self.found_inf = torch.zeros((), device=device)
-        self.in_row = torch.zeros((), device=device)
+        self.consecutive_skips = torch.zeros((), device=device)
 
     def guard(self, *values: Tensor) -> None:
         """Leave everything as it is in this step if one of ``values`` (scalars) is NaN or infinite."""
         finite = torch.stack([torch.isfinite(value) for value in values]).all()
-        self.found_inf.copy_(~finite | (self.in_row > self.max_skips))
-        self.in_row.add_(1).mul_(self.found_inf)
+        self.found_inf.copy_(~finite | (self.consecutive_skips > self.max_skips))
+        self.consecutive_skips.add_(1).mul_(self.found_inf)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Within the context no step changes anything, whatever `guard` sees."""
-        before = self.in_row.clone()
-        self.in_row.fill_(self.max_skips + 1)
+        before = self.consecutive_skips.clone()
+        self.consecutive_skips.fill_(self.max_skips + 1)
         try:
             yield
         finally:
-            self.in_row.copy_(before)
+            self.consecutive_skips.copy_(before)
             self.found_inf.zero_()
 
 
@@ -72,7 +72,7 @@ class RunningStatistics:
             buffer.copy_(torch.where(skipped > 0, before, buffer))
 
 
-class GuardedAdamW(Guarded, torch.optim.AdamW):
+class GuardedAdamW(NonFiniteGuard, torch.optim.AdamW):
     """Fused AdamW with the guard."""
 
     def __init__(self, groups: Iterable[Any], *, lr: float, weight_decay: float = 0.0) -> None:
@@ -82,7 +82,7 @@ class GuardedAdamW(Guarded, torch.optim.AdamW):
         self.prepare()
 
 
-class GuardedSGD(Guarded, torch.optim.SGD):
+class GuardedSGD(NonFiniteGuard, torch.optim.SGD):
     """Fused SGD with momentum and the guard."""
 
     def __init__(self, groups: Iterable[Any], *, lr: float, momentum: float, weight_decay: float = 0.0) -> None:
@@ -97,7 +97,7 @@ class GuardedSGD(Guarded, torch.optim.SGD):
 def build_optimizer(model: nn.Module, section: OptimSection, *, max_skips: int = 0) -> GuardedAdamW | GuardedSGD:
     """The recipe's optimizer over the parameters that have a gradient, in groups: the rest, backbone, what samples.
 
-    Each group starts at its base rate, which `set_learning_rate` multiplies. max_skips: of `Guarded`.
+    Each group starts at its base rate, which `set_learning_rate` multiplies. max_skips: of `NonFiniteGuard`.
     """
     backbone: list[nn.Parameter] = []
     sampling: list[nn.Parameter] = []

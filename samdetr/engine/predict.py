@@ -14,7 +14,7 @@ from samdetr.data.decode import decode_image
 from samdetr.data.transforms import build_transform
 from samdetr.engine.checkpoint.weights import choose_device, load_trained
 from samdetr.engine.coco import CocoDetections, coco_detections
-from samdetr.engine.compute.compile import choose_precision, computing_in
+from samdetr.engine.compute.compile import autocast, choose_precision
 from samdetr.engine.evaluate import best_detections
 from samdetr.engine.failures.out_of_memory import START_UP, placing
 from samdetr.errors import DataError, SamdetrError
@@ -59,7 +59,7 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
             continue
         _make_folder(folder)
         image, _, _ = transform(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        with placing(device, f"the prediction of {photo}"), computing_in(precision, device):
+        with placing(device, f"the prediction of {photo}"), autocast(precision, device):
             outputs = model(image[None].to(device), torch.tensor([image.shape[-2:]], device=device))
             original = torch.tensor([pixels.shape[-2:]], device=device)
             found = best_detections(outputs, original, recipe.eval.top_k, recipe.loss.classification)

@@ -17,17 +17,24 @@ from samdetr.data.prefetch import prefetch
 from samdetr.engine.build import Training, build_training
 from samdetr.engine.checkpoint.weights import choose_device
 from samdetr.engine.coco import CocoDetections, coco_evaluate
-from samdetr.engine.compute.compile import computing_in, prepare_step
+from samdetr.engine.compute.compile import autocast, prepare_step
 from samdetr.engine.compute.cuda_graph import StepGraphs
-from samdetr.engine.distributed.parallel import ALONE, World, joined, local_gradients, lost_contact, whole
+from samdetr.engine.distributed.parallel import (
+    ALONE,
+    World,
+    full_tensor,
+    init_world,
+    is_communication_error,
+    no_grad_sync,
+)
 from samdetr.engine.evaluate import detect, gather_detections
 from samdetr.engine.failures.nonfinite import report_all, report_steps
 from samdetr.engine.failures.out_of_memory import START_UP, described, named, placing, said_of_training
 from samdetr.engine.failures.replay import step_seed
-from samdetr.engine.optim import Guarded, lr_factor, set_learning_rate
+from samdetr.engine.optim import NonFiniteGuard, lr_factor, set_learning_rate
 from samdetr.engine.run.folder import METRICS_FILE, resume_command
 from samdetr.engine.run.log import Meter, RunLog, Stopwatch
-from samdetr.engine.run.metrics import Lead, Step
+from samdetr.engine.run.metrics import RunAheadLimit, Step
 from samdetr.engine.run.pictures import draw_validation
 from samdetr.engine.run.profile import StepProfiler
 from samdetr.errors import DataError, SamdetrError
@@ -49,7 +56,7 @@ class StepResult(NamedTuple):
 def train_step(
     model: nn.Module,
     criterion: Criterion,
-    optimizer: Guarded,
+    optimizer: NonFiniteGuard,
     batch: Sequence[Batch],
     *,
     device: torch.device,
@@ -76,7 +83,7 @@ def train_step(
     for place, micro in enumerate(moved, start=1):
         if seeds is not None:
             torch.manual_seed(seeds[place - 1])
-        with local_gradients(model, keep=place < len(moved)):
+        with no_grad_sync(model, keep=place < len(moved)):
             values.append(run(micro, num_boxes))
     *sums, class_error = world.sum(torch.stack(values).sum(0)).unbind()
     grad_norm = graphs.update(sums[0]) if graphs else update(optimizer, clip_norm, sums[0])
@@ -97,17 +104,17 @@ def forward_backward(
 
 def forward(model: nn.Module, criterion: Criterion, batch: Batch, *, precision: torch.dtype) -> Outputs | RegionLosses:
     """Call the model on a micro-batch as training does; the result is for the criterion. precision: of products."""
-    with computing_in(precision, batch.images.device):
+    with autocast(precision, batch.images.device):
         outputs: Outputs | RegionLosses = model(
             batch.images, batch.image_sizes, *criterion.model_targets(batch.targets)
         )
     return outputs
 
 
-def update(optimizer: Guarded, clip_norm: float, loss: Tensor) -> Tensor:
+def update(optimizer: NonFiniteGuard, clip_norm: float, loss: Tensor) -> Tensor:
     """Clip the gradients and take the optimizer's step; returns their norm before. All on the device."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = whole(nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf")))
+    grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf")))
     optimizer.guard(loss, grad_norm)
     optimizer.step()
     return grad_norm
@@ -124,7 +131,7 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
     """
     recipe = with_absolute_paths(recipe)
     device = choose_device(recipe.run.device, recipe.compute.kernels)
-    with joined(device, recipe.parallel) as world:
+    with init_world(device, recipe.parallel) as world:
         console = Console(quiet=not world.is_main)
         with placing(device, START_UP):
             training = build_training(
@@ -147,7 +154,7 @@ def run(training: Training, *, profile: bool) -> Path:
         writes=world.is_main,
     )
     profiled = training.folder / "profile" if profile and world.is_main else None
-    with training.stop, explained(training), log, StepProfiler(profiled, log.note) as profiler:
+    with training.stop, translate_errors(training), log, StepProfiler(profiled, log.note) as profiler:
         with named(lambda: START_UP):
             training.graphs = start_step(training, log)
         while progress.epoch < epochs:
@@ -168,7 +175,7 @@ def run(training: Training, *, profile: bool) -> Path:
 
 
 @contextmanager
-def explained(training: Training) -> Iterator[None]:
+def translate_errors(training: Training) -> Iterator[None]:
     """Ends the loaders' processes; makes sentences, which say how to go on, of what torch raises."""
     folder = training.folder
     try:
@@ -189,9 +196,9 @@ def explained(training: Training) -> Iterator[None]:
         training.saver.end()  # what it writes is there to go on from
         raise SamdetrError(said_of_training(training, error)) from error
     except RuntimeError as error:
-        if training.world.size == 1 or not lost_contact(error):
+        if training.world.size == 1 or not is_communication_error(error):
             raise
-        silent = ", ".join(map(str, training.world.absent())) or "none of them now"
+        silent = ", ".join(map(str, training.world.unresponsive_ranks())) or "none of them now"
         place = [frame.name for frame in traceback.extract_tb(error.__traceback__) if "samdetr" in frame.filename][-1]
         raise SamdetrError(
             f"a process does not answer (silent: {silent}) after step {training.progress.step}, in {place}: "
@@ -209,7 +216,7 @@ def start_step(training: Training, log: RunLog) -> StepGraphs | None:
     """Compile and record the step as the recipe asks; a signal stops between two shapes."""
     model, criterion, optimizer = training.model, training.criterion, training.optimizer
     model.train()
-    values_of = partial(forward_backward, training.replica, criterion)
+    values_of = partial(forward_backward, training.parallel_model, criterion)
 
     def started(what: str) -> None:
         log.starting(what)
@@ -237,7 +244,7 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
     """Take the epoch's remaining steps."""
     recipe, progress, epoch = training.recipe, training.progress, training.progress.epoch
     training.model.train()
-    total, data, lead = Stopwatch(), Stopwatch(), Lead(training.device)
+    total, data, lead = Stopwatch(), Stopwatch(), RunAheadLimit(training.device)
     for batch in agreed_batches(training, log):
         waited = data.lap()
         if training.statistics:
@@ -247,7 +254,7 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
         first = training.world.rank
         places = range(first, first + len(batch) * training.world.size, training.world.size)
         result = train_step(
-            training.replica,
+            training.parallel_model,
             training.criterion,
             training.optimizer,
             batch,
@@ -261,18 +268,18 @@ def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None
         skipped = training.optimizer.found_inf if training.statistics else None
         if training.statistics:
             training.statistics.undo(training.optimizer.found_inf)
-        if training.average:
-            training.average.update(skipped)
+        if training.ema:
+            training.ema.update(skipped)
         step = Step(progress.step + 1, epoch, progress.step_in_epoch, recipe.optim.lr * factor)
-        training.readings.add(step, result.values)
+        training.metrics.add(step, result.values)
         lead.step()
         progress.step += 1
         progress.step_in_epoch += 1
         log.step(epoch, seconds=total.lap(), waited=waited, images=recipe.train.total_batch)
         profiler.step()
         if training.device.type == "cpu" or progress.step % recipe.train.log_every == 0:
-            training.readings.send()
-        report_steps(training, log, training.readings.arrived())
+            training.metrics.flush()
+        report_steps(training, log, training.metrics.ready())
         if is_saved(training):
             report_all(training, log)
             training.save()
@@ -298,7 +305,7 @@ def agreed_batches(training: Training, log: RunLog) -> Iterator[list[Batch]]:
         except DataError as error:
             failure = error
         own = 3 if training.failed else 2 if training.saver.failed else int(failure is not None)
-        failed = training.world.most(own)
+        failed = training.world.all_reduce_max(own)
         if failed == 3:
             report_all(training, log)
         if failed == 2:
@@ -325,7 +332,7 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
             training.leave()  # the epoch's steps are saved; its evaluation is done when the run continues
 
     watch = Stopwatch()
-    with training.average.in_place() if training.average else nullcontext():
+    with training.ema.in_place() if training.ema else nullcontext():
         found = detect(
             training.model,
             training.val_loader,
@@ -337,7 +344,7 @@ def evaluate_epoch(training: Training, log: RunLog) -> bool:
             after_batch=after_batch,
         )
     results = gather_detections(found, training.world, training.splits.val.image_ids)
-    ap = training.world.from_main(
+    ap = training.world.broadcast_from_main(
         lambda: report_evaluation(training, log, results, watch) if results is not None else -1.0
     )
     best = ap > progress.best_ap

@@ -61,7 +61,7 @@ class SemanticAligner(nn.Module):
         self.reduce = nn.Linear(width, reduced)
         hidden = POINT_HIDDEN * width
         outputs = points * (4 if smca else 2)
-        self.point_mlp = MLP(ROI_SIZE * ROI_SIZE * reduced, width, hidden, hidden, outputs, exact=True)
+        self.point_mlp = MLP(ROI_SIZE * ROI_SIZE * reduced, width, hidden, hidden, outputs, fp32_output=True)
         nn.init.zeros_(self.point_mlp.last.bias[: 2 * points])
         nn.init.constant_(self.point_mlp.last.bias[2 * points :], initial_scale)
         self.content_gate = nn.Linear(width, points * width) if reweighting else None

@@ -94,7 +94,7 @@ class ConditionalDETR(MapDetector):
     ) -> None:
         super().__init__(half)
         self.decoder = nn.ModuleList(layers)
-        self.reference_head = MLP(width, width, 2, exact=True)
+        self.reference_head = MLP(width, width, 2, fp32_output=True)
         self.place_scale = MLP(width, width, width)
         self.norm = nn.LayerNorm(width)
         self.query_positions = nn.Parameter(torch.randn(num_queries, width))

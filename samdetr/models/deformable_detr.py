@@ -17,7 +17,7 @@ from samdetr.models.deformable_encoder import (
     build_pyramid_half,
     initialise_deformable,
 )
-from samdetr.models.layers import MLP, Attention, ExactLinear, FeedForward, box_head, class_head, inverse_sigmoid
+from samdetr.models.layers import MLP, Attention, FeedForward, Fp32Linear, box_head, class_head, inverse_sigmoid
 from samdetr.models.position import sine_boxes
 from samdetr.structures import Outputs, Proposals
 
@@ -127,7 +127,7 @@ class DeformableDETR(PyramidDetector):
             self.first_stage = FirstStage(width=width, num_queries=num_queries, mask_padding=half.mask_padding)
         else:
             self.queries = nn.Parameter(torch.randn(num_queries, 2 * width))
-            self.reference_head = ExactLinear(width, 2)
+            self.reference_head = Fp32Linear(width, 2)
             nn.init.xavier_uniform_(self.reference_head.weight)
             nn.init.zeros_(self.reference_head.bias)
             first = self.box_heads[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from samdetr.models.backbone import Backbone, build_backbone
-from samdetr.models.layers import GROUPS, ExactLinear, FeedForward, MapGroupNorm, initialise
+from samdetr.models.layers import GROUPS, FeedForward, Fp32Linear, MapGroupNorm, initialise
 from samdetr.models.position import MapGeometry, covered_cells, sine_map, valid_cells, valid_mask
 from samdetr.structures import Regions
 from samdetr_kernels import deformable_attention
@@ -42,7 +42,7 @@ class DeformableAttention(nn.Module):
     def __init__(self, *, width: int, heads: int, levels: int) -> None:
         super().__init__()
         self.heads, self.levels = heads, levels
-        self.offsets = ExactLinear(width, heads * levels * POINTS * 2)
+        self.offsets = Fp32Linear(width, heads * levels * POINTS * 2)
         self.weights = nn.Linear(width, heads * levels * POINTS)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)

@@ -55,7 +55,7 @@ class DETR(MapDetector):
         self.norm = nn.LayerNorm(width)
         self.query_positions = nn.Parameter(torch.randn(num_queries, width))
         self.class_head = class_head(width, num_classes, prior=class_prior)
-        self.box_head = MLP(width, width, width, 4, exact=True)
+        self.box_head = MLP(width, width, width, 4, fp32_output=True)
         initialise(self.encoder, self.decoder)
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:

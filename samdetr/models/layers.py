@@ -21,7 +21,7 @@ WIDEST_FLASH_HEAD = 256
 CLASS_PRIOR = 0.01  # initial probability of every class (focal loss paper, section 4.1)
 
 
-class ExactLinear(nn.Linear):
+class Fp32Linear(nn.Linear):
     """A linear layer that autocast leaves in the dtype of its weights: for what becomes logits, boxes or points."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,14 +40,17 @@ def joint_linear(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
 
 
 class MLP(nn.Sequential):
-    """Linear layers of the given sizes with ReLU between them: MLP(256, 256, 4) has two. exact: the last one is."""
+    """Linear layers of the given sizes with ReLU between them: MLP(256, 256, 4) has two.
 
-    def __init__(self, *sizes: int, exact: bool = False) -> None:
+    fp32_output: the last one is an `Fp32Linear`.
+    """
+
+    def __init__(self, *sizes: int, fp32_output: bool = False) -> None:
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(sizes[:-1]):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
         fan_in, fan_out = sizes[-2:]
-        layers.append(ExactLinear(fan_in, fan_out) if exact else nn.Linear(fan_in, fan_out))
+        layers.append(Fp32Linear(fan_in, fan_out) if fp32_output else nn.Linear(fan_in, fan_out))
         super().__init__(*layers)
 
     @property
@@ -60,7 +63,7 @@ class MLP(nn.Sequential):
 
 def class_head(width: int, num_classes: int, *, prior: float = CLASS_PRIOR) -> nn.Linear:
     """Logits that begin at a probability of about ``prior``; at 0 they begin as torch's linear layers do."""
-    head = ExactLinear(width, num_classes)
+    head = Fp32Linear(width, num_classes)
     if prior:
         nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
     return head
@@ -68,7 +71,7 @@ def class_head(width: int, num_classes: int, *, prior: float = CLASS_PRIOR) -> n
 
 def box_head(width: int) -> MLP:
     """Box offsets (before the sigmoid) that begin at zero."""
-    head = MLP(width, width, width, 4, exact=True)
+    head = MLP(width, width, width, 4, fp32_output=True)
     nn.init.zeros_(head.last.weight)
     nn.init.zeros_(head.last.bias)
     return head

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from samdetr.models import detr
 from samdetr.models.encoder import EncoderHalf, MapDetector, build_encoder_half
-from samdetr.models.layers import MLP, ExactLinear, boxes_around, class_head, initialise
+from samdetr.models.layers import MLP, Fp32Linear, boxes_around, class_head, initialise
 from samdetr.structures import Outputs
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ class Gaussian(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(width)
-        self.centre = MLP(width, width, width, 2, exact=True) if first else None
-        self.offset = ExactLinear(width, 2 * heads)
-        self.scale = ExactLinear(width, 2 * heads)
+        self.centre = MLP(width, width, width, 2, fp32_output=True) if first else None
+        self.offset = Fp32Linear(width, 2 * heads)
+        self.scale = Fp32Linear(width, 2 * heads)
         nn.init.ones_(self.scale.bias)
 
     def forward(
@@ -121,7 +121,7 @@ class SMCADETR(MapDetector):
         self.norm = nn.LayerNorm(width)
         self.query_positions = nn.Parameter(torch.randn(num_queries, width))
         self.class_head = class_head(width, num_classes)
-        self.box_head = MLP(width, width, width, 4, exact=True)
+        self.box_head = MLP(width, width, width, 4, fp32_output=True)
         initialise(self.encoder, self.decoder)
         for layer in layers:
             nn.init.zeros_(layer.gaussian.scale.weight)  # all Gaussians begin equally wide

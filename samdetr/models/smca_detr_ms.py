@@ -15,7 +15,7 @@ from torch.nn import functional
 from samdetr.models import detr
 from samdetr.models.deformable_encoder import Pyramid, PyramidDetector, PyramidEncoder, PyramidHalf, build_projections
 from samdetr.models.encoder import EncoderLayer
-from samdetr.models.layers import MLP, Attention, ExactLinear, FeedForward, attend, boxes_around, class_head, initialise
+from samdetr.models.layers import MLP, Attention, FeedForward, Fp32Linear, attend, boxes_around, class_head, initialise
 from samdetr.models.position import MapGeometry
 from samdetr.models.smca_detr import PUBLISHED_STRIDE, SMOOTHNESS, Gaussian, gaussian_bias
 from samdetr.structures import Outputs, Regions
@@ -107,7 +107,7 @@ class Gaussians(Gaussian):
     def __init__(self, *, width: int, heads: int, strides: Sequence[int], first: bool) -> None:
         super().__init__(width=width, heads=len(strides) * heads, first=first)
         self.strides = tuple(strides)
-        self.weigh = ExactLinear(width, len(strides))
+        self.weigh = Fp32Linear(width, len(strides))
 
     def forward(  # type: ignore[override]  # of several maps
         self, placed: Tensor, centre: Tensor | None, image_extent: Tensor, masks: Sequence[Tensor]
@@ -197,7 +197,7 @@ class MultiScaleSMCADETR(PyramidDetector):
         self.norm = nn.LayerNorm(width)
         self.query_positions = nn.Parameter(torch.randn(num_queries, width))
         self.class_head = class_head(width, num_classes)
-        self.box_head = MLP(width, width, width, 4, exact=True)
+        self.box_head = MLP(width, width, width, 4, fp32_output=True)
         initialise(self.decoder)
         for layer in layers:
             nn.init.zeros_(layer.gaussian.scale.weight)

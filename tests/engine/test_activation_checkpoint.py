@@ -13,7 +13,7 @@ from torch import Tensor
 
 from samdetr.cost.flops import build_on_meta, training_memory
 from samdetr.data.batching import Shape
-from samdetr.engine.compute.activation_checkpoint import counting_saved, recompute_layers
+from samdetr.engine.compute.activation_checkpoint import checkpoint_activations, counting_saved
 from samdetr.engine.compute.compile import Compute, choose_compute, compile_regions, random_batch
 from samdetr.engine.train import forward_backward, train
 from samdetr.errors import RecipeError, SamdetrError
@@ -43,7 +43,7 @@ def passes(
     if compiled:
         compile_regions(model, criterion, shapes=1)
     if recompute:
-        recompute_layers(model)
+        checkpoint_activations(model)
     batch = random_batch(shape, 2, 5)
     torch.manual_seed(1)
     with counting_saved(model) as saved:
@@ -55,7 +55,7 @@ def passes(
 @pytest.mark.parametrize("options", SYSTEMS)
 def test_numbers_are_the_same_bits_and_less_is_kept(make_recipe: MakeRecipe, options: tuple[str, ...]) -> None:
     recipe = make_recipe("model.dropout=0.3", "model.encoder_layers=2", *options)
-    (whole, expected, _), (less, found, model) = (passes(recipe, recompute=on) for on in (False, True))
+    (whole, expected, _), (less, found, model) = (passes(recipe, activation_checkpoint=on) for on in (False, True))
     assert less < 0.7 * whole
     assert [a.shape for a in found if not a.isfinite().all()] == []
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -70,7 +70,9 @@ def test_compiled_layers_are_computed_again(make_recipe: MakeRecipe, monkeypatch
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
     recipe = make_recipe("model.dropout=0.3")
-    (whole, expected, _), (less, found, _) = (passes(recipe, recompute=on, compiled=True) for on in (False, True))
+    (whole, expected, _), (less, found, _) = (
+        passes(recipe, activation_checkpoint=on, compiled=True) for on in (False, True)
+    )
     torch.compiler.reset()
     assert less < 0.8 * whole
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -78,7 +80,7 @@ def test_compiled_layers_are_computed_again(make_recipe: MakeRecipe, monkeypatch
 
 def test_what_is_kept_is_counted_before(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("train.micro_batch=2", "model.encoder_layers=2", LAYERS)
-    kept, _, _ = passes(recipe, recompute=True, shape=(64, 96))
+    kept, _, _ = passes(recipe, activation_checkpoint=True, shape=(64, 96))
     memory = training_memory(build_on_meta(recipe.model), recipe)
     assert memory.size == (64, 96)
     assert memory.activations == pytest.approx(kept, rel=0.02)
@@ -118,5 +120,5 @@ def test_recorded_graphs_cannot_have_it() -> None:
     with pytest.raises(SamdetrError, match=r"activation_checkpointing = \"layers\" does .* one of them to \"off\""):
         choose_compute(section, torch.device("cuda"), buckets=True)
     section = ComputeSection(precision="fp32", activation_checkpointing="layers")
-    expected = Compute(torch.float32, compile=False, cuda_graph=False, recompute=True)
+    expected = Compute(torch.float32, compile=False, cuda_graph=False, activation_checkpoint=True)
     assert choose_compute(section, torch.device("cpu"), buckets=False) == expected

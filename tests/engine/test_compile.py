@@ -22,7 +22,7 @@ from samdetr.engine.compute.compile import (
     random_batch,
 )
 from samdetr.engine.compute.cuda_graph import StepGraphs
-from samdetr.engine.distributed.parallel import ALONE, wrapped
+from samdetr.engine.distributed.parallel import ALONE, wrap
 from samdetr.engine.optim import GuardedAdamW, build_optimizer, set_learning_rate
 from samdetr.engine.train import forward_backward, train_step, update
 from samdetr.errors import SamdetrError
@@ -233,11 +233,11 @@ def test_ddp_splits_no_region(make_recipe: MakeRecipe, one_of_one: None, monkeyp
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
         setup = Setup(recipe)
         compile_regions(setup.model, setup.criterion, shapes=1)
-        replica: torch.nn.Module = setup.model
+        parallel_model: torch.nn.Module = setup.model
         if strategy == "ddp":
-            replica = wrapped(setup.model, ParallelSection(strategy="ddp"), ALONE, CPU)
+            parallel_model = wrap(setup.model, ParallelSection(strategy="ddp"), ALONE, CPU)
         batch = random_batch(SHAPES[0], 2, 5)
-        forward_backward(replica, setup.criterion, batch, batch.targets.counts.sum(), precision=torch.float32)
+        forward_backward(parallel_model, setup.criterion, batch, batch.targets.counts.sum(), precision=torch.float32)
         graphs.append(backend.frame_count)
     assert graphs == [1 + REGIONS] * 2
 
@@ -384,7 +384,7 @@ def test_a_failed_recording_leaves_compilation_and_the_optimizer_alone(
 
     def failing(self: StepGraphs, function: object, inputs: tuple[Tensor, ...]) -> None:
         if len(inputs) == 1:
-            assert setup.optimizer.in_row > setup.optimizer.max_skips
+            assert setup.optimizer.consecutive_skips > setup.optimizer.max_skips
             raise SamdetrError("recording a CUDA graph failed: no.")
         recorded.append(inputs[0].shape[2] * inputs[0].shape[3])
         assert inputs[0].untyped_storage().nbytes() == 2 * 3 * 96 * 80 * 4  # all shapes in the memory of the largest
@@ -394,7 +394,7 @@ def test_a_failed_recording_leaves_compilation_and_the_optimizer_alone(
         setup.prepare(cuda_graph=True)
     assert setup.prepare(cuda_graph=True, on_failure="eager") is None
     assert recorded == [96 * 80, 64 * 64] * 2
-    assert setup.optimizer.in_row == setup.optimizer.found_inf == 0
+    assert setup.optimizer.consecutive_skips == setup.optimizer.found_inf == 0
     assert any("Going on without it" in sentence for sentence in setup.notes)
     assert all(parameter.grad is None for parameter in setup.model.parameters())
     graphs = graphs_compiled()

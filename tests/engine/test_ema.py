@@ -11,7 +11,7 @@ from torch import nn
 import samdetr.engine.train
 from samdetr.engine.checkpoint.format import load_checkpoint
 from samdetr.engine.checkpoint.weights import load_trained
-from samdetr.engine.ema import WeightAverage
+from samdetr.engine.ema import EMA
 from samdetr.engine.train import train
 from samdetr.errors import RecipeError
 from tests.engine.runs import MakeRecipe, losses, metrics, signal_at, weights
@@ -22,7 +22,7 @@ AVERAGED = ("optim.ema_decay=0.9", "train.epochs=3")
 def test_the_average_is_the_formula() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2)).double()
     model[1].bias.requires_grad_(False)
-    average = WeightAverage(model, decay=0.75)
+    average = EMA(model, decay=0.75)
     assert sorted(average.averages) == ["0.weight", "1.weight"]
     expected = model[0].weight.detach().clone()
     for step, decay in enumerate([1 / 10, 2 / 11, 3 / 12, 4 / 13]):
@@ -43,7 +43,7 @@ def test_the_average_is_the_formula() -> None:
 
 def test_the_model_holds_its_averages_within_the_context_only() -> None:
     model = nn.Linear(3, 3)
-    average = WeightAverage(model, decay=0.5)
+    average = EMA(model, decay=0.5)
     with torch.no_grad():
         model.weight.add_(1.0)
     average.update()

@@ -11,7 +11,7 @@ import torch
 import samdetr.engine.train
 from samdetr.data.loader import TrainLoader
 from samdetr.engine.checkpoint.format import load_checkpoint
-from samdetr.engine.run.metrics import Lead, Readings
+from samdetr.engine.run.metrics import AsyncMetrics, RunAheadLimit
 from samdetr.engine.train import train
 from samdetr.errors import DataError, NonFiniteError
 from samdetr.structures import Batch
@@ -30,7 +30,7 @@ def bad_fifth_step(monkeypatch: pytest.MonkeyPatch) -> None:
             yield batch
 
     monkeypatch.setattr(TrainLoader, "epoch", failing)
-    monkeypatch.setattr(Readings, "arrived", lambda self: iter(()))  # as if each copy were still under way
+    monkeypatch.setattr(AsyncMetrics, "ready", lambda self: iter(()))  # as if each copy were still under way
 
 
 @pytest.mark.usefixtures("bad_fifth_step")
@@ -80,9 +80,9 @@ def test_the_host_waits_for_the_step_before_the_last(monkeypatch: pytest.MonkeyP
             self.waited = True
 
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    lead = Lead(torch.device("cuda"), steps=2)
+    lead = RunAheadLimit(torch.device("cuda"), steps=2)
     for step in range(5):
         lead.step()
         assert [event.waited for event in events] == [place < step - 1 for place in range(step + 1)]
-    Lead(torch.device("cpu")).step()
+    RunAheadLimit(torch.device("cpu")).step()
     assert len(events) == 5

@@ -19,7 +19,7 @@ from samdetr.engine.checkpoint.format import MODEL, Progress, model_tensors
 from samdetr.engine.checkpoint.saving import Staging, save_checkpoint
 from samdetr.engine.compute.compile import random_batch
 from samdetr.engine.failures.debug_nan import compute
-from samdetr.engine.run.metrics import Readings
+from samdetr.engine.run.metrics import AsyncMetrics
 from samdetr.engine.train import train
 from samdetr.errors import NonFiniteError
 from samdetr.loss import build_criterion
@@ -129,7 +129,7 @@ def test_what_is_noticed_late_has_changed_nothing_meanwhile(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: five more steps were taken before the host heard of the first of the second epoch."""
-    monkeypatch.setattr(Readings, "arrived", lambda self: iter(()))
+    monkeypatch.setattr(AsyncMetrics, "ready", lambda self: iter(()))
     poison_steps(monkeypatch, 7)
     recipe = make_recipe()
     with pytest.raises(NonFiniteError, match=r"not finite at step 7 \(epoch 2"):
@@ -252,7 +252,7 @@ def test_a_skipped_step_changes_nothing(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, trained: Path, keys: tuple[str, ...]
 ) -> None:
     """No weight, statistic, average or moment; number and rate go on, and a line says so."""
-    monkeypatch.setattr(Readings, "arrived", lambda self: iter(()))  # the host hears of it when it saves
+    monkeypatch.setattr(AsyncMetrics, "ready", lambda self: iter(()))  # the host hears of it when it saves
     poison_steps(monkeypatch, 4, 5, 9)
     run = train(make_recipe(*KEEP_ALL, *SKIP, *keys))
     for before, after in ((3, 4), (4, 5), (8, 9)):
@@ -297,7 +297,7 @@ def test_more_skips_in_a_row_stop_also_after_a_resume(make_recipe: MakeRecipe, m
 
 
 POISON = """
-import os, samdetr.engine.train as engine, samdetr.engine.run.metrics as readings
+import os, samdetr.engine.train as engine, samdetr.engine.run.metrics as metrics
 step, calls = engine.train_step, 0
 def poisoned(model, criterion, optimizer, batch, **options):
     global calls
@@ -307,7 +307,7 @@ def poisoned(model, criterion, optimizer, batch, **options):
     return step(model, criterion, optimizer, batch, **options)
 engine.train_step = poisoned
 if os.environ["RANK"] == "0":
-    readings.Readings.arrived = lambda self: iter(())  # as on a GPU whose copy is still under way
+    metrics.AsyncMetrics.ready = lambda self: iter(())  # as on a GPU whose copy is still under way
 """
 
 

@@ -112,16 +112,16 @@ def test_skips_in_a_row_are_counted_on_the_device() -> None:
         parameter.grad = torch.ones(())
         optimizer.guard(torch.ones(()), torch.tensor(value))
         optimizer.step()
-        seen.append((-parameter.item(), optimizer.found_inf.item(), optimizer.in_row.item()))
+        seen.append((-parameter.item(), optimizer.found_inf.item(), optimizer.consecutive_skips.item()))
     taken, switch, in_row = (list(column) for column in zip(*seen, strict=True))
     assert taken == [1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3]
     assert switch == [0, 1, 1, 0, 1, 0, 1, 1, 1, 1, 1]
     assert in_row == [0, 1, 2, 0, 1, 0, 1, 2, 3, 4, 5]
-    optimizer.in_row.fill_(1)
+    optimizer.consecutive_skips.fill_(1)
     with optimizer.held():
         optimizer.guard(torch.ones(()))
         optimizer.step()
-    assert (-parameter.item(), optimizer.found_inf.item(), optimizer.in_row.item()) == (3, 0, 1)
+    assert (-parameter.item(), optimizer.found_inf.item(), optimizer.consecutive_skips.item()) == (3, 0, 1)
 
 
 def test_a_frozen_backbone_has_no_group(make_recipe: MakeRecipe) -> None:

@@ -53,7 +53,7 @@ def test_a_step_says_where_and_what_helps(make_recipe: MakeRecipe, monkeypatch: 
     options = ("train.micro_batch=2", "checkpoint.every=2", "optim.ema_decay=0.9", "train.epochs=1")
     recipe = make_recipe(*options)
     with monkeypatch.context() as patch:
-        fill_at(patch, samdetr.engine.train, "computing_in", 6)  # of two micro-batches a step
+        fill_at(patch, samdetr.engine.train, "autocast", 6)  # of two micro-batches a step
         first, counted, *advice, last = message_of(lambda: train(recipe))
     place = r"cpu is out of memory in step 3, at 2 images of \d+ x \d+ pixels, with up to \d boxes each: (.*)"
     found = re.fullmatch(place, first)
@@ -90,7 +90,7 @@ def test_an_evaluation_names_its_batch_and_can_be_done_again(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, trained: Path
 ) -> None:
     with monkeypatch.context() as patch:
-        fill_at(patch, samdetr.engine.evaluate, "computing_in", 2)
+        fill_at(patch, samdetr.engine.evaluate, "autocast", 2)
         first, *advice, last = message_of(lambda: train(make_recipe()))
     assert re.match(r"cpu is out of memory in the evaluation after step 6, at 2 images of \d+ x \d+ pixels", first)
     assert advice == evaluation_advice(make_recipe())
@@ -102,7 +102,7 @@ def test_an_evaluation_names_its_batch_and_can_be_done_again(
 
 
 def test_evaluating_a_checkpoint(monkeypatch: pytest.MonkeyPatch, samdetr_command: Command, trained: Path) -> None:
-    fill_at(monkeypatch, samdetr.engine.evaluate, "computing_in", 1)
+    fill_at(monkeypatch, samdetr.engine.evaluate, "autocast", 1)
     result = samdetr_command("eval", str(trained), "--set", "eval.batch=1")
     assert result.code == 1 and "Traceback" not in result.err
     first, second, third = result.err.splitlines()
@@ -127,7 +127,7 @@ def test_a_model_that_does_not_fit(
         with monkeypatch.context() as patch:
             fill_at(patch, SAMDETR, "to", 1)
             assert sentence(command()).startswith(STARTED)
-    fill_at(monkeypatch, samdetr.engine.predict, "computing_in", 1)
+    fill_at(monkeypatch, samdetr.engine.predict, "autocast", 1)
     assert sentence(commands[-1]()).startswith(f"error: cpu is out of memory in the prediction of {photo}: {SAID} If")
     assert not (tmp_path / "runs").exists() and not list(output.glob("*"))
 
@@ -184,7 +184,7 @@ def test_only_what_is_left_to_change_is_named() -> None:
 
 PATCH = f"""
 import os, samdetr.engine.train as engine
-original, calls = engine.computing_in, 0
+original, calls = engine.autocast, 0
 def filling(*arguments):
     global calls
     calls += 1
@@ -192,7 +192,7 @@ def filling(*arguments):
         import torch
         raise torch.OutOfMemoryError({SAID!r})
     return original(*arguments)
-engine.computing_in = filling
+engine.autocast = filling
 """
 
 

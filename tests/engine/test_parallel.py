@@ -18,15 +18,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from samdetr.data.loader import Share, build_eval_loader, build_train_loader
+from samdetr.data.loader import Shard, build_eval_loader, build_train_loader
 from samdetr.data.splits import build_dataset, load_splits
 from samdetr.engine.coco import CocoDetections
 from samdetr.engine.distributed import parallel
 from samdetr.engine.distributed.launch import processes_wanted
-from samdetr.engine.distributed.parallel import ALONE, World, joined, micro_batches_of, wrapped
+from samdetr.engine.distributed.parallel import ALONE, World, init_world, micro_batches_of, wrap
 from samdetr.engine.evaluate import gather_detections
 from samdetr.engine.failures.nonfinite import report_all
-from samdetr.engine.run.metrics import Readings, Step
+from samdetr.engine.run.metrics import AsyncMetrics, Step
 from samdetr.errors import RecipeError, SamdetrError
 from samdetr.models import build_model
 from samdetr.recipe import ParallelSection
@@ -182,8 +182,8 @@ def limits(one_of_one: None, monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.mark.parametrize(("device", "longer"), [("cuda", 21), ("cpu", 7)])
 def test_the_host_notices_a_lost_process_before_nccl_does(limits: list[float], device: str, longer: float) -> None:
-    with joined(torch.device(device), ParallelSection(timeout=7)) as world:
-        assert world.most(3) == 3
+    with init_world(torch.device(device), ParallelSection(timeout=7)) as world:
+        assert world.all_reduce_max(3) == 3
         assert limits == [longer] and limit_of(world.group) == 7
 
 
@@ -192,16 +192,16 @@ def test_whoever_leaves_by_an_error_waits_for_no_call(limits: list[float], monke
     left: list[str] = []
     monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append("destroyed"))
     monkeypatch.setattr(parallel, "_abort_process_group", lambda: left.append("aborted"))
-    with joined(torch.device("cuda"), ParallelSection()):
+    with init_world(torch.device("cuda"), ParallelSection()):
         pass
-    with pytest.raises(SamdetrError), joined(torch.device("cuda"), ParallelSection()):
+    with pytest.raises(SamdetrError), init_world(torch.device("cuda"), ParallelSection()):
         raise SamdetrError("a process does not answer")
     assert left == ["destroyed", "aborted"]
 
 
 def test_the_groups_of_hsdp_have_the_recipes_limit(one_of_one: None, make_recipe: MakeRecipe) -> None:
     section = ParallelSection(strategy="hsdp", timeout=7)
-    model = wrapped(build_model(make_recipe().model), section, ALONE, torch.device("cpu"))
+    model = wrap(build_model(make_recipe().model), section, ALONE, torch.device("cpu"))
     mesh = next(iter(model.parameters())).device_mesh
     assert mesh.mesh_dim_names == ("machine", "process")
     assert [limit_of(group) for group in mesh.get_all_groups()] == [7, 7]
@@ -212,12 +212,12 @@ def test_the_hosts_meet_before_one_waits_for_its_device() -> None:
         def most(self, value: int) -> int:
             raise RuntimeError("gloo: a process does not answer")
 
-    class Waiting(Readings):
-        def all(self) -> Iterator[tuple[Step, list[float]]]:
+    class Waiting(AsyncMetrics):
+        def drain(self) -> Iterator[tuple[Step, list[float]]]:
             raise AssertionError("the device waits for the lost process")
 
     with pytest.raises(RuntimeError, match="does not answer"):
-        report_all(SimpleNamespace(world=Lost(0, 2), readings=Waiting()), None)
+        report_all(SimpleNamespace(world=Lost(0, 2), metrics=Waiting()), None)
 
 
 def test_a_bad_image_in_one_process_stops_all_with_everything_saved(recipe_file: Path, tmp_path: Path) -> None:
@@ -314,22 +314,22 @@ def test_shares_are_the_whole(make_recipe: MakeRecipe, batching: str, ranks: int
     )
     shapes = [(96, 96)] if batching == "buckets" else None
 
-    def train_loader(share: Share):  # type: ignore[no-untyped-def]
+    def train_loader(share: Shard):  # type: ignore[no-untyped-def]
         return build_train_loader(
-            train, total_batch=4, micro_batch=1, workers=0, seed=7, pin_memory=False, shapes=shapes, share=share
+            train, total_batch=4, micro_batch=1, workers=0, seed=7, pin_memory=False, shapes=shapes, shard=share
         )
 
-    whole = list(train_loader(Share()).epoch(1, start_step=2))
-    parts = [list(train_loader(Share(rank, ranks)).epoch(1, start_step=2)) for rank in range(ranks)]
+    whole = list(train_loader(Shard()).epoch(1, start_step=2))
+    parts = [list(train_loader(Shard(rank, ranks)).epoch(1, start_step=2)) for rank in range(ranks)]
     for step, batches in enumerate(whole):
         shared = [parts[place % ranks][step][place // ranks] for place in range(4)]
         for one, other in zip(batches, shared, strict=True):
             assert torch.equal(one.images, other.images) and torch.equal(one.image_ids, other.image_ids)
         ids = [int(batch.image_ids) for batch in batches]
-        assert train_loader(Share(1, ranks)).image_ids(1, 2 + step) == ids
+        assert train_loader(Shard(1, ranks)).image_ids(1, 2 + step) == ids
 
     loaders = [
-        build_eval_loader(val, batch=2, workers=0, pin_memory=False, share=Share(rank, ranks)) for rank in range(ranks)
+        build_eval_loader(val, batch=2, workers=0, pin_memory=False, shard=Shard(rank, ranks)) for rank in range(ranks)
     ]
     counts = {len(list(loader)) for loader in loaders}
     assert counts == {-(-3 // ranks)} == {len(loader) for loader in loaders}

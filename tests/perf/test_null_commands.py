@@ -56,7 +56,7 @@ def check(ended: Iterable[Ended], processes: int = 1) -> None:
 
 
 def check_waits(epochs: list[dict[str, int]], *, at_first: int = 0) -> None:
-    """Assert that steps, logged one by one, wait for the step two before them alone: `Lead`.
+    """Assert that steps, logged one by one, wait for the step two before them alone: `RunAheadLimit`.
 
     The other waits of this kind are for values whose copy is known to be done: one a step. at_first: copies from the
     host in the first epoch, of what is then kept.

@@ -66,17 +66,17 @@ def load_newest(folder: Path, world: World, say: Callable[[str], None]) -> Check
     Those that are damaged are named by ``say`` and set aside. Raises CheckpointError when none is left.
     """
     reason = "there is none"
-    for path in world.from_main(lambda: _tidied(folder)):
+    for path in world.broadcast_from_main(lambda: _tidied(folder)):
         checkpoint, reason = None, ""
         try:
             checkpoint = load_checkpoint(path, with_optimizer=True)
         except CheckpointError as error:
             reason = str(error)
-        reason = world.first(reason)
+        reason = world.first_message(reason)
         if checkpoint is not None and not reason:
-            world.from_main(lambda path=path: link(folder, LAST, path))  # type: ignore[misc]
+            world.broadcast_from_main(lambda path=path: link(folder, LAST, path))  # type: ignore[misc]
             return checkpoint
-        aside = world.from_main(lambda path=path: _set_aside(path))  # type: ignore[misc]
+        aside = world.broadcast_from_main(lambda path=path: _set_aside(path))  # type: ignore[misc]
         say(f"{reason} Its checkpoint is now {aside}, and the one before is used.")
     raise CheckpointError(f"--resume: no checkpoint in {folder} can be used: {reason}")
 

@@ -26,7 +26,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from samdetr.engine.distributed.parallel import share_like
+from samdetr.engine.distributed.parallel import shard_like
 from samdetr.errors import CheckpointError
 from samdetr.models.state import CLASS_HEADS, differences, first_of
 
@@ -244,7 +244,7 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, che
                 state[field] = value.to(parameter.device)
             elif value.shape == parameter.shape:
                 # fused AdamW walks memory in order: the moments need the parameter's own strides
-                state[field] = torch.empty_like(parameter, dtype=value.dtype).copy_(share_like(value, parameter))
+                state[field] = torch.empty_like(parameter, dtype=value.dtype).copy_(shard_like(value, parameter))
             else:
                 raise CheckpointError(f"the optimizer state of {name} in {checkpoint.path} has another shape.")
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from samdetr.engine.checkpoint.folder import name_of, publish, remove_old, unfinished, update_progress
 from samdetr.engine.checkpoint.format import META_FILE, Progress, facts_of, reason_of, sync, write_meta
-from samdetr.engine.distributed.parallel import ALONE, World, own_share
+from samdetr.engine.distributed.parallel import ALONE, World, local_shard
 from samdetr.errors import CheckpointError
 
 FILE_BYTES = 2**25  # of a file, about: Python waits while one is put together
@@ -41,13 +41,13 @@ def save_checkpoint(
     target = folder / name_of(progress.step)
     temporary = unfinished(folder, target.name)
     try:
-        world.from_main(lambda: _made_anew(temporary))
+        world.broadcast_from_main(lambda: _made_anew(temporary))
         for part, tensors in parts.items():
             if tensors:
                 writer = HuggingFaceStorageWriter(str(temporary / part), _file_numbers(tensors), save_distributed=True)
                 writer.per_thread_copy_ahead = 0  # all is on the CPU: wait for no GPU stream
                 dcp.save(dict(tensors), storage_writer=writer, process_group=world.group, no_dist=world.size == 1)
-        return world.from_main(lambda: _completed(temporary, target, {**meta, "progress": asdict(progress)}))
+        return world.broadcast_from_main(lambda: _completed(temporary, target, {**meta, "progress": asdict(progress)}))
     except (OSError, CheckpointException) as error:
         if not world.is_main:
             raise SystemExit(1) from error  # the main process says why
@@ -67,7 +67,7 @@ class Saver:
         timeout: seconds that a process waits for another. say: for what a person should know, from the thread.
         """
         self.folder, self.keep, self.say = folder, keep, say
-        self.world = world.apart(timeout)
+        self.world = world.with_own_group(timeout)
         self._staging = Staging()
         self._saved: Progress | None = None
         self._thread: Thread | None = None
@@ -97,7 +97,7 @@ class Saver:
         Raises CheckpointError, in the main process, when it or the save before failed; SystemExit in the others.
         """
         self.wait()
-        self.world.from_main(lambda: update_progress(self.folder, progress, best=best))
+        self.world.broadcast_from_main(lambda: update_progress(self.folder, progress, best=best))
         self._remove_old()
 
     def wait(self) -> None:
@@ -158,7 +158,7 @@ class Staging:
         return copies, event
 
     def _copy(self, key: tuple[str, str], value: Tensor) -> Tensor:
-        local = own_share(value)
+        local = local_shard(value)
         copy = self._copies.get(key)
         if copy is None:
             copy = self._copies[key] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)

@@ -30,7 +30,7 @@ class SavedBytes:
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
-def recompute_layers(model: Detector) -> None:
+def checkpoint_activations(model: Detector) -> None:
     """Checkpoint every layer of the model's stacks, once they are compiled or if they are not.
 
     A layer's random state is that of its forward pass again, so that dropout has the same mask: in float32 losses and

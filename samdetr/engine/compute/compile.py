@@ -27,14 +27,14 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from samdetr.data.batching import Shape
 from samdetr.data.prefetch import finish
-from samdetr.engine.compute.activation_checkpoint import recompute_layers
+from samdetr.engine.compute.activation_checkpoint import checkpoint_activations
 from samdetr.engine.compute.cuda_graph import StepGraphs
-from samdetr.engine.distributed.parallel import whole
+from samdetr.engine.distributed.parallel import full_tensor
 from samdetr.errors import SamdetrError
 from samdetr.structures import Batch, Targets
 
 if TYPE_CHECKING:
-    from samdetr.engine.optim import Guarded
+    from samdetr.engine.optim import NonFiniteGuard
     from samdetr.loss import Criterion
     from samdetr.models import Detector
     from samdetr.recipe import ComputeSection
@@ -51,7 +51,7 @@ class Compute(NamedTuple):
     precision: torch.dtype  # bfloat16 or float32
     compile: bool
     cuda_graph: bool
-    recompute: bool = False  # the layers' activations, in the backward pass
+    activation_checkpoint: bool = False  # the layers' activations, in the backward pass
 
 
 EXACT = Compute(torch.float32, compile=False, cuda_graph=False)
@@ -80,7 +80,7 @@ def choose_compute(section: ComputeSection, device: torch.device, *, buckets: bo
         precision=choose_precision(section.precision, device),
         compile=section.compile == "on" or (section.compile == "auto" and buckets and device.type == "cuda"),
         cuda_graph=section.cuda_graph == "on",
-        recompute=section.activation_checkpointing == "layers",
+        activation_checkpoint=section.activation_checkpointing == "layers",
     )
 
 
@@ -96,7 +96,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def computing_in(precision: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+def autocast(precision: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
     """Within the context products and convolutions on the device take and give ``precision``."""
     return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
 
@@ -123,8 +123,8 @@ def arrange(model: Detector, criterion: Criterion, compute: Compute, *, shapes: 
     """Change how the model computes, as ``compute`` says; recomputation is around what is compiled."""
     if compute.compile:
         compile_regions(model, criterion, shapes=shapes)
-    if compute.recompute:
-        recompute_layers(model)
+    if compute.activation_checkpoint:
+        checkpoint_activations(model)
 
 
 @contextmanager
@@ -148,7 +148,7 @@ class ForwardBackward(Protocol):
 def prepare_step(
     model: Detector,
     criterion: Criterion,
-    optimizer: Guarded,
+    optimizer: NonFiniteGuard,
     forward_backward: ForwardBackward,
     update: Callable[[Tensor], Tensor],
     *,
@@ -177,7 +177,7 @@ def prepare_step(
             raise error
         note(f"{error} Going on without it, as compute.on_failure says.")
 
-    with unchanged(model, device):
+    with preserve_buffers_and_rng(model, device):
         arrange(model, criterion, compute, shapes=len(shapes))
         if compute.compile:
             try:
@@ -214,10 +214,10 @@ def check_step(model: nn.Module, as_computed: PassOf, exact: PassOf, batch: Batc
     found = []
     for run, way in ((as_computed, nullcontext()), (exact, eagerly())):
         model.zero_grad(set_to_none=False)
-        with unchanged(model, device), way:
+        with preserve_buffers_and_rng(model, device), way:
             loss = float(run(batch, num_boxes)[0])
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        found.append({"loss": loss, "gradient norm": float(whole(nn.utils.get_total_norm(gradients)))})
+        found.append({"loss": loss, "gradient norm": float(full_tensor(nn.utils.get_total_norm(gradients)))})
     for name, limit in (("loss", MAX_LOSS_DIFFERENCE), ("gradient norm", MAX_GRADIENT_DIFFERENCE)):
         fast, right = (values[name] for values in found)
         if not math.isclose(fast, right, rel_tol=limit):
@@ -231,7 +231,7 @@ def check_step(model: nn.Module, as_computed: PassOf, exact: PassOf, batch: Batc
 
 
 @contextmanager
-def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
+def preserve_buffers_and_rng(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Afterwards the model's buffers (live BatchNorm) and the random states are as before."""
     buffers = [buffer.clone() for buffer in model.buffers()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -13,7 +13,7 @@ from samdetr.errors import SamdetrError
 from samdetr.structures import Batch
 
 if TYPE_CHECKING:
-    from samdetr.engine.optim import Guarded
+    from samdetr.engine.optim import NonFiniteGuard
 
 
 @dataclass
@@ -43,7 +43,7 @@ class StepGraphs:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Guarded,
+        optimizer: NonFiniteGuard,
         forward_backward: Callable[[Batch, Tensor], Tensor],
         update: Callable[[Tensor], Tensor],
     ) -> None:

@@ -19,7 +19,7 @@ from samdetr.data.prefetch import finish
 from samdetr.data.splits import Splits, build_dataset, largest_shape
 from samdetr.engine.compute.compile import Compute, arrange, random_batch
 from samdetr.engine.distributed.parallel import World, micro_batches_of
-from samdetr.engine.ema import WeightAverage
+from samdetr.engine.ema import EMA
 from samdetr.engine.optim import build_optimizer
 from samdetr.errors import RecipeError
 from samdetr.loss import build_criterion
@@ -77,7 +77,7 @@ def choose_micro_batch(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         trials = try_sizes(divisors(share), attempt, usable)
     fitting = max((trial.images for trial in trials if trial.fits(usable)), default=0)
-    agreed = -world.most(-fitting)
+    agreed = -world.all_reduce_max(-fitting)
     for line in memory_table(trials, usable, boxes=dataset.max_objects):
         say(line)
     if not agreed:
@@ -159,7 +159,7 @@ def try_steps(
     model, criterion = build_model(recipe.model).to(device).train(), build_criterion(recipe)
     arrange(model, criterion, compute._replace(compile=False), shapes=1)
     optimizer = build_optimizer(model, recipe.optim)
-    average = WeightAverage(model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
+    average = EMA(model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
     # a step's batches are there while the next ones arrive
     held = [finish(random_batch(shape, images, boxes, least=boxes), device) for _ in range(2 * parts)]
     for _ in range(STEPS):

@@ -63,7 +63,7 @@ class World(NamedTuple):
             dist.all_reduce(values)
         return values
 
-    def most(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest of the processes' numbers. The host waits for the slowest of them, but for no device."""
         if self.size == 1:
             return value
@@ -71,7 +71,7 @@ class World(NamedTuple):
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         return int(values)
 
-    def from_main(self, make: Callable[[], T]) -> T:
+    def broadcast_from_main(self, make: Callable[[], T]) -> T:
         """What the main process makes; all others wait for it. Where it fails, they end too."""
         if self.size == 1:
             return make()
@@ -87,14 +87,14 @@ class World(NamedTuple):
             raise failure or SystemExit(1)  # the main process says why
         return made[0]
 
-    def first(self, text: str) -> str:
+    def first_message(self, text: str) -> str:
         """The text of the first process that has one, "" where none has."""
         texts = [text] * self.size
         if self.size > 1:
             dist.all_gather_object(texts, text, group=self.group)
         return next(filter(None, texts), "")
 
-    def apart(self, timeout: float) -> World:
+    def with_own_group(self, timeout: float) -> World:
         """The same processes, talking on the CPU past what they say here: for a thread. All of them must ask.
 
         timeout: seconds that one waits for another.
@@ -121,7 +121,7 @@ class World(NamedTuple):
             return None
         return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
 
-    def absent(self) -> list[int]:
+    def unresponsive_ranks(self) -> list[int]:
         """The processes that have not called this within `ROLL_CALL` seconds, as one does that has given up waiting."""
         assert self.store is not None
         self.store.set(f"given_up/{self.rank}", "")
@@ -129,13 +129,13 @@ class World(NamedTuple):
         return [rank for rank in range(self.size) if not self.store.check([f"given_up/{rank}"])]
 
     @contextmanager
-    def machine_first(self) -> Iterator[None]:
+    def local_main_first(self) -> Iterator[None]:
         """One process of each machine runs the block before the others do: it may fill a cache that they share."""
         if self.local_rank > 0:
-            self.most(0)
+            self.all_reduce_max(0)
         yield
         if self.local_rank == 0:
-            self.most(0)
+            self.all_reduce_max(0)
 
 
 ALONE = World()
@@ -147,7 +147,7 @@ def is_launched() -> bool:
 
 
 @contextmanager
-def joined(device: torch.device, section: ParallelSection) -> Iterator[World]:
+def init_world(device: torch.device, section: ParallelSection) -> Iterator[World]:
     """The world that the launcher's environment describes, for the length of the context.
 
     A call that waits longer than ``parallel.timeout`` for another process ends this one; of the device, `device_limit`.
@@ -172,11 +172,11 @@ def joined(device: torch.device, section: ParallelSection) -> Iterator[World]:
         rank=world.rank,
         world_size=world.size,
     )
-    world = world.apart(section.timeout)
+    world = world.with_own_group(section.timeout)
     leave = dist.destroy_process_group
     try:
         yield world
-        world.most(0)  # nobody leaves while another still needs its answer
+        world.all_reduce_max(0)  # nobody leaves while another still needs its answer
     except Exception:
         leave = _abort_process_group  # what is under way on the device may wait for a process that is lost
         raise
@@ -193,7 +193,7 @@ def device_limit(section: ParallelSection, device: torch.device) -> timedelta:
     return timedelta(seconds=section.timeout * (DEVICE_PATIENCE if device.type == "cuda" else 1))
 
 
-def lost_contact(error: RuntimeError) -> bool:
+def is_communication_error(error: RuntimeError) -> bool:
     """Whether a collective call failed because another process did not answer."""
     return isinstance(error, dist.DistBackendError) or "gloo" in str(error)
 
@@ -216,16 +216,16 @@ def distribute(model: Detector, section: ParallelSection, world: World, device: 
 
     With sharding the model's parameters become DTensors: build the optimizer afterwards.
     """
-    return model if world.size == 1 else wrapped(model, section, world, device)
+    return model if world.size == 1 else wrap(model, section, world, device)
 
 
-def wrapped(model: Detector, section: ParallelSection, world: World, device: torch.device) -> nn.Module:
+def wrap(model: Detector, section: ParallelSection, world: World, device: torch.device) -> nn.Module:
     """As `distribute`, whatever the number of processes; they must be in a process group."""
     if section.strategy == "ddp":
-        replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        replica.broadcast_buffers = any(isinstance(part, nn.BatchNorm2d) for part in model.modules())
-        replica.register_comm_hook(None, _sum_gradients)
-        return replica
+        parallel_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        parallel_model.broadcast_buffers = any(isinstance(part, nn.BatchNorm2d) for part in model.modules())
+        parallel_model.register_comm_hook(None, _sum_gradients)
+        return parallel_model
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # fully_shard takes no channels-last filters
     mesh = _mesh(section, world, device)
@@ -236,7 +236,7 @@ def wrapped(model: Detector, section: ParallelSection, world: World, device: tor
     return model
 
 
-def local_gradients(model: nn.Module, *, keep: bool) -> AbstractContextManager[object]:
+def no_grad_sync(model: nn.Module, *, keep: bool) -> AbstractContextManager[object]:
     """Around forward and backward of a micro-batch: with ``keep`` its gradients stay in this process for now."""
     if isinstance(model, DistributedDataParallel):
         return model.no_sync() if keep else nullcontext()
@@ -245,24 +245,24 @@ def local_gradients(model: nn.Module, *, keep: bool) -> AbstractContextManager[o
     return nullcontext()
 
 
-def drop_gathered(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Forget gathered layers, after their shares were changed."""
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor with the shares of all processes; each of them must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_share(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def share_like(value: Tensor, example: Tensor) -> Tensor:
+def shard_like(value: Tensor, example: Tensor) -> Tensor:
     """``value``, whole in every process, divided as ``example`` is."""
     if not isinstance(example, DTensor):
         return value

@@ -1,7 +1,7 @@
 """What a run does about steps whose loss or gradient is not finite: count those that it skips, or stop with a file.
 
-That such a step changes nothing is the optimizer's doing, on the device (`optim.Guarded`); here the host hears of it,
-on a GPU some steps later. The step's number, and with it rates and order, goes on over a skipped step, as does the
+That such a step changes nothing is the optimizer's doing, on the device (`optim.NonFiniteGuard`); the host hears of it
+here, on a GPU some steps later. The step's number, and with it rates and order, goes on over a skipped step, as does the
 warm-up of the averages, which themselves stay; AdamW's own count of updates does not.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from samdetr.engine.checkpoint.format import LAST, model_tensors
-from samdetr.engine.distributed.parallel import whole
+from samdetr.engine.distributed.parallel import full_tensor
 from samdetr.engine.failures.replay import write_replay
 from samdetr.engine.run.folder import CHECKPOINTS, resume_command
 from samdetr.engine.run.log import Meter, RunLog, step_values
@@ -50,8 +50,8 @@ def report_steps(training: Training, log: RunLog, steps: Iterator[tuple[Step, li
 
 def report_all(training: Training, log: RunLog) -> None:
     """Count all steps; all processes call it, after the same one. Raises NonFiniteError in all of them."""
-    training.world.most(0)  # the host notices that one is lost before it waits for a device that waits for that one
-    report_steps(training, log, training.readings.all())
+    training.world.all_reduce_max(0)  # notice a lost process here, before waiting for a device that waits for it
+    report_steps(training, log, training.metrics.drain())
     if training.failed:
         stop_with_replay(training, *training.failed)
 
@@ -72,9 +72,9 @@ def stop_with_replay(training: Training, step: Step, values: Sequence[float]) ->
     names = step_values(training.criterion.logged)
     image_ids = training.train_loader.image_ids(step.epoch, step.step_in_epoch)
     file = training.folder / f"nonfinite-step-{step.number:08d}.safetensors"
-    tensors = {name: whole(value.detach()) for name, value in model_tensors(training.model).items()}
+    tensors = {name: full_tensor(value.detach()) for name, value in model_tensors(training.model).items()}
     try:
-        training.world.from_main(
+        training.world.broadcast_from_main(
             lambda: write_replay(training, file, tensors, step, dict(zip(names, values, strict=True)))
         )
         way = f"to find the module: samdetr debug-nan {shlex.quote(str(file))}"

@@ -19,7 +19,7 @@ class Step(NamedTuple):
     lr: float
 
 
-class Lead:
+class RunAheadLimit:
     """Keeps the host at most ``steps`` ahead of a GPU: their batches are in memory, and a signal waits for them.
 
     The wait itself leaves the device work: the step before is still under way when the host goes on.
@@ -40,7 +40,7 @@ class Lead:
             self._events.popleft().synchronize()
 
 
-class Readings:
+class AsyncMetrics:
     """Values of steps in their order. On a GPU they arrive some steps late, in bundles; on a CPU at once."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Readings:
         self._steps.append(step)
         self._values.append(values)
 
-    def send(self) -> None:
+    def flush(self) -> None:
         """Start the copy of what has been added since the last call, unless one is still under way."""
         if self._sent is not None or not self._steps:
             return
@@ -67,16 +67,16 @@ class Readings:
         self._sent = self._steps, stacked, event
         self._steps, self._values = [], []
 
-    def arrived(self) -> Iterator[tuple[Step, list[float]]]:
+    def ready(self) -> Iterator[tuple[Step, list[float]]]:
         """The steps whose values have been copied since the last call. Does not wait."""
         event = self._sent[2] if self._sent is not None else None
         if event is None or event.query():  # type: ignore[no-untyped-call]
             yield from self._take()
 
-    def all(self) -> Iterator[tuple[Step, list[float]]]:
+    def drain(self) -> Iterator[tuple[Step, list[float]]]:
         """All steps that have not been returned yet; waits for the device."""
         yield from self._take()
-        self.send()
+        self.flush()
         yield from self._take()
 
     def _take(self) -> Iterator[tuple[Step, list[float]]]:
