@@ -25,7 +25,7 @@ from perf.report import Report, Row, environment, table
 from samdetr.engine.checkpoint.format import AVERAGE, MODEL, OPTIMIZER, Progress, load_checkpoint, model_tensors
 from samdetr.engine.checkpoint.format import optimizer_tensors as tensors_of
 from samdetr.engine.checkpoint.saving import Parts, Saver
-from samdetr.engine.distributed.parallel import ALONE
+from samdetr.engine.distributed.world import ALONE
 from samdetr.engine.ema import EMA
 from samdetr.engine.optim import build_optimizer
 from samdetr.models import build_model

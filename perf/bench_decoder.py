@@ -25,7 +25,8 @@ from perf.inputs import training_batch
 from perf.report import Report, environment, number
 from perf.sides import build_model_on
 from perf.train_step import StepRow, wait
-from samdetr.engine.compute.compile import EXACT, Compute, autocast, choose_compute, compile_regions
+from samdetr.engine.compute.compile import compile_regions
+from samdetr.engine.compute.precision import EXACT, Compute, autocast, choose_compute
 from samdetr.errors import SamdetrError
 from samdetr.loss import build_criterion
 from samdetr.models.position import MapGeometry, sine_map, valid_mask

@@ -25,10 +25,11 @@ from perf.report import Report, environment, table
 from perf.train_step import StepRow, wait
 from samdetr.data.prefetch import finish
 from samdetr.engine.compute.activation_checkpoint import checkpoint_activations
-from samdetr.engine.compute.compile import random_batch
-from samdetr.engine.distributed.parallel import ALONE, wrap
+from samdetr.engine.compute.start_up import random_batch
+from samdetr.engine.distributed.parallel import wrap
+from samdetr.engine.distributed.world import ALONE
 from samdetr.engine.optim import build_optimizer
-from samdetr.engine.train import train_step
+from samdetr.engine.step import train_step
 from samdetr.loss import build_criterion
 from samdetr.models import Detector, build_model
 from samdetr.recipe import ParallelSection, Recipe, load_recipe

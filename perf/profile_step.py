@@ -17,7 +17,7 @@ import torch
 
 from perf.inputs import object_classes, training_batch
 from perf.sides import build_baseline, build_model_on, build_ours
-from samdetr.engine.compute.compile import choose_compute
+from samdetr.engine.compute.precision import choose_compute
 from samdetr.engine.run.profile import StepProfiler
 from samdetr.errors import SamdetrError
 from samdetr.recipe import load_recipe

@@ -86,8 +86,8 @@ def record_model(recipe: Recipe) -> None:
     from perf.sides import build_model_on
     from samdetr.data.prefetch import finish
     from samdetr.engine.checkpoint.weights import choose_device
-    from samdetr.engine.compute.compile import random_batch
-    from samdetr.engine.train import forward, forward_backward
+    from samdetr.engine.compute.start_up import random_batch
+    from samdetr.engine.step import forward, forward_backward
     from samdetr.loss import build_criterion
 
     device = choose_device("cuda", recipe.compute.kernels)

@@ -23,10 +23,11 @@ from perf.baseline import (
     published_batch,
 )
 from samdetr.data.prefetch import finish
-from samdetr.engine.compute.compile import EXACT, Compute, prepare_step
+from samdetr.engine.compute.precision import EXACT, Compute
+from samdetr.engine.compute.start_up import prepare_step
 from samdetr.engine.optim import build_optimizer
 from samdetr.engine.run.log import step_values
-from samdetr.engine.train import forward, forward_backward, train_step, update
+from samdetr.engine.step import forward, forward_backward, train_step, update
 from samdetr.loss import SetCriterion, build_criterion
 from samdetr.models import SAMDETR, build_model
 from samdetr.recipe import Recipe

@@ -34,7 +34,7 @@ from perf.harness import WARM_UPS
 from perf.inputs import object_classes, training_batch
 from perf.report import Report, Row, environment, number
 from perf.sides import PHASES, Side, build_baseline, build_model_on, build_ours, first_images
-from samdetr.engine.compute.compile import EXACT, choose_compute, choose_precision
+from samdetr.engine.compute.precision import EXACT, choose_compute, choose_precision
 from samdetr.engine.run.profile import StepProfiler
 from samdetr.errors import RecipeError, SamdetrError
 from samdetr.recipe import Recipe, load_recipe

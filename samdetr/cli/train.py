@@ -52,7 +52,7 @@ def train(
         sys.stdout.write(dump_recipe(resolved))
         return
     from samdetr.engine.distributed.launch import launch, processes_wanted, visible_gpus
-    from samdetr.engine.distributed.parallel import is_launched
+    from samdetr.engine.distributed.world import is_launched
     from samdetr.engine.train import train as run_training
 
     processes = 1 if is_launched() else processes_wanted(nproc, resolved, visible_gpus(resolved))

@@ -31,10 +31,11 @@ from samdetr.engine.checkpoint.format import (
 from samdetr.engine.checkpoint.saving import Saver
 from samdetr.engine.checkpoint.weights import load_initial_weights
 from samdetr.engine.coco import Evaluator, choose_evaluator
-from samdetr.engine.compute.compile import Compute, choose_compute
 from samdetr.engine.compute.cuda_graph import StepGraphs
 from samdetr.engine.compute.micro_batch import choose_micro_batch
-from samdetr.engine.distributed.parallel import World, distribute, micro_batches_of
+from samdetr.engine.compute.precision import Compute, choose_compute
+from samdetr.engine.distributed.parallel import distribute
+from samdetr.engine.distributed.world import World, micro_batches_of
 from samdetr.engine.ema import EMA
 from samdetr.engine.failures.interrupt import StopSignal
 from samdetr.engine.optim import NonFiniteGuard, RunningStatistics, build_optimizer

@@ -20,8 +20,9 @@ from samdetr.data.prefetch import prefetch
 from samdetr.data.splits import build_dataset, read_split
 from samdetr.engine.checkpoint.weights import choose_device, load_trained
 from samdetr.engine.coco import CocoDetections, choose_evaluator, coco_detections, coco_evaluate
-from samdetr.engine.compute.compile import autocast, choose_precision, eagerly
-from samdetr.engine.distributed.parallel import World
+from samdetr.engine.compute.compile import eagerly
+from samdetr.engine.compute.precision import autocast, choose_precision
+from samdetr.engine.distributed.world import World
 from samdetr.engine.failures.out_of_memory import START_UP, described, evaluating, named, placing
 from samdetr.engine.run.log import print_evaluation, print_findings, print_per_class
 from samdetr.errors import RecipeError

@@ -14,7 +14,7 @@ from samdetr.data.decode import decode_image
 from samdetr.data.transforms import build_transform
 from samdetr.engine.checkpoint.weights import choose_device, load_trained
 from samdetr.engine.coco import CocoDetections, coco_detections
-from samdetr.engine.compute.compile import autocast, choose_precision
+from samdetr.engine.compute.precision import autocast, choose_precision
 from samdetr.engine.evaluate import best_detections
 from samdetr.engine.failures.out_of_memory import START_UP, placing
 from samdetr.errors import DataError, SamdetrError

@@ -1,123 +1,42 @@
-"""Training: `train` builds everything from a recipe and loops; `train_step` is one optimizer step."""
+"""Training: `train` builds everything from a recipe and loops over its epochs."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
 from samdetr.data.prefetch import prefetch
 from samdetr.engine.build import Training, build_training
 from samdetr.engine.checkpoint.weights import choose_device
 from samdetr.engine.coco import CocoDetections, coco_evaluate
-from samdetr.engine.compute.compile import autocast, prepare_step
 from samdetr.engine.compute.cuda_graph import StepGraphs
-from samdetr.engine.distributed.parallel import (
-    ALONE,
-    World,
-    full_tensor,
-    init_world,
-    is_communication_error,
-    no_grad_sync,
-)
+from samdetr.engine.compute.start_up import prepare_step
+from samdetr.engine.distributed.world import init_world, is_communication_error
 from samdetr.engine.evaluate import detect, gather_detections
 from samdetr.engine.failures.nonfinite import report_all, report_steps
-from samdetr.engine.failures.out_of_memory import START_UP, described, named, placing, said_of_training
+from samdetr.engine.failures.out_of_memory import START_UP, named, placing, said_of_training
 from samdetr.engine.failures.replay import step_seed
-from samdetr.engine.optim import NonFiniteGuard, lr_factor, set_learning_rate
+from samdetr.engine.optim import lr_factor, set_learning_rate
 from samdetr.engine.run.folder import METRICS_FILE, resume_command
 from samdetr.engine.run.log import Meter, RunLog, Stopwatch
 from samdetr.engine.run.metrics import RunAheadLimit, Step
 from samdetr.engine.run.pictures import draw_validation
 from samdetr.engine.run.profile import StepProfiler
+from samdetr.engine.step import forward_backward, train_step, update
 from samdetr.errors import DataError, SamdetrError
-from samdetr.loss import Criterion
 from samdetr.recipe import with_absolute_paths
-from samdetr.structures import Batch, Outputs, RegionLosses
+from samdetr.structures import Batch
 from samdetr.visualize.curves import plot_curves
 
 if TYPE_CHECKING:
     from samdetr.recipe import Recipe
-
-
-class StepResult(NamedTuple):
-    """What one optimizer step reports, still on the device."""
-
-    values: Tensor  # float, in the order of `log.step_values`
-
-
-def train_step(
-    model: nn.Module,
-    criterion: Criterion,
-    optimizer: NonFiniteGuard,
-    batch: Sequence[Batch],
-    *,
-    device: torch.device,
-    clip_norm: float,
-    precision: torch.dtype = torch.float32,
-    graphs: StepGraphs | None = None,
-    world: World = ALONE,
-    seeds: Sequence[int] | None = None,
-) -> StepResult:
-    """Forward, loss, backward over the micro-batches, then clip and update: one step of the whole batch.
-
-    The loss is divided by the number of boxes of the whole step, so that its gradient does not depend on how the batch
-    is split, nor among how many processes: ``batch`` is this one's share, the values are the world's. clip_norm 0: no
-    clipping. precision: what matrix products and convolutions compute in, float32 or bfloat16; parameters, boxes, costs
-    and losses are float32 either way. graphs: replayed instead, if given. seeds: of each micro-batch's dropout; None:
-    torch's generator goes on. Nothing waits for the device: where the matching cost, the loss or the gradient is not
-    finite, the optimizer changes nothing in this step, nor in later ones where it may not skip so many in a row.
-    """
-    optimizer.zero_grad(set_to_none=graphs is None)
-    moved = [micro.to(device) for micro in batch]
-    num_boxes = world.sum(torch.stack([micro.targets.counts.sum() for micro in moved]).sum())
-    run = graphs.forward_backward if graphs else partial(forward_backward, model, criterion, precision=precision)
-    values: list[Tensor] = []
-    for place, micro in enumerate(moved, start=1):
-        if seeds is not None:
-            torch.manual_seed(seeds[place - 1])
-        with no_grad_sync(model, keep=place < len(moved)):
-            values.append(run(micro, num_boxes))
-    *sums, class_error = world.sum(torch.stack(values).sum(0)).unbind()
-    grad_norm = graphs.update(sums[0]) if graphs else update(optimizer, clip_norm, sums[0])
-    return StepResult(torch.stack([*sums, class_error / (len(moved) * world.size), grad_norm]))
-
-
-def forward_backward(
-    model: nn.Module, criterion: Criterion, batch: Batch, num_boxes: Tensor, *, precision: torch.dtype
-) -> Tensor:
-    """Add the gradients of one micro-batch to those of the parameters; its values, as in `log.step_values`."""
-    with named(partial(described, batch)):
-        outputs = forward(model, criterion, batch, precision=precision)
-        losses = criterion(outputs, batch.targets, num_boxes)
-        losses.total.backward()
-    terms = losses.terms
-    return torch.stack([losses.total.detach(), *(terms[name] for name in criterion.logged), terms["class_error"]])
-
-
-def forward(model: nn.Module, criterion: Criterion, batch: Batch, *, precision: torch.dtype) -> Outputs | RegionLosses:
-    """Call the model on a micro-batch as training does; the result is for the criterion. precision: of products."""
-    with autocast(precision, batch.images.device):
-        outputs: Outputs | RegionLosses = model(
-            batch.images, batch.image_sizes, *criterion.model_targets(batch.targets)
-        )
-    return outputs
-
-
-def update(optimizer: NonFiniteGuard, clip_norm: float, loss: Tensor) -> Tensor:
-    """Clip the gradients and take the optimizer's step; returns their norm before. All on the device."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf")))
-    optimizer.guard(loss, grad_norm)
-    optimizer.step()
-    return grad_norm
 
 
 def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -> Path:

@@ -14,8 +14,11 @@ from torch import Tensor
 from samdetr.cost.flops import build_on_meta, training_memory
 from samdetr.data.batching import Shape
 from samdetr.engine.compute.activation_checkpoint import checkpoint_activations, counting_saved
-from samdetr.engine.compute.compile import Compute, choose_compute, compile_regions, random_batch
-from samdetr.engine.train import forward_backward, train
+from samdetr.engine.compute.compile import compile_regions
+from samdetr.engine.compute.precision import Compute, choose_compute
+from samdetr.engine.compute.start_up import random_batch
+from samdetr.engine.step import forward_backward
+from samdetr.engine.train import train
 from samdetr.errors import RecipeError, SamdetrError
 from samdetr.loss import build_criterion
 from samdetr.models import Detector, build_model

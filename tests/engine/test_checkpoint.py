@@ -30,7 +30,7 @@ from samdetr.engine.checkpoint.format import (
     optimizer_tensors,
 )
 from samdetr.engine.checkpoint.saving import Saver, Staging, save_checkpoint
-from samdetr.engine.distributed.parallel import ALONE
+from samdetr.engine.distributed.world import ALONE
 from samdetr.errors import CheckpointError
 from tests.engine.runs import ROOT
 

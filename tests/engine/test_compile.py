@@ -12,19 +12,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from samdetr.data.prefetch import prefetch
-from samdetr.engine.compute.compile import (
-    Compute,
-    check_step,
-    choose_compute,
-    compile_regions,
-    graphs_compiled,
-    prepare_step,
-    random_batch,
-)
+from samdetr.engine.compute.compile import compile_regions, graphs_compiled
 from samdetr.engine.compute.cuda_graph import StepGraphs
-from samdetr.engine.distributed.parallel import ALONE, wrap
+from samdetr.engine.compute.precision import Compute, choose_compute
+from samdetr.engine.compute.start_up import check_step, prepare_step, random_batch
+from samdetr.engine.distributed.parallel import wrap
+from samdetr.engine.distributed.world import ALONE
 from samdetr.engine.optim import GuardedAdamW, build_optimizer, set_learning_rate
-from samdetr.engine.train import forward_backward, train_step, update
+from samdetr.engine.step import forward_backward, train_step, update
 from samdetr.errors import SamdetrError
 from samdetr.loss import SetCriterion, build_criterion
 from samdetr.models import SAMDETR, build_model

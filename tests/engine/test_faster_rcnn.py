@@ -12,10 +12,13 @@ import torch
 
 import samdetr.engine.train
 from samdetr.cost.flops import Size, build_on_meta, count_macs, training_memory
-from samdetr.engine.compute.compile import choose_compute, compile_regions, random_batch
+from samdetr.engine.compute.compile import compile_regions
+from samdetr.engine.compute.precision import choose_compute
+from samdetr.engine.compute.start_up import random_batch
 from samdetr.engine.optim import build_optimizer, set_learning_rate
 from samdetr.engine.predict import predict
-from samdetr.engine.train import train, train_step
+from samdetr.engine.step import train_step
+from samdetr.engine.train import train
 from samdetr.loss import build_criterion
 from samdetr.models import build_model
 from samdetr.recipe import Recipe, load_recipe

@@ -13,7 +13,6 @@ from torch import nn
 
 from samdetr.data.splits import build_dataset, largest_shape, load_splits
 from samdetr.engine.compute import micro_batch as memory
-from samdetr.engine.compute.compile import EXACT
 from samdetr.engine.compute.micro_batch import (
     GIB,
     Trial,
@@ -23,9 +22,11 @@ from samdetr.engine.compute.micro_batch import (
     peak_bytes,
     try_sizes,
 )
+from samdetr.engine.compute.precision import EXACT
 from samdetr.engine.distributed.launch import processes_wanted
-from samdetr.engine.distributed.parallel import ALONE
-from samdetr.engine.train import train, train_step
+from samdetr.engine.distributed.world import ALONE
+from samdetr.engine.step import train_step
+from samdetr.engine.train import train
 from samdetr.errors import RecipeError
 from samdetr.recipe import load_recipe
 from samdetr.structures import Batch

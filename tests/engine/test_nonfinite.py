@@ -17,7 +17,7 @@ from samdetr.data.batching import Sample, epoch_order
 from samdetr.data.datasets import DetectionDataset
 from samdetr.engine.checkpoint.format import MODEL, Progress, model_tensors
 from samdetr.engine.checkpoint.saving import Staging, save_checkpoint
-from samdetr.engine.compute.compile import random_batch
+from samdetr.engine.compute.start_up import random_batch
 from samdetr.engine.failures.debug_nan import compute
 from samdetr.engine.run.metrics import AsyncMetrics
 from samdetr.engine.train import train

@@ -15,6 +15,7 @@ from PIL import Image
 import samdetr.engine.evaluate
 import samdetr.engine.failures.debug_nan
 import samdetr.engine.predict
+import samdetr.engine.step
 import samdetr.engine.train
 from samdetr.cost.flops import build_on_meta, training_memory
 from samdetr.engine.failures.out_of_memory import GIB, evaluation_advice, savings, training_advice
@@ -53,7 +54,7 @@ def test_a_step_says_where_and_what_helps(make_recipe: MakeRecipe, monkeypatch: 
     options = ("train.micro_batch=2", "checkpoint.every=2", "optim.ema_decay=0.9", "train.epochs=1")
     recipe = make_recipe(*options)
     with monkeypatch.context() as patch:
-        fill_at(patch, samdetr.engine.train, "autocast", 6)  # of two micro-batches a step
+        fill_at(patch, samdetr.engine.step, "autocast", 6)  # of two micro-batches a step
         first, counted, *advice, last = message_of(lambda: train(recipe))
     place = r"cpu is out of memory in step 3, at 2 images of \d+ x \d+ pixels, with up to \d boxes each: (.*)"
     found = re.fullmatch(place, first)
@@ -81,7 +82,7 @@ def test_the_start_up_and_the_update_are_named(make_recipe: MakeRecipe, monkeypa
         "There is no checkpoint yet: start it again.",
     )
     with monkeypatch.context() as patch:
-        fill_at(patch, samdetr.engine.train, "update", 1)
+        fill_at(patch, samdetr.engine.step, "update", 1)
         first, *_ = message_of(lambda: train(make_recipe()))
     assert first == f"cpu is out of memory in step 1: {SAID}"
 
@@ -183,7 +184,7 @@ def test_only_what_is_left_to_change_is_named() -> None:
 
 
 PATCH = f"""
-import os, samdetr.engine.train as engine
+import os, samdetr.engine.step as engine
 original, calls = engine.autocast, 0
 def filling(*arguments):
     global calls

@@ -10,9 +10,9 @@ import torch
 from samdetr.data.prefetch import prefetch
 from samdetr.data.splits import load_splits
 from samdetr.engine.build import build_loaders
-from samdetr.engine.distributed.parallel import ALONE
+from samdetr.engine.distributed.world import ALONE
 from samdetr.engine.optim import build_optimizer, set_learning_rate
-from samdetr.engine.train import train_step
+from samdetr.engine.step import train_step
 from samdetr.loss import build_criterion
 from samdetr.models import build_model
 from samdetr.recipe import Recipe, override_recipe

@@ -23,7 +23,8 @@ from samdetr.data.splits import build_dataset, load_splits
 from samdetr.engine.coco import CocoDetections
 from samdetr.engine.distributed import parallel
 from samdetr.engine.distributed.launch import processes_wanted
-from samdetr.engine.distributed.parallel import ALONE, World, init_world, micro_batches_of, wrap
+from samdetr.engine.distributed.parallel import wrap
+from samdetr.engine.distributed.world import ALONE, World, init_world, micro_batches_of
 from samdetr.engine.evaluate import gather_detections
 from samdetr.engine.failures.nonfinite import report_all
 from samdetr.engine.run.metrics import AsyncMetrics, Step

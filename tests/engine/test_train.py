@@ -14,7 +14,8 @@ from samdetr.data.loader import build_eval_loader
 from samdetr.data.splits import build_dataset, load_splits
 from samdetr.engine.failures.replay import step_seed
 from samdetr.engine.optim import GuardedAdamW, build_optimizer
-from samdetr.engine.train import is_evaluated, train, train_step
+from samdetr.engine.step import train_step
+from samdetr.engine.train import is_evaluated, train
 from samdetr.loss import SetCriterion, build_criterion
 from samdetr.models import SAMDETR, build_model
 from samdetr.recipe import Recipe

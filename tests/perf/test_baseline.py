@@ -23,7 +23,7 @@ from perf.baseline import (
 )
 from perf.inputs import training_batch
 from samdetr.engine.optim import build_optimizer
-from samdetr.engine.train import train_step
+from samdetr.engine.step import train_step
 from samdetr.errors import RecipeError
 from samdetr.loss import build_criterion
 from samdetr.models import SAMDETR, build_model

@@ -17,7 +17,7 @@ from perf.inputs import object_classes, training_batch
 from perf.profile_step import main as profile_step
 from perf.sides import build_baseline, build_model_on, build_ours
 from perf.train_step import NOISE, main
-from samdetr.engine.train import StepResult
+from samdetr.engine.step import StepResult
 from samdetr.errors import RecipeError
 from samdetr.recipe import load_recipe
 from samdetr_kernels import linear_assignment

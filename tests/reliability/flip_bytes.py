@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from samdetr.engine.checkpoint.folder import load_newest, newest_first
-from samdetr.engine.distributed.parallel import ALONE
+from samdetr.engine.distributed.world import ALONE
 from tests.reliability.children import finish, options, small_recipe
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from samdetr.engine.checkpoint.folder import load_newest
-from samdetr.engine.distributed.parallel import ALONE
+from samdetr.engine.distributed.world import ALONE
 from tests.reliability.flip_bytes import Noticed, damage
 from tests.reliability.kill_saves import kill_saves
 from tests.reliability.random_resume import resumed_equal

@@ -25,7 +25,7 @@ from samdetr.engine.checkpoint.format import (
     sync,
     write_meta,
 )
-from samdetr.engine.distributed.parallel import World
+from samdetr.engine.distributed.world import World
 from samdetr.errors import CheckpointError
 
 _NAME = re.compile(r"step-(\d+)(?:-(\d+))?")

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from samdetr.engine.checkpoint.folder import name_of, publish, remove_old, unfinished, update_progress
 from samdetr.engine.checkpoint.format import META_FILE, Progress, facts_of, reason_of, sync, write_meta
-from samdetr.engine.distributed.parallel import ALONE, World, local_shard
+from samdetr.engine.distributed.parallel import local_shard
+from samdetr.engine.distributed.world import ALONE, World
 from samdetr.errors import CheckpointError
 
 FILE_BYTES = 2**25  # of a file, about: Python waits while one is put together

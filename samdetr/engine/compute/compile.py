@@ -1,4 +1,4 @@
-"""What is compiled, which sizes are static, and why; the start-up that compiles it all and checks the result.
+"""What is compiled, which sizes are static, and why.
 
 | region | sizes | why |
 |---|---|---|
@@ -13,92 +13,18 @@ clipping and the optimizer stay eager. Evaluation sees every image size there is
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.fx.experimental._config
-from torch import Tensor, nn
-from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-from samdetr.data.batching import Shape
-from samdetr.data.prefetch import finish
-from samdetr.engine.compute.activation_checkpoint import checkpoint_activations
-from samdetr.engine.compute.cuda_graph import StepGraphs
-from samdetr.engine.distributed.parallel import full_tensor
-from samdetr.errors import SamdetrError
-from samdetr.structures import Batch, Targets
 
 if TYPE_CHECKING:
-    from samdetr.engine.optim import NonFiniteGuard
     from samdetr.loss import Criterion
     from samdetr.models import Detector
-    from samdetr.recipe import ComputeSection
 
 SPARE_GRAPHS = 16  # of one region beyond the shapes known: evaluation mode, another precision
-# bf16 keeps 8 bits; the two ways also differ by their dropout masks, some per cent at a small batch
-MAX_LOSS_DIFFERENCE, MAX_GRADIENT_DIFFERENCE = 0.1, 0.5
-PassOf = Callable[[Batch, Tensor], Tensor]  # a micro-batch and the number of boxes -> the values of `train_step`
-
-
-class Compute(NamedTuple):
-    """A recipe's compute section, decided for a device."""
-
-    precision: torch.dtype  # bfloat16 or float32
-    compile: bool
-    cuda_graph: bool
-    activation_checkpoint: bool = False  # the layers' activations, in the backward pass
-
-
-EXACT = Compute(torch.float32, compile=False, cuda_graph=False)
-
-
-def choose_compute(section: ComputeSection, device: torch.device, *, buckets: bool, processes: int = 1) -> Compute:
-    """Decide what is "auto". buckets: whether batches have a known small set of padded shapes.
-
-    Raises SamdetrError for what this device, or batches of any shape, cannot have.
-    """
-    for key in ("compile", "cuda_graph"):
-        if getattr(section, key) == "on" and not buckets:
-            raise SamdetrError(
-                f'compute.{key} = "on" needs batches of few shapes, known before: set data.batching = "buckets".'
-            )
-    if section.cuda_graph == "on" and device.type != "cuda":
-        raise SamdetrError('compute.cuda_graph = "on" needs a GPU: set it to "off".')
-    if section.cuda_graph == "on" and processes > 1:
-        raise SamdetrError('compute.cuda_graph = "on" is for one process: set it to "off".')
-    if section.cuda_graph == "on" and section.activation_checkpointing != "off":
-        raise SamdetrError(
-            'compute.cuda_graph = "on" cannot record what compute.activation_checkpointing = '
-            f'"{section.activation_checkpointing}" does with random states: set one of them to "off".'
-        )
-    return Compute(
-        precision=choose_precision(section.precision, device),
-        compile=section.compile == "on" or (section.compile == "auto" and buckets and device.type == "cuda"),
-        cuda_graph=section.cuda_graph == "on",
-        activation_checkpoint=section.activation_checkpointing == "layers",
-    )
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of ``compute.precision``; "auto" is bfloat16 where the device multiplies it itself."""
-    if name != "auto":
-        return torch.bfloat16 if name == "bf16" else torch.float32
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        capabilities = torch.cpu.get_capabilities()
-        has_bf16 = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def autocast(precision: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """Within the context products and convolutions on the device take and give ``precision``."""
-    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
 
 
 def compile_regions(model: Detector, criterion: Criterion, *, shapes: int) -> None:
@@ -119,14 +45,6 @@ def compile_regions(model: Detector, criterion: Criterion, *, shapes: int) -> No
     criterion.compile(fullgraph=True, dynamic=False)
 
 
-def arrange(model: Detector, criterion: Criterion, compute: Compute, *, shapes: int) -> None:
-    """Change how the model computes, as ``compute`` says; recomputation is around what is compiled."""
-    if compute.compile:
-        compile_regions(model, criterion, shapes=shapes)
-    if compute.activation_checkpoint:
-        checkpoint_activations(model)
-
-
 @contextmanager
 def eagerly() -> Iterator[None]:
     """Within the context compiled regions run as they are written."""
@@ -137,154 +55,3 @@ def eagerly() -> Iterator[None]:
 def graphs_compiled() -> int:
     """How many graphs torch.compile has made in this process; a step after the start-up adds none."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-
-
-class ForwardBackward(Protocol):
-    """A micro-batch, the number of boxes and a precision -> the values of `train_step`, the total first."""
-
-    def __call__(self, batch: Batch, num_boxes: Tensor, *, precision: torch.dtype) -> Tensor: ...
-
-
-def prepare_step(
-    model: Detector,
-    criterion: Criterion,
-    optimizer: NonFiniteGuard,
-    forward_backward: ForwardBackward,
-    update: Callable[[Tensor], Tensor],
-    *,
-    compute: Compute,
-    on_failure: str,
-    shapes: Sequence[Shape],
-    micro_batch: int,
-    max_objects: int,
-    device: torch.device,
-    started: Callable[[str], None],
-    note: Callable[[str], None],
-) -> StepGraphs | None:
-    """Compile and record what ``compute`` asks for, check a step, and return the graphs if there are any.
-
-    Weights, buffers, moments and random states are left as they were. ``started`` hears what begins, and may raise to
-    stop; ``note`` hears what a person should know. Raises SamdetrError when something fails and on_failure is "error".
-    """
-    as_computed = partial(forward_backward, precision=compute.precision)
-    graphs = None
-
-    def made_up(shape: Shape) -> Batch:
-        return finish(random_batch(shape, micro_batch, max_objects), device)
-
-    def failed(error: SamdetrError) -> None:
-        if on_failure == "error":
-            raise error
-        note(f"{error} Going on without it, as compute.on_failure says.")
-
-    with preserve_buffers_and_rng(model, device):
-        arrange(model, criterion, compute, shapes=len(shapes))
-        if compute.compile:
-            try:
-                _compile_shapes(model, as_computed, shapes, made_up, started, note)
-            except SamdetrError as error:
-                failed(error)
-                torch.compiler.set_stance("force_eager")
-        if compute.cuda_graph:
-            try:
-                started("recording CUDA graphs")
-                graphs = StepGraphs(model, optimizer, as_computed, update)
-                for shape in sorted(shapes, key=math.prod, reverse=True):
-                    graphs.record(made_up(shape))
-                graphs.record_update()
-            except SamdetrError as error:
-                failed(error)
-                graphs = None
-                model.zero_grad(set_to_none=True)
-    if compute != EXACT:
-        started("checking a step")
-        batch = made_up(min(shapes, key=math.prod, default=(256, 256)))
-        exact = partial(forward_backward, precision=torch.float32)
-        note(check_step(model, graphs.forward_backward if graphs else as_computed, exact, batch))
-        model.zero_grad(set_to_none=graphs is None)
-    return graphs
-
-
-def check_step(model: nn.Module, as_computed: PassOf, exact: PassOf, batch: Batch) -> str:
-    """Compare loss and gradient norm of a batch as training computes them, and eagerly in float32; returns a sentence.
-
-    Raises SamdetrError when they differ by more than MAX_LOSS_DIFFERENCE or MAX_GRADIENT_DIFFERENCE, relatively.
-    """
-    num_boxes, device = batch.targets.counts.sum(), batch.images.device
-    found = []
-    for run, way in ((as_computed, nullcontext()), (exact, eagerly())):
-        model.zero_grad(set_to_none=False)
-        with preserve_buffers_and_rng(model, device), way:
-            loss = float(run(batch, num_boxes)[0])
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        found.append({"loss": loss, "gradient norm": float(full_tensor(nn.utils.get_total_norm(gradients)))})
-    for name, limit in (("loss", MAX_LOSS_DIFFERENCE), ("gradient norm", MAX_GRADIENT_DIFFERENCE)):
-        fast, right = (values[name] for values in found)
-        if not math.isclose(fast, right, rel_tol=limit):
-            raise SamdetrError(
-                f"the {name} of the start-up check is {fast:.4g} as configured, but {right:.4g} computed eagerly in "
-                f'fp32: more than {limit:.0%} apart. Set compute.precision = "fp32", compute.compile = "off" or '
-                'compute.cuda_graph = "off", and see which of them mends it.'
-            )
-    said = [f"loss {values['loss']:.4f}, gradient norm {values['gradient norm']:.3g}" for values in found]
-    return f"start-up check: {said[0]} as they will be computed; {said[1]} eagerly in fp32"
-
-
-@contextmanager
-def preserve_buffers_and_rng(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Afterwards the model's buffers (live BatchNorm) and the random states are as before."""
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    with torch.no_grad():
-        for buffer, before in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-
-
-def _compile_shapes(
-    model: nn.Module,
-    as_computed: PassOf,
-    shapes: Sequence[Shape],
-    made_up: Callable[[Shape], Batch],
-    started: Callable[[str], None],
-    note: Callable[[str], None],
-) -> None:
-    begun = time.monotonic()
-    for number, shape in enumerate(shapes):
-        taken = time.monotonic() - begun
-        left = f", about {taken / number * (len(shapes) - number):.0f} s left" if number else ""
-        started(f"compiling {number + 1}/{len(shapes)} ({shape[0]} x {shape[1]}){left}")
-        batch = made_up(shape)
-        try:
-            as_computed(batch, batch.targets.counts.sum())
-        except (torch.OutOfMemoryError, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            cause = getattr(error, "inner_exception", None) or error  # of a backend that failed
-            reason = next((line for line in str(cause).splitlines() if line.strip()), repr(cause))
-            raise SamdetrError(
-                f"torch.compile failed at {shape[0]} x {shape[1]} pixels: {reason} "
-                'Set compute.compile = "off", or compute.on_failure = "eager" to go on without it.'
-            ) from error
-        model.zero_grad(set_to_none=True)
-    seconds = time.monotonic() - begun
-    note(f"compiled for {len(shapes)} shapes in {seconds:.0f} s; the graphs are kept in {cache_dir()}")
-
-
-def random_batch(shape: Shape, images: int, max_objects: int, *, least: int = 0) -> Batch:
-    """Noise with random boxes, as a loader gives it, the same for the same arguments; every image fills ``shape``.
-
-    An image has at least ``least`` boxes and at most ``max_objects``.
-    """
-    generator = torch.Generator().manual_seed(0)
-    boxes = torch.rand(images, max_objects, 4, generator=generator) * 0.4 + 0.3
-    counts = torch.randint(least, max_objects + 1, (images,), generator=generator)
-    valid = torch.arange(max_objects) < counts[:, None]
-    sizes = torch.tensor([shape] * images)
-    return Batch.of(
-        images=torch.randn(images, 3, *shape, generator=generator),
-        image_sizes=sizes,
-        targets=Targets(torch.zeros(valid.shape, dtype=torch.int64), boxes * valid[..., None], counts),
-        image_ids=torch.zeros(images, dtype=torch.int64),
-        original_sizes=sizes,
-    )

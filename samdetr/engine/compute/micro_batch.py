@@ -17,8 +17,9 @@ import torch
 from samdetr.data.batching import Shape
 from samdetr.data.prefetch import finish
 from samdetr.data.splits import Splits, build_dataset, largest_shape
-from samdetr.engine.compute.compile import Compute, arrange, random_batch
-from samdetr.engine.distributed.parallel import World, micro_batches_of
+from samdetr.engine.compute.precision import Compute
+from samdetr.engine.compute.start_up import arrange, random_batch
+from samdetr.engine.distributed.world import World, micro_batches_of
 from samdetr.engine.ema import EMA
 from samdetr.engine.optim import build_optimizer
 from samdetr.errors import RecipeError

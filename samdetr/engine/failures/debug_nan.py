@@ -18,11 +18,11 @@ from samdetr.data.splits import load_splits
 from samdetr.engine.build import build_loaders
 from samdetr.engine.checkpoint.format import EXPORTED, find_checkpoint, meta_file, read_meta
 from samdetr.engine.checkpoint.weights import choose_device, load_trained
-from samdetr.engine.compute.compile import choose_precision
-from samdetr.engine.distributed.parallel import ALONE
+from samdetr.engine.compute.precision import choose_precision
+from samdetr.engine.distributed.world import ALONE
 from samdetr.engine.failures.out_of_memory import placing
 from samdetr.engine.failures.replay import REPLAY
-from samdetr.engine.train import forward_backward
+from samdetr.engine.step import forward_backward
 from samdetr.errors import CheckpointError
 from samdetr.loss import Criterion, build_criterion
 from samdetr.recipe import Recipe

@@ -1,8 +1,8 @@
 """What a run does about steps whose loss or gradient is not finite: count those that it skips, or stop with a file.
 
-That such a step changes nothing is the optimizer's doing, on the device (`optim.NonFiniteGuard`); the host hears of it
-here, on a GPU some steps later. The step's number, and with it rates and order, goes on over a skipped step, as does the
-warm-up of the averages, which themselves stay; AdamW's own count of updates does not.
+Such a step changes nothing: that is the optimizer's doing, on the device (`optim.NonFiniteGuard`). The host hears of
+it here, on a GPU some steps later. The step's number, and with it rates and order, goes on over a skipped step, as does
+the warm-up of the averages, which themselves stay; AdamW's own count of updates does not.
 """
 
 from __future__ import annotations
