@@ -248,10 +248,13 @@ def environment() -> dict[str, str]:
     """What decides the last bits besides the code."""
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text().splitlines() if cpus.is_file() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    named = [
+        facts[key] for key in ("model name", "cpu family", "model", "stepping") if key in facts
+    ]  # names are shared
     return {
         "torch": torch.__version__,
-        "cpu": model or platform.machine(),
+        "cpu": " ".join(named) or platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
 

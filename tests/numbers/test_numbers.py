@@ -19,8 +19,11 @@ from tests.numbers.record import VARIANTS, compare, environment, record_recipes,
 HERE = Path(__file__).parent
 RECIPES, STEPS = (json.loads((HERE / name).read_text()) for name in ("recipes.json", "steps.json"))
 VANISHED: frozenset[str] = frozenset()  # keys in recipes.json that a resolved recipe may lack
-# CPUs and numbers of threads round differently. On one CPU, 1 and 2 threads differed by at most LARGEST in five steps
-TOLERANCE = 1e-4
+# CPUs round otherwise, and a sample, a match or a kink of a gradient then falls to the other side. Largest relative
+# differences from the record, measured on its CPU with two threads, and with one and no AVX512 (AVX2 alone):
+# - first step: losses 8e-7 (bf16 4e-5), gradient norms 2e-4 (bf16 8e-3);
+# - later steps: losses 2e-3, but 0.3 in Faster R-CNN, which draws other regions; gradient norms up to 0.9.
+FIRST_LOSS, FIRST_NORM, FIRST_NORM_BF16, LATER_LOSS = 1e-4, 1e-3, 5e-2, 1e-2
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,11 +55,15 @@ def test_resolved_recipes() -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_five_steps(name: str, tmp_path: Path, shapes_folder: Path) -> None:
     found, recorded = record_run(train_variant(name, tmp_path, shapes_folder)), STEPS["runs"][name]
-    for key in ("loss", "grad_norm"):
-        assert [line[key] for line in found["steps"]] == pytest.approx(recorded[key], rel=TOLERANCE)
+    losses, norms = ([line[key] for line in found["steps"]] for key in ("loss", "grad_norm"))
+    assert len(losses) == len(recorded["loss"])
+    assert losses[0] == pytest.approx(recorded["loss"][0], rel=FIRST_LOSS)
+    assert norms[0] == pytest.approx(recorded["grad_norm"][0], rel=FIRST_NORM_BF16 if name == "bf16" else FIRST_NORM)
+    if not name.startswith("faster_rcnn"):
+        assert losses == pytest.approx(recorded["loss"], rel=LATER_LOSS)
     if environment().items() <= STEPS["environment"].items():  # bits are of one torch on one CPU
-        parts = ("model", "optimizer", "average")
-        assert {part: found[part] for part in parts} == {part: recorded[part] for part in parts}
+        parts = {part: found[part] for part in ("model", "optimizer", "average")}
+        assert {"loss": losses, "grad_norm": norms, **parts} == recorded
 
 
 def test_a_comparison_tells_numbers_from_keys(capsys: pytest.CaptureFixture[str]) -> None:
