@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from samdetr.errors import RecipeError
 from samdetr.models.backbone import DEPTHS
 from samdetr.models.official import to_official
 from samdetr.models.sam_detr import SAMDETR
-from samdetr.recipe import ModelSection
+from samdetr.recipe import ModelSection, SAMDETRSection
 from samdetr.structures import Outputs
 
 ROI_SIZE = 7
@@ -39,7 +40,7 @@ class BaselineSAMDETR(nn.Module):
     Raises RecipeError for a recipe with what the published model does not have.
     """
 
-    def __init__(self, section: ModelSection) -> None:
+    def __init__(self, section: SAMDETRSection) -> None:
         super().__init__()
         _check_published(section)
         block, depths = DEPTHS[section.backbone.name]
@@ -95,15 +96,15 @@ class BaselineSAMDETR(nn.Module):
 
 
 def _check_published(section: ModelSection) -> None:
-    backbone = section.backbone
-    for key, value, published in (
-        ("system", section.system, "sam_detr"),
-        ("padding", section.padding, "published"),
-        ("backbone.norm", backbone.norm, "frozen"),
-        ("backbone.frozen_stages", backbone.frozen_stages, 2),
-        ("backbone.stages", backbone.stages, 4),
-        ("backbone.width", backbone.width, 64),
+    for key, published in (
+        ("system", "sam_detr"),
+        ("padding", "published"),
+        ("backbone.norm", "frozen"),
+        ("backbone.frozen_stages", 2),
+        ("backbone.stages", 4),
+        ("backbone.width", 64),
     ):
+        value = attrgetter(key)(section)
         if value != published:
             raise RecipeError(
                 f"model.{key} is {value!r}, and the published model has {published!r} only: there is no baseline. "
@@ -123,7 +124,7 @@ class _MLP(nn.Module):
 
 
 class _EncoderLayer(nn.Module):
-    def __init__(self, section: ModelSection) -> None:
+    def __init__(self, section: SAMDETRSection) -> None:
         super().__init__()
         self.self_attn = nn.MultiheadAttention(section.width, section.heads, dropout=section.dropout)
         self.linear1 = nn.Linear(section.width, section.ffn)
@@ -140,7 +141,7 @@ class _EncoderLayer(nn.Module):
 
 
 class _Encoder(nn.Module):
-    def __init__(self, section: ModelSection) -> None:
+    def __init__(self, section: SAMDETRSection) -> None:
         super().__init__()
         self.layers = nn.ModuleList(_EncoderLayer(section) for _ in range(section.encoder_layers))
 
@@ -183,7 +184,7 @@ class _Attention(nn.Module):
 
 
 class _DecoderLayer(nn.Module):
-    def __init__(self, section: ModelSection) -> None:
+    def __init__(self, section: SAMDETRSection) -> None:
         super().__init__()
         width, heads = section.width, section.heads
         self.heads, self.smca = heads, section.smca
@@ -260,7 +261,7 @@ class _DecoderLayer(nn.Module):
 
 
 class _Decoder(nn.Module):
-    def __init__(self, section: ModelSection, bbox_embed: nn.ModuleList) -> None:
+    def __init__(self, section: SAMDETRSection, bbox_embed: nn.ModuleList) -> None:
         super().__init__()
         self.layers = nn.ModuleList(_DecoderLayer(section) for _ in range(section.decoder_layers))
         self.bbox_embed = bbox_embed  # the model's own: stands twice in a published state dict

@@ -116,7 +116,6 @@ def build_dataset(
         max_pixels=section.max_pixels,
         training=training,
         pixels=section.pixels,
-        resize=section.resize if training else "worker",
     )
 
 

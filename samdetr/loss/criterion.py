@@ -197,7 +197,7 @@ Criterion = SetCriterion | RegionCriterion
 
 def build_criterion(recipe: Recipe) -> Criterion:
     """The criterion of a recipe's system and loss section."""
-    if recipe.model.system == "faster_rcnn":
+    if not recipe.model.matches_queries:
         return RegionCriterion(step_images=recipe.train.total_batch)
     section = recipe.loss
     return SetCriterion(

@@ -22,7 +22,7 @@ from samdetr.models.position import MapGeometry, sine_points
 from samdetr_kernels import roi_align, roi_pool, salient_points
 
 if TYPE_CHECKING:
-    from samdetr.recipe import ModelSection
+    from samdetr.recipe import AlignedSection
 
 ROI_SIZE = 7
 CHANNEL_REDUCTION = 4  # 256 -> 64 before the point branch
@@ -115,7 +115,7 @@ def regions_of(boxes: Tensor, geometry: MapGeometry) -> Tensor:
     return torch.cat(((centre - size / 2) * cells, (centre + size / 2) * cells), dim=-1).detach()
 
 
-def build_aligner(section: ModelSection) -> SemanticAligner | PooledAligner:
+def build_aligner(section: AlignedSection) -> SemanticAligner | PooledAligner:
     """The aligner of one decoder layer of a recipe."""
     if section.resampling == "average":
         return PooledAligner("mean")

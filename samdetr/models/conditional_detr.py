@@ -25,7 +25,7 @@ from samdetr.models.position import sine_points
 from samdetr.structures import Outputs
 
 if TYPE_CHECKING:
-    from samdetr.recipe import ModelSection
+    from samdetr.recipe import ConditionalDETRSection
 
 
 class CrossAttention(nn.Module):
@@ -131,7 +131,7 @@ class ConditionalDETR(MapDetector):
         return self.class_head(x), boxes_around(self.box_head(x), inverse_sigmoid(reference))
 
 
-def build_conditional_detr(section: ModelSection) -> ConditionalDETR:
+def build_conditional_detr(section: ConditionalDETRSection) -> ConditionalDETR:
     """The model of a recipe with random weights."""
     half = build_encoder_half(section)
     layers = [

@@ -22,7 +22,7 @@ from samdetr.models.position import sine_boxes
 from samdetr.structures import Outputs, Proposals
 
 if TYPE_CHECKING:
-    from samdetr.recipe import ModelSection
+    from samdetr.recipe import DeformableDETRSection
 
 INITIAL_SIZE = -2.0  # of boxes around reference points, before the sigmoid
 PROPOSAL_SIDE = 0.05  # of the finest level's proposals, a share of the image; each level doubles it
@@ -174,7 +174,7 @@ class DeformableDETR(PyramidDetector):
         return classify(x), (locate(x) + start).sigmoid()
 
 
-def build_deformable_detr(section: ModelSection) -> DeformableDETR:
+def build_deformable_detr(section: DeformableDETRSection) -> DeformableDETR:
     """The model of a recipe with random weights."""
     half = build_pyramid_half(section, ffn=section.ffn)
     layers = [

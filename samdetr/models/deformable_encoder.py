@@ -19,7 +19,7 @@ from samdetr.structures import Regions
 from samdetr_kernels import deformable_attention
 
 if TYPE_CHECKING:
-    from samdetr.recipe import ModelSection
+    from samdetr.recipe import DeformableSection, TransformerSection
 
 POINTS = 4  # samples of a head in each level
 MOST_BACKBONE_LEVELS = 3  # a further level is a convolution of the last map
@@ -222,7 +222,7 @@ def initialise_deformable(*parts: nn.Module) -> None:
                 module.start()
 
 
-def build_projections(section: ModelSection, *, levels: int, last: bool) -> tuple[Backbone, nn.ModuleList]:
+def build_projections(section: TransformerSection, *, levels: int, last: bool) -> tuple[Backbone, nn.ModuleList]:
     """The backbone of a recipe and projections of the maps of its last stages, as many as levels; last: and of a
     further map, of twice the stride."""
     backbone = build_backbone(section.backbone, padding=section.padding, levels=levels)
@@ -233,7 +233,7 @@ def build_projections(section: ModelSection, *, levels: int, last: bool) -> tupl
     return backbone, nn.ModuleList(projections)
 
 
-def build_pyramid_half(section: ModelSection, *, ffn: int) -> PyramidHalf:
+def build_pyramid_half(section: DeformableSection, *, ffn: int) -> PyramidHalf:
     """Backbone, projections and encoder of a recipe, with random weights. ffn: of the encoder."""
     width, levels = section.width, section.feature_levels
     from_backbone = min(levels, MOST_BACKBONE_LEVELS)

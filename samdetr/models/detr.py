@@ -13,7 +13,7 @@ from samdetr.models.layers import MLP, Attention, FeedForward, class_head, initi
 from samdetr.structures import Outputs
 
 if TYPE_CHECKING:
-    from samdetr.recipe import ModelSection
+    from samdetr.recipe import DETRSection
 
 
 class DecoderLayer(nn.Module):
@@ -76,7 +76,7 @@ class DETR(MapDetector):
         return self.class_head(x), self.box_head(x).sigmoid()
 
 
-def build_detr(section: ModelSection) -> DETR:
+def build_detr(section: DETRSection) -> DETR:
     """The model of a recipe with random weights."""
     half = build_encoder_half(section)
     layers = [

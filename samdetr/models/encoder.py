@@ -13,7 +13,7 @@ from samdetr.models.position import MapGeometry, covered_cells, sine_map, valid_
 from samdetr.structures import Regions
 
 if TYPE_CHECKING:
-    from samdetr.recipe import ModelSection
+    from samdetr.recipe import SingleScaleSection
 
 
 class EncoderLayer(nn.Module):
@@ -114,7 +114,7 @@ class MapDetector(nn.Module):
         return Regions((*self.encoder.layers, *self.decoder), self.methods)
 
 
-def build_encoder_half(section: ModelSection) -> EncoderHalf:
+def build_encoder_half(section: SingleScaleSection) -> EncoderHalf:
     """Backbone, projection and encoder of a recipe, with random weights."""
     backbone, width = build_backbone(section.backbone, padding=section.padding), section.width
     return EncoderHalf(

@@ -23,7 +23,7 @@ from samdetr.models.backbone import Backbone, build_backbone, build_stage, run_s
 from samdetr.structures import Outputs, RegionLosses, Regions, Targets
 
 if TYPE_CHECKING:
-    from samdetr.recipe import ModelSection
+    from samdetr.recipe import FasterRCNNSection
 
 Maps = dict[str, Tensor]  # of each level, fine to coarse [B, C, h, w]
 Sizes = list[tuple[int, int]]  # (height, width) of each image's valid pixels
@@ -209,11 +209,11 @@ def region_align(strides: tuple[int, ...], size: int) -> MultiScaleRoIAlign:
     return pool
 
 
-def build_faster_rcnn(section: ModelSection) -> FasterRCNN:
+def build_faster_rcnn(section: FasterRCNNSection) -> FasterRCNN:
     """The model of a recipe with random weights: C4 with three stages, DC5 with dilation, else FPN."""
     keys, stages = section.regions, section.backbone
     one_map = stages.stages < 4 or stages.dilation
-    backbone = build_backbone(stages, padding=section.padding, levels=1 if one_map else 4)
+    backbone = build_backbone(stages, padding="published", levels=1 if one_map else 4)
     neck, channels = nn.Identity(), backbone.channels[-1]
     if one_map:
         anchors = Anchors((ANCHORS,), backbone.strides)

@@ -27,7 +27,7 @@ from samdetr.structures import Outputs
 from samdetr_kernels import salient_cross_attention
 
 if TYPE_CHECKING:
-    from samdetr.recipe import ModelSection
+    from samdetr.recipe import AlignedSection, SAMDETRSection
 
 SEEDS = 2**62  # from which a call of attention draws that of its dropout
 
@@ -164,7 +164,7 @@ class SAMDETR(AlignedDecoder, MapDetector):
         return self.refine([(memory, position, geometry)] * len(self.decoder))
 
 
-def build_aligned_layers(section: ModelSection) -> list[DecoderLayer]:
+def build_aligned_layers(section: AlignedSection) -> list[DecoderLayer]:
     """The decoder layers of a recipe, with random weights."""
     return [
         DecoderLayer(
@@ -178,7 +178,7 @@ def build_aligned_layers(section: ModelSection) -> list[DecoderLayer]:
     ]
 
 
-def build_sam_detr(section: ModelSection) -> SAMDETR:
+def build_sam_detr(section: SAMDETRSection) -> SAMDETR:
     """The model of a recipe with random weights; needs no download and no GPU."""
     return SAMDETR(
         build_encoder_half(section),

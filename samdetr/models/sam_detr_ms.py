@@ -14,7 +14,7 @@ from samdetr.models.sam_detr import AlignedDecoder, DecoderLayer, build_aligned_
 from samdetr.structures import Outputs
 
 if TYPE_CHECKING:
-    from samdetr.recipe import ModelSection
+    from samdetr.recipe import MultiScaleSAMDETRSection
 
 ENCODER_FFN_SHARE = 2  # the encoder's feed-forward blocks have the decoder's hidden channels divided by this
 
@@ -51,7 +51,7 @@ def maps_of(memory: Tensor, position: Tensor, pyramid: Pyramid) -> list[tuple[Te
     return maps
 
 
-def build_sam_detr_ms(section: ModelSection) -> MultiScaleSAMDETR:
+def build_sam_detr_ms(section: MultiScaleSAMDETRSection) -> MultiScaleSAMDETR:
     """The model of a recipe with random weights."""
     return MultiScaleSAMDETR(
         build_pyramid_half(section, ffn=section.ffn // ENCODER_FFN_SHARE),

@@ -17,7 +17,7 @@ from samdetr.models.layers import MLP, Fp32Linear, boxes_around, class_head, ini
 from samdetr.structures import Outputs
 
 if TYPE_CHECKING:
-    from samdetr.recipe import ModelSection
+    from samdetr.recipe import SMCADETRSection
 
 SMOOTHNESS = 8.0  # what squared distances are divided by
 PUBLISHED_STRIDE = 32  # pixels a unit of the Gaussians, also where the map's stride is 16 (DC5)
@@ -146,7 +146,7 @@ class SMCADETR(MapDetector):
         return self.class_head(x), boxes_around(self.box_head(x), centre)
 
 
-def build_smca_detr(section: ModelSection) -> SMCADETR:
+def build_smca_detr(section: SMCADETRSection) -> SMCADETR:
     """The model of a recipe with random weights."""
     half = build_encoder_half(section)
     layers = [

@@ -21,7 +21,7 @@ from samdetr.models.smca_detr import PUBLISHED_STRIDE, SMOOTHNESS, Gaussian, gau
 from samdetr.structures import Outputs, Regions
 
 if TYPE_CHECKING:
-    from samdetr.recipe import ModelSection
+    from samdetr.recipe import MultiScaleSMCADETRSection
 
 KERNEL = 5  # of the convolutions within and between maps
 # stages of the backbone whose maps are used, up to stride 32; a map of stride 64 is a convolution of the last one
@@ -252,7 +252,7 @@ class ConvolvedSMCADETR(MultiScaleSMCADETR):
         return Regions(tuple(self.decoder), self.methods)
 
 
-def build_smca_detr_ms(section: ModelSection) -> MultiScaleSMCADETR:
+def build_smca_detr_ms(section: MultiScaleSMCADETRSection) -> MultiScaleSMCADETR:
     """The model of a recipe with random weights."""
     convolved, mask_padding = section.scale_encoder == "convolution", section.padding == "masked"
     stages = CONVOLVED_STAGES if convolved else ATTENDED_STAGES
@@ -280,7 +280,7 @@ def build_smca_detr_ms(section: ModelSection) -> MultiScaleSMCADETR:
     )
 
 
-def build_mixing_encoder(section: ModelSection, *, levels: int) -> PyramidEncoder:
+def build_mixing_encoder(section: MultiScaleSMCADETRSection, *, levels: int) -> PyramidEncoder:
     return PyramidEncoder(
         MixingLayer(
             levels=levels,
@@ -293,7 +293,7 @@ def build_mixing_encoder(section: ModelSection, *, levels: int) -> PyramidEncode
     )
 
 
-def build_scale_encoder(section: ModelSection) -> ScaleEncoder:
+def build_scale_encoder(section: MultiScaleSMCADETRSection) -> ScaleEncoder:
     return ScaleEncoder(
         EncoderLayer(width=section.width, heads=section.heads, ffn=section.ffn, dropout=section.dropout)
         for _ in range(section.encoder_layers)

@@ -11,10 +11,26 @@ from typing import Any
 from pydantic import ValidationError, ValidationInfo, field_validator
 
 from samdetr.errors import RecipeError
-from samdetr.recipe.messages import explain, keys_named
-from samdetr.recipe.model import BackboneSection, ModelSection, RegionsSection
+from samdetr.recipe.messages import explain, keys_named, place_of
+from samdetr.recipe.model import (
+    AlignedSection,
+    BackboneSection,
+    ConditionalDETRSection,
+    DeformableDETRSection,
+    DeformableSection,
+    DetectorSection,
+    DETRSection,
+    FasterRCNNSection,
+    ModelSection,
+    MultiScaleSAMDETRSection,
+    MultiScaleSMCADETRSection,
+    RegionsSection,
+    SAMDETRSection,
+    SingleScaleSection,
+    SMCADETRSection,
+    TransformerSection,
+)
 from samdetr.recipe.sections import (
-    PYRAMIDS,
     AugmentSection,
     CheckpointSection,
     ComputeSection,
@@ -32,22 +48,35 @@ from samdetr.recipe.sections import (
 from samdetr.recipe.toml_text import apply_override, key_lines, syntax_mistake, value_text, with_tuples
 
 __all__ = [
+    "AlignedSection",
     "AugmentSection",
     "BackboneSection",
     "CheckpointSection",
     "ComputeSection",
+    "ConditionalDETRSection",
+    "DETRSection",
     "DataSection",
+    "DeformableDETRSection",
+    "DeformableSection",
+    "DetectorSection",
     "EvalSection",
+    "FasterRCNNSection",
     "InitSection",
     "LossSection",
     "ModelSection",
+    "MultiScaleSAMDETRSection",
+    "MultiScaleSMCADETRSection",
     "OptimSection",
     "ParallelSection",
     "Recipe",
     "RegionsSection",
     "RunSection",
+    "SAMDETRSection",
+    "SMCADETRSection",
     "ShapesSection",
+    "SingleScaleSection",
     "TrainSection",
+    "TransformerSection",
     "dump_recipe",
     "load_recipe",
     "override_recipe",
@@ -67,30 +96,22 @@ class Recipe(Section):
     init: InitSection = InitSection()
     data: DataSection = DataSection()
     augment: AugmentSection = AugmentSection()
-    model: ModelSection = ModelSection()
+    model: ModelSection = SAMDETRSection()
     loss: LossSection = LossSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
 
-    @field_validator("optim")
-    @classmethod
-    def _samples_maps(cls, value: OptimSection, info: ValidationInfo) -> OptimSection:
-        model = info.data.get("model")
-        if model is not None and model.system not in PYRAMIDS and value.sampling_lr_factor != 1:
-            raise ValueError(f'sampling_lr_factor has no meaning with model.system = "{model.system}": leave it out')
-        return value
-
     @field_validator("model")
     @classmethod
-    def _can_be_recorded(cls, value: ModelSection, info: ValidationInfo) -> ModelSection:
+    def _can_be_computed(cls, value: DetectorSection, info: ValidationInfo) -> DetectorSection:
         compute = info.data.get("compute")
-        if value.system == "faster_rcnn" and compute and compute.cuda_graph == "on":
-            raise ValueError('system "faster_rcnn" waits for the device: set compute.cuda_graph = "off"')
-        if value.system == "faster_rcnn" and compute and compute.activation_checkpointing != "off":
+        if compute and compute.cuda_graph == "on" and not value.can_be_recorded:
+            raise ValueError(f'system "{value.system}" waits for the device: set compute.cuda_graph = "off"')
+        if compute and compute.activation_checkpointing != "off" and not value.can_be_recomputed:
             raise ValueError(
-                'system "faster_rcnn" has no layers to recompute: set compute.activation_checkpointing = "off"'
+                f'system "{value.system}" has no layers to recompute: set compute.activation_checkpointing = "off"'
             )
         return value
 
@@ -98,11 +119,19 @@ class Recipe(Section):
     @classmethod
     def _fits_the_model(cls, value: LossSection, info: ValidationInfo) -> LossSection:
         model = info.data.get("model")
-        if model and model.system == "faster_rcnn" and value != LossSection(classification="softmax"):
+        if model and not model.matches_queries and value != LossSection(classification="softmax"):
             raise ValueError(
-                'with model.system = "faster_rcnn" the losses are torchvision\'s: set classification = "softmax" and '
-                "no other key"
+                f'with model.system = "{model.system}" the losses are torchvision\'s: set classification = "softmax" '
+                "and no other key"
             )
+        return value
+
+    @field_validator("optim")
+    @classmethod
+    def _samples_maps(cls, value: OptimSection, info: ValidationInfo) -> OptimSection:
+        model = info.data.get("model")
+        if model and not model.samples_maps and value.sampling_lr_factor != 1:
+            raise ValueError(f'sampling_lr_factor has no meaning with model.system = "{model.system}": leave it out')
         return value
 
     @field_validator("optim")
@@ -183,7 +212,7 @@ def _located(
     """The mistakes with their place in front: those of the file by line, then those of ``--set`` in order."""
     found: list[tuple[bool, int, str]] = []
     for entry in error.errors(include_url=False):
-        keys: Keys = tuple(entry["loc"])
+        keys = place_of(entry)
         explanation = explain(entry, Recipe)
         for position, (changed, override) in enumerate(overridden.items()):
             if keys[: len(changed)] == changed or (keys not in lines and changed[: len(keys)] == keys):

@@ -6,11 +6,13 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping
 from datetime import date, datetime, time
+from types import UnionType
 from typing import Any, get_args
 
 from pydantic import BaseModel
 
 Path = tuple[str | int, ...]
+Key = tuple[tuple[str, ...], Any]  # the path of a key and its annotation
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -32,9 +34,17 @@ _LIMITS = {
 
 
 def explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
-    """``optim.lrr: unknown key. Did you mean optim.lr?`` for one entry of ``ValidationError.errors()``."""
-    path: Path = tuple(error["loc"])
+    """Return ``optim.lrr: unknown key. Did you mean optim.lr?`` for one entry of ``ValidationError.errors()``."""
+    path = place_of(error)
     return f"{dotted(path)}: {_sentence(error, path, model)}"
+
+
+def place_of(error: Mapping[str, Any]) -> Path:
+    """Return the keys of an error as they stand in a recipe: pydantic puts the chosen system behind "model"."""
+    path: Path = tuple(error["loc"])
+    if error["type"].startswith("union_tag_"):
+        return (*path, "system")
+    return path[:1] + path[2:] if path[:1] == ("model",) else path
 
 
 def dotted(path: Path) -> str:
@@ -42,18 +52,35 @@ def dotted(path: Path) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
-def keys_of(model: type[BaseModel], parent: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every path of a model, sections before their keys, with its annotation."""
+def keys_of(model: type[BaseModel], system: str = "", parent: tuple[str, ...] = ()) -> Iterator[Key]:
+    """Yield every path of a recipe, sections before their keys, with its annotation.
+
+    system: whose section is meant by "model"; with "" those of all systems are, and a path may come several times.
+    """
     for name, field in model.model_fields.items():
         yield (*parent, name), field.annotation
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys_of(field.annotation, (*parent, name))
+        for section in _sections_in(field.annotation):
+            if system in ("", _system_of(section)) or _system_of(section) == "":
+                yield from keys_of(section, system, (*parent, name))
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the section of a field, all those of a union, or none."""
+    members = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+
+
+def _system_of(section: type[BaseModel]) -> str:
+    return section.model_fields["system"].default if "system" in section.model_fields else ""
 
 
 def _sentence(error: Mapping[str, Any], path: Path, model: type[BaseModel]) -> str:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    system = error["loc"][1] if error["loc"][0] == "model" and len(error["loc"]) > 1 else ""
     if kind == "extra_forbidden":
-        return _unknown(path, value, model)
+        return _unknown(path, value, model, system)
+    if kind == "union_tag_invalid":
+        return _choice(value["system"], tuple(map(_system_of, _sections_in(model.model_fields["model"].annotation))))
     if kind in _EXPECTED:
         hint = " (put it in quotes)" if kind == "string_type" and isinstance(value, int | float) else ""
         return f"expected {_EXPECTED[kind]}, got {_shown(value)}{hint}"
@@ -67,25 +94,35 @@ def _sentence(error: Mapping[str, Any], path: Path, model: type[BaseModel]) -> s
     if kind == "too_short":
         return "must not be empty"
     if kind == "literal_error":
-        return _choice(value, get_args(dict(keys_of(model))[_names(path)]))
+        return _choice(value, get_args(dict(keys_of(model, system))[_names(path)]))
     if kind == "value_error":
         return str(context["error"])
     return f"{error['msg'].lower()} (got {_shown(value)})"
 
 
-def _unknown(path: Path, value: object, model: type[BaseModel]) -> str:
+def _unknown(path: Path, value: object, model: type[BaseModel], system: str) -> str:
     what = "section" if isinstance(value, dict) else "key"
-    known = [key for key, _ in keys_of(model)]
-    best = _closest(_names(path), known)
+    names, own, known = _names(path), list(dict(keys_of(model, system))), list(dict(keys_of(model)))
+    if system and names in known:
+        return f"unknown {what}. It belongs to {_owners(names, model)}; the system of this recipe is {system}."
+    best = _closest(names, own) or _closest(names, known)
     if best:
-        return f"unknown {what}. Did you mean {dotted(best)}?"
-    beside = ", ".join(key[-1] for key in known if key[:-1] == path[:-1])
+        other = "" if best in own else f", which belongs to {_owners(best, model)}"
+        return f"unknown {what}. Did you mean {dotted(best)}{other}?"
+    beside = ", ".join(key[-1] for key in own if key[:-1] == path[:-1])
     return f"unknown {what}. " + (f"{dotted(path[:-1])} has {beside}." if path[:-1] else f"The sections are {beside}.")
+
+
+def _owners(path: tuple[str, ...], model: type[BaseModel]) -> str:
+    """Return the systems that have a key of the model's section: ``system detr``, ``systems a, b``."""
+    sections = _sections_in(model.model_fields["model"].annotation)
+    names = [_system_of(section) for section in sections if path in dict(keys_of(model, _system_of(section)))]
+    return f"system{'s' * (len(names) > 1)} {', '.join(names)}"
 
 
 def keys_named(name: str, model: type[BaseModel]) -> list[str]:
     """The whole names of the keys whose last part is ``name``: ``["train.epochs"]`` for "epochs"."""
-    return [dotted(key) for key, _ in keys_of(model) if key[-1] == name and len(key) > 1]
+    return [dotted(key) for key in dict(keys_of(model)) if key[-1] == name and len(key) > 1]
 
 
 def _closest(path: tuple[str, ...], known: list[tuple[str, ...]]) -> tuple[str, ...] | None:

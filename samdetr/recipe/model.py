@@ -1,12 +1,14 @@
-"""The section of a recipe that says which detector is built."""
+"""The section of a recipe that says which detector is built: one class for each system."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from samdetr.recipe.sections import PYRAMIDS, NonNegative, PositiveInt, Probability, Section, only_with
+from samdetr.recipe.sections import NonNegative, PositiveInt, Probability, Section, keep_default_unless
+
+NORM_GROUPS = 32  # of the GroupNorm after the input projection
 
 
 class BackboneSection(Section):
@@ -62,134 +64,40 @@ class RegionsSection(Section):
     score_threshold: Probability = Field(0.05, description="lowest score of a detection before suppression")
 
 
-# keys that have no meaning for Faster R-CNN
-OF_TRANSFORMERS = ("heads", "encoder_layers", "decoder_layers", "ffn", "dropout", "input_norm", "padding")
-ALIGNED = ("sam_detr", "sam_detr_ms")  # systems with the semantic aligner
+class DetectorSection(Section):
+    """The keys that all systems have, and the facts about a system that other sections depend on."""
 
+    can_be_recorded: ClassVar[bool] = True  # a step never waits for the device, so CUDA graphs can record it
+    can_be_recomputed: ClassVar[bool] = True  # has layers for compute.activation_checkpointing
+    samples_maps: ClassVar[bool] = False  # has sampling offsets, whose rate is optim.sampling_lr_factor's
+    matches_queries: ClassVar[bool] = True  # trained with the losses of [loss]; otherwise with torchvision's
 
-class ModelSection(Section):
-    system: Literal[
-        "sam_detr",
-        "sam_detr_ms",
-        "detr",
-        "conditional_detr",
-        "smca_detr",
-        "smca_detr_ms",
-        "deformable_detr",
-        "faster_rcnn",
-    ] = Field(
-        "sam_detr",
-        description="which detector; ..._ms: on several maps; faster_rcnn is C4 where "
-        "model.backbone.stages = 3, DC5 with model.backbone.dilation, else FPN",
-    )
+    system: str = Field(description="which detector")
     num_classes: PositiveInt = Field(
         91, description="class logits (91: raw COCO category ids); with softmax the last one is no object"
     )
-    num_queries: PositiveInt = Field(
-        300, description="object queries; the most objects an image can have. faster_rcnn: most detections of an image"
-    )
-    class_prior: Probability = Field(
-        0.01,
-        description="initial probability of every class, for the focal loss; 0: torch's own start (softmax). "
-        "All other systems have 0.01",
-        json_schema_extra=only_with("model.system", "detr"),
-    )
-    resampling: Literal["points", "point", "average", "max"] = Field(
-        "points",
-        description="what of its box becomes a query; points: a salient point for each head (published); for ablation "
-        "point: one for all heads; average, max: of the box's 7 x 7 bins",
-        json_schema_extra=only_with("model.system", *ALIGNED),
-    )
-    reweighting: bool = Field(
-        True,
-        description="weigh what was sampled by numbers predicted from the previous query",
-        json_schema_extra=only_with("model.system", *ALIGNED) | only_with("model.resampling", "points", "point"),
-    )
-    search_range: Literal["box", "image"] = Field(
-        "box",
-        description="where salient points may lie: in the query's reference box (published) or in the whole image",
-        json_schema_extra=only_with("model.system", *ALIGNED) | only_with("model.resampling", "points", "point"),
-    )
-    smca: bool = Field(
-        False,
-        description="add the spatially modulated (Gaussian) term to cross-attention",
-        json_schema_extra=only_with("model.system", *ALIGNED) | only_with("model.resampling", "points"),
-    )
-    smca_initial_scale: NonNegative = Field(
-        0.0,
-        description="initial Gaussian scale, 2 / sigma in map cells; 0: published, the term starts flat",
-        json_schema_extra=only_with("model.system", *ALIGNED) | only_with("model.resampling", "points"),
-    )
-    smca_stride: Literal["published", "feature"] = Field(
-        "published",
-        description="pixels a unit of SMCA-DETR's Gaussians: published, 32 also under DC5; feature: a cell of the map",
-        json_schema_extra=only_with("model.system", "smca_detr"),
-    )
-    scale_encoder: Literal["convolution", "attention"] = Field(
-        "convolution",
-        description="what mixes the maps of SMCA-DETR; convolution: of stride 8 to 64 (released); attention: within "
-        "maps of stride 16 to 64, in the middle layer across them (the paper's, never released)",
-        json_schema_extra=only_with("model.system", "smca_detr_ms"),
-    )
-    feature_levels: int = Field(
-        1,
-        ge=1,
-        le=4,
-        description="maps that the encoder sees: of so many last stages; the fourth is a convolution of the last stage",
-        json_schema_extra=only_with("model.system", *PYRAMIDS),
-    )
-    box_refine: bool = Field(
-        False,
-        description="each layer looks where the boxes of the one before it lie, and has heads of its own",
-        json_schema_extra=only_with("model.system", "deformable_detr"),
-    )
-    two_stage: bool = Field(
-        False,
-        description="the queries are the best of what all cells of the encoded maps propose; needs model.box_refine",
-        json_schema_extra=only_with("model.system", "deformable_detr"),
-    )
+    num_queries: PositiveInt = Field(300, description="object queries; the most objects an image can have")
     width: int = Field(256, ge=32, multiple_of=8, description="channels of the transformer, or of an FPN")
-    heads: PositiveInt = Field(8, description="attention heads and salient points; divides width")
+    backbone: BackboneSection = BackboneSection()
+
+    @property
+    def most_objects(self) -> int | None:
+        """The most objects that an image can have in training; None: any number."""
+        return self.num_queries
+
+
+class TransformerSection(DetectorSection):
+    """The keys of all transformers."""
+
+    heads: PositiveInt = Field(8, description="attention heads; divides width. SAM-DETR: salient points too")
     encoder_layers: int = Field(6, ge=0, description="encoder layers")
     decoder_layers: PositiveInt = Field(6, description="decoder layers")
     ffn: PositiveInt = Field(2048, description="hidden channels of the feed-forward blocks")
     dropout: Probability = Field(0.1, description="dropout in attention, residuals and feed-forward blocks")
-    input_norm: Literal["group_norm", "none"] = Field(
-        "group_norm",
-        description="after the input projection: GroupNorm(32) (SAM-DETR in 12 epochs, multi-scale) or none",
-    )
     padding: Literal["published", "masked"] = Field(
         "published",
         description="published: padded cells reach the result through convolutions and RoIAlign; masked: they are zero",
     )
-    backbone: BackboneSection = BackboneSection()
-    regions: RegionsSection = Field(RegionsSection(), json_schema_extra=only_with("model.system", "faster_rcnn"))
-
-    @property
-    def most_objects(self) -> int | None:
-        """How many objects an image can have in training; None: any number."""
-        return None if self.system == "faster_rcnn" else self.num_queries
-
-    @field_validator(*OF_TRANSFORMERS)
-    @classmethod
-    def _is_of_a_transformer(cls, value: object, info: ValidationInfo) -> object:
-        if info.data.get("system") == "faster_rcnn" and value != cls.model_fields[str(info.field_name)].default:
-            raise ValueError('has no meaning with model.system = "faster_rcnn": leave it out')
-        return value
-
-    @field_validator("backbone")
-    @classmethod
-    def _gives_regions(cls, value: BackboneSection, info: ValidationInfo) -> BackboneSection:
-        if info.data.get("system") == "faster_rcnn" and value.stages < 3:
-            raise ValueError('with model.system = "faster_rcnn" stages must be 3 (C4) or 4 (DC5, FPN)')
-        return value
-
-    @field_validator("two_stage")
-    @classmethod
-    def _refines(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and not info.data.get("box_refine"):
-            raise ValueError("needs model.box_refine = true")
-        return value
 
     @field_validator("heads")
     @classmethod
@@ -198,26 +106,188 @@ class ModelSection(Section):
             raise ValueError(f"must divide model.width, {info.data['width']} (got {value})")
         return value
 
+
+class SingleScaleSection(TransformerSection):
+    """The keys of transformers on one map."""
+
+    input_norm: Literal["group_norm", "none"] = Field(
+        "group_norm",
+        description="after the input projection: GroupNorm(32) (SAM-DETR in 12 epochs) or none",
+    )
+
     @field_validator("input_norm")
     @classmethod
     def _has_groups(cls, value: str, info: ValidationInfo) -> str:
-        system = info.data.get("system")
-        if value == "none" and system in PYRAMIDS:
-            raise ValueError(f'must be "group_norm" with model.system = "{system}"')
-        if value == "group_norm" and system == "smca_detr_ms":
-            raise ValueError(f'must be "none" with model.system = "{system}"')
-        if value == "group_norm" and info.data.get("width", 0) % 32:
-            raise ValueError(f'"group_norm" has 32 groups, which do not divide model.width, {info.data["width"]}')
+        if value == "group_norm" and info.data.get("width", 0) % NORM_GROUPS:
+            raise ValueError(
+                f'"group_norm" has {NORM_GROUPS} groups, which do not divide model.width, {info.data["width"]}'
+            )
         return value
+
+
+class DeformableSection(TransformerSection):
+    """The keys of transformers whose encoder samples one or several maps, each with a GroupNorm."""
+
+    samples_maps: ClassVar[bool] = True
+
+    feature_levels: int = Field(
+        1,
+        ge=1,
+        le=4,
+        description="maps that the encoder sees: of so many last stages; the fourth is a convolution of the last stage",
+    )
+
+    @field_validator("width")
+    @classmethod
+    def _has_groups(cls, value: int) -> int:
+        if value % NORM_GROUPS:
+            raise ValueError(f"must be a multiple of {NORM_GROUPS}, the groups of the input norm (got {value})")
+        return value
+
+    @field_validator("feature_levels")
+    @classmethod
+    def _has_stages(cls, value: int, info: ValidationInfo) -> int:
+        backbone = info.data.get("backbone")
+        if backbone and backbone.stages < min(value, 3):
+            raise ValueError(
+                f"model.backbone.stages must be at least {min(value, 3)} with model.feature_levels = {value} "
+                f"(got {backbone.stages})"
+            )
+        return value
+
+
+class AlignedSection(TransformerSection):
+    """The keys of the semantic aligner."""
+
+    resampling: Literal["points", "point", "average", "max"] = Field(
+        "points",
+        description="what of its box becomes a query; points: a salient point for each head (published); for ablation "
+        "point: one for all heads; average, max: of the box's 7 x 7 bins",
+    )
+    reweighting: bool = Field(True, description="weigh what was sampled by numbers predicted from the previous query")
+    search_range: Literal["box", "image"] = Field(
+        "box",
+        description="where salient points may lie: in the query's reference box (published) or in the whole image",
+    )
+    smca: bool = Field(False, description="add the spatially modulated (Gaussian) term to cross-attention")
+    smca_initial_scale: NonNegative = Field(
+        0.0, description="initial Gaussian scale, 2 / sigma in map cells; 0: published, the term starts flat"
+    )
+
+    @field_validator("reweighting", "search_range")
+    @classmethod
+    def _has_points(cls, value: Any, info: ValidationInfo) -> Any:
+        return keep_default_unless(cls, value, info, "model.resampling", "points", "point")
+
+    @field_validator("smca", "smca_initial_scale")
+    @classmethod
+    def _has_a_point_for_each_head(cls, value: Any, info: ValidationInfo) -> Any:
+        return keep_default_unless(cls, value, info, "model.resampling", "points")
+
+
+class SAMDETRSection(AlignedSection, SingleScaleSection):
+    system: Literal["sam_detr"] = Field("sam_detr", description="SAM-DETR, on one map")
+
+
+class MultiScaleSAMDETRSection(AlignedSection, DeformableSection):
+    system: Literal["sam_detr_ms"] = Field("sam_detr_ms", description="SAM-DETR with a deformable encoder")
+
+
+class DETRSection(SingleScaleSection):
+    system: Literal["detr"] = Field("detr", description="DETR")
+    class_prior: Probability = Field(
+        0.01,
+        description="initial probability of every class, for the focal loss; 0: torch's own start (softmax). "
+        "All other systems have 0.01",
+    )
+
+
+class ConditionalDETRSection(SingleScaleSection):
+    system: Literal["conditional_detr"] = Field("conditional_detr", description="Conditional DETR")
+
+
+class SMCADETRSection(SingleScaleSection):
+    system: Literal["smca_detr"] = Field("smca_detr", description="SMCA-DETR, on one map")
+    smca_stride: Literal["published", "feature"] = Field(
+        "published",
+        description="pixels a unit of SMCA-DETR's Gaussians: published, 32 also under DC5; feature: a cell of the map",
+    )
+
+
+class MultiScaleSMCADETRSection(TransformerSection):
+    system: Literal["smca_detr_ms"] = Field("smca_detr_ms", description="SMCA-DETR, on several maps")
+    scale_encoder: Literal["convolution", "attention"] = Field(
+        "convolution",
+        description="what mixes the maps; convolution: of stride 8 to 64 (released); attention: within maps of stride "
+        "16 to 64, in the middle layer across them (the paper's, never released)",
+    )
 
     @field_validator("backbone")
     @classmethod
-    def _has_levels(cls, value: BackboneSection, info: ValidationInfo) -> BackboneSection:
-        needed = min(info.data.get("feature_levels", 1), 3)
-        if value.stages < needed:
-            raise ValueError(
-                f"model.backbone.stages must be at least {needed} with model.feature_levels (got {value.stages})"
-            )
-        if info.data.get("system") == "smca_detr_ms" and (value.stages < 3 or value.dilation):
+    def _has_maps(cls, value: BackboneSection) -> BackboneSection:
+        if value.stages < 3 or value.dilation:
             raise ValueError('with model.system = "smca_detr_ms" stages must be at least 3 and dilation false')
         return value
+
+
+class DeformableDETRSection(DeformableSection):
+    system: Literal["deformable_detr"] = Field("deformable_detr", description="Deformable-DETR")
+    box_refine: bool = Field(
+        False, description="each layer looks where the boxes of the one before it lie, and has heads of its own"
+    )
+    two_stage: bool = Field(
+        False,
+        description="the queries are the best of what all cells of the encoded maps propose; needs model.box_refine",
+    )
+
+    @field_validator("two_stage")
+    @classmethod
+    def _refines(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and not info.data.get("box_refine"):
+            raise ValueError("needs model.box_refine = true")
+        return value
+
+
+class FasterRCNNSection(DetectorSection):
+    """Faster R-CNN is C4 where model.backbone.stages = 3, DC5 with model.backbone.dilation, otherwise FPN."""
+
+    can_be_recorded: ClassVar[bool] = False
+    can_be_recomputed: ClassVar[bool] = False
+    matches_queries: ClassVar[bool] = False
+
+    system: Literal["faster_rcnn"] = Field(
+        "faster_rcnn",
+        description="Faster R-CNN: C4 where model.backbone.stages = 3, DC5 with model.backbone.dilation, else FPN",
+    )
+    num_queries: PositiveInt = Field(300, description="most detections of an image")
+    regions: RegionsSection = RegionsSection()
+
+    @property
+    def most_objects(self) -> None:
+        """None: an image can have any number of objects in training."""
+        return None
+
+    @field_validator("backbone")
+    @classmethod
+    def _gives_regions(cls, value: BackboneSection) -> BackboneSection:
+        if value.stages < 3:
+            raise ValueError('with model.system = "faster_rcnn" stages must be 3 (C4) or 4 (DC5, FPN)')
+        return value
+
+
+def _sam_detr_by_default(value: object) -> object:
+    return {"system": "sam_detr", **value} if isinstance(value, dict) else value
+
+
+ModelSection = Annotated[
+    SAMDETRSection
+    | MultiScaleSAMDETRSection
+    | DETRSection
+    | ConditionalDETRSection
+    | SMCADETRSection
+    | MultiScaleSMCADETRSection
+    | DeformableDETRSection
+    | FasterRCNNSection,
+    Field(discriminator="system"),
+    BeforeValidator(_sam_detr_by_default),
+]

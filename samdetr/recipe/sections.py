@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic.config import JsonDict
 
 from samdetr.errors import RecipeError
 
@@ -13,7 +12,7 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
-PYRAMIDS = ("deformable_detr", "sam_detr_ms")  # systems that sample maps of one or several levels
+Value = TypeVar("Value")
 
 
 class Section(BaseModel):
@@ -21,22 +20,18 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
-    @field_validator("*")
-    @classmethod
-    def _means_something(cls, value: object, info: ValidationInfo) -> object:
-        """A key keeps its default where it has no meaning (see `only_with`)."""
-        field = cls.model_fields[str(info.field_name)]
-        if isinstance(field.json_schema_extra, dict) and value != field.default:
-            for key, choices in field.json_schema_extra.items():
-                chosen = info.data.get(key.rpartition(".")[2])
-                if isinstance(choices, list) and chosen is not None and chosen not in choices:
-                    raise ValueError(f'has no meaning with {key} = "{chosen}": leave it out')
-        return value
 
+def keep_default_unless(section: type[Section], value: Value, info: ValidationInfo, key: str, *choices: str) -> Value:
+    """Return the value of a field that has a meaning only where an earlier key of its section has one of the choices.
 
-def only_with(key: str, *choices: str) -> JsonDict:
-    """For a field that has a meaning only where an earlier key of its section has one of these values."""
-    return {key: list(choices)}
+    key: with its section, such as "loss.classification". Raises ValueError where the field has no meaning and its value
+    is not the default.
+    """
+    chosen = info.data.get(key.rpartition(".")[2])
+    default = section.model_fields[str(info.field_name)].default
+    if chosen is not None and chosen not in choices and value != default:
+        raise ValueError(f'has no meaning with {key} = "{chosen}": leave it out')
+    return value
 
 
 class RunSection(Section):
@@ -136,18 +131,7 @@ class DataSection(Section):
         description="published: PIL decodes, the loader normalises; fast: libjpeg-turbo decodes, 8-bit pixels travel "
         "and are normalised on the device",
     )
-    resize: Literal["worker", "device"] = Field(
-        "worker",
-        description="who augments training pixels: the loader processes (published), or the device, from whole photos",
-    )
     shapes: ShapesSection = ShapesSection()
-
-    @field_validator("resize")
-    @classmethod
-    def _has_bytes(cls, value: str, info: ValidationInfo) -> str:
-        if value == "device" and info.data.get("pixels") == "published":
-            raise ValueError('"device" needs data.pixels = "fast"')
-        return value
 
 
 class AugmentSection(Section):
@@ -198,34 +182,29 @@ class LossSection(Section):
     class_cost: NonNegative = Field(2.0, description="weight of the class term in matching")
     l1_cost: NonNegative = Field(5.0, description="weight of the L1 term in matching")
     giou_cost: NonNegative = Field(2.0, description="weight of the generalised IoU term in matching")
-    focal_alpha: float = Field(
-        0.25,
-        ge=0.0,
-        le=1.0,
-        description="alpha of the focal loss",
-        json_schema_extra=only_with("loss.classification", "focal"),
-    )
-    focal_gamma: NonNegative = Field(
-        2.0, description="gamma of the focal loss", json_schema_extra=only_with("loss.classification", "focal")
-    )
-    no_object_weight: Positive = Field(
-        0.1,
-        description="weight of queries without an object in the softmax loss",
-        json_schema_extra=only_with("loss.classification", "softmax"),
-    )
+    focal_alpha: float = Field(0.25, ge=0.0, le=1.0, description="alpha of the focal loss")
+    focal_gamma: NonNegative = Field(2.0, description="gamma of the focal loss")
+    no_object_weight: Positive = Field(0.1, description="weight of queries without an object in the softmax loss")
+
+    @field_validator("focal_alpha", "focal_gamma")
+    @classmethod
+    def _is_focal(cls, value: float, info: ValidationInfo) -> float:
+        return keep_default_unless(cls, value, info, "loss.classification", "focal")
+
+    @field_validator("no_object_weight")
+    @classmethod
+    def _is_softmax(cls, value: float, info: ValidationInfo) -> float:
+        return keep_default_unless(cls, value, info, "loss.classification", "softmax")
 
 
 class OptimSection(Section):
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw (published, DETR family) or sgd")
-    momentum: Probability = Field(
-        0.9, description="momentum of SGD", json_schema_extra=only_with("optim.optimizer", "sgd")
-    )
+    momentum: Probability = Field(0.9, description="momentum of SGD")
     lr: Positive = Field(1e-4, description="learning rate")
     backbone_lr: NonNegative = Field(1e-5, description="learning rate of the backbone")
     sampling_lr_factor: Positive = Field(
         1.0,
         description="what the rate of sampling offsets and reference points is multiplied by (Deformable-DETR: 0.1)",
-        json_schema_extra=only_with("model.system", *PYRAMIDS),
     )
     weight_decay: NonNegative = Field(1e-4, description="weight decay; that of SGD is part of the gradient")
     clip_norm: NonNegative = Field(0.1, description="largest gradient norm; 0: no clipping")
@@ -238,6 +217,11 @@ class OptimSection(Section):
     ema_decay: Probability = Field(
         0.0, description="decay a step of the moving average of the weights, which is then evaluated; 0: no average"
     )
+
+    @field_validator("momentum")
+    @classmethod
+    def _is_sgd(cls, value: float, info: ValidationInfo) -> float:
+        return keep_default_unless(cls, value, info, "optim.optimizer", "sgd")
 
     @field_validator("drop_epochs")
     @classmethod
@@ -261,11 +245,7 @@ class TrainSection(Section):
         description="a loss or gradient that is NaN or infinite, whose update is never applied: stop with a file that "
         "samdetr debug-nan replays, or skip the step",
     )
-    max_skips: PositiveInt = Field(
-        3,
-        description="steps in a row that are skipped; one more stops",
-        json_schema_extra=only_with("train.on_nonfinite", "skip"),
-    )
+    max_skips: PositiveInt = Field(3, description="steps in a row that are skipped; one more stops")
 
     @field_validator("micro_batch", mode="before")
     @classmethod
@@ -277,6 +257,11 @@ class TrainSection(Section):
         if info.data.get("total_batch", 0) % value:
             raise ValueError(f"must divide train.total_batch, {info.data['total_batch']} (got {value})")
         return value
+
+    @field_validator("max_skips")
+    @classmethod
+    def _skips(cls, value: int, info: ValidationInfo) -> int:
+        return keep_default_unless(cls, value, info, "train.on_nonfinite", "skip")
 
     @property
     def skips_allowed(self) -> int:

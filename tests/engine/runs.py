@@ -62,7 +62,6 @@ encoder_layers = 1
 decoder_layers = 2
 ffn = 64
 dropout = 0.1
-input_norm = "group_norm"
 padding = "masked"
 
 [model.backbone]

@@ -28,10 +28,10 @@ from tests.engine.test_parallel import PUBLISHED, ROUNDING, finished, train_in
 
 SYSTEMS = [
     (),
-    ("model.smca=false", 'model.system="detr"', "model.num_classes=9", 'loss.classification="softmax"'),
-    ("model.smca=false", 'model.system="conditional_detr"'),
-    ("model.smca=false", 'model.system="smca_detr"'),
-    ("model.smca=false", 'model.system="deformable_detr"', "model.feature_levels=2"),
+    ('model.system="detr"', "model.num_classes=9", 'loss.classification="softmax"'),
+    ('model.system="conditional_detr"',),
+    ('model.system="smca_detr"',),
+    ('model.system="deformable_detr"', "model.feature_levels=2"),
 ]
 LAYERS = 'compute.activation_checkpointing="layers"'
 SHARED = ("train.epochs=1", "optim.ema_decay=0.9")

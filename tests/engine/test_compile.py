@@ -37,30 +37,25 @@ SYSTEMS = [
         ("model.smca=false", 'model.resampling="point"', 'model.search_range="image"', "model.reweighting=false"),
         marks=pytest.mark.slow,
     ),
-    ("model.smca=false", 'model.system="detr"', "model.num_classes=9", 'loss.classification="softmax"'),
-    ("model.smca=false", 'model.system="conditional_detr"'),
-    ("model.smca=false", 'model.system="smca_detr"'),
-    ('model.system="sam_detr_ms"', "model.feature_levels=2"),
+    ('model.system="detr"', "model.num_classes=9", 'loss.classification="softmax"'),
+    ('model.system="conditional_detr"',),
+    ('model.system="smca_detr"',),
+    ('model.system="sam_detr_ms"', "model.smca=true", "model.feature_levels=2"),
     pytest.param(
-        ("model.smca=false", 'model.system="smca_detr_ms"', 'model.input_norm="none"', "model.backbone.stages=3"),
+        ('model.system="smca_detr_ms"', "model.backbone.stages=3"),
         marks=pytest.mark.slow,
     ),
     pytest.param(
         (
-            "model.smca=false",
             'model.system="smca_detr_ms"',
             'model.scale_encoder="attention"',
-            'model.input_norm="none"',
             "model.backbone.stages=3",
             "model.encoder_layers=2",
         ),
         marks=pytest.mark.slow,
     ),
-    pytest.param(
-        ("model.smca=false", 'model.system="deformable_detr"', "model.feature_levels=2"), marks=pytest.mark.slow
-    ),
+    pytest.param(('model.system="deformable_detr"', "model.feature_levels=2"), marks=pytest.mark.slow),
     (
-        "model.smca=false",
         'model.system="deformable_detr"',
         "model.feature_levels=4",
         "model.backbone.stages=3",

@@ -214,16 +214,10 @@ def test_what_is_not_finite_in_bf16_alone_is_said(
     "keys",
     [
         (),
-        (
-            "model.smca=false",
-            "model.system=smca_detr",
-        ),
-        (
-            "model.smca=false",
-            "model.system=conditional_detr",
-        ),
-        ("model.smca=false", "model.system=detr", "loss.classification=softmax"),
-        ("model.smca=false", "model.system=deformable_detr"),
+        ("model.system=smca_detr",),
+        ("model.system=conditional_detr",),
+        ("model.system=detr", "loss.classification=softmax"),
+        ("model.system=deformable_detr",),
     ],
 )
 def test_what_is_meant_to_be_infinite_is_not_reported(make_recipe: MakeRecipe, keys: tuple[str, ...]) -> None:

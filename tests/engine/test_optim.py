@@ -65,7 +65,7 @@ def test_groups_on_a_gpu_start_at_their_own_rates_too(make_recipe: MakeRecipe, o
 
 
 def test_sampling_has_a_group_of_its_own(make_recipe: MakeRecipe) -> None:
-    deformable = ("model.smca=false", 'model.system="deformable_detr"', "optim.lr=0.01")
+    deformable = ('model.system="deformable_detr"', "optim.lr=0.01")
     recipe = make_recipe(*deformable, "optim.sampling_lr_factor=0.1")
     model = build_model(recipe.model)
     optimizer = build_optimizer(model, recipe.optim)

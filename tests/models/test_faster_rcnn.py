@@ -343,8 +343,8 @@ def test_training_needs_targets_and_there_is_no_published_layout() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.encoder_layers=2", 'encoder_layers: has no meaning with model.system = "faster_rcnn"'),
-        ('model.padding="masked"', 'padding: has no meaning with model.system = "faster_rcnn"'),
+        ("model.encoder_layers=2", "encoder_layers: unknown key. It belongs to systems sam_detr, "),
+        ('model.padding="masked"', "padding: unknown key. It belongs to systems sam_detr, "),
         ("model.backbone.stages=2", "stages must be 3"),
         ('loss.classification="focal"', "set classification"),
         ("loss.class_weight=1.0", "no other key"),
@@ -362,5 +362,5 @@ def test_recipe_errors(override: str, message: str) -> None:
 
 
 def test_regions_belong_to_faster_rcnn() -> None:
-    with pytest.raises(RecipeError, match=r'model.regions: has no meaning with model.system = "detr"'):
+    with pytest.raises(RecipeError, match=r"model.regions: unknown section. It belongs to system faster_rcnn;"):
         load_recipe(RECIPES / "detr_r50_500ep.toml", ["model.regions.hidden=8"])

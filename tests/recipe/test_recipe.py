@@ -5,16 +5,21 @@ from __future__ import annotations
 import re
 import string
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from samdetr.errors import RecipeError
 from samdetr.recipe import Recipe, dump_recipe, load_recipe
 from samdetr.recipe.messages import keys_of
-from samdetr.recipe.model import OF_TRANSFORMERS
 from samdetr.recipe.toml_text import key_lines
 
+SYSTEMS = (
+    *("sam_detr", "sam_detr_ms", "detr", "conditional_detr", "smca_detr", "smca_detr_ms"),
+    *("deformable_detr", "faster_rcnn"),
+)
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.toml"))
 PUBLISHED = {  # epochs, drop epoch, total batch, norm of the input projection, dilation, SMCA
     "r50_12ep": (12, (10,), 16, "group_norm", False, False),
@@ -144,7 +149,9 @@ optim.lr = 0                      | optim.lr: must be > 0 (got 0)
 optim.drop_epochs = [9, 3]        | optim.drop_epochs: must ascend (got [9, 3])
 optim.drop_epochs = [3, 3]        | optim.drop_epochs: must ascend (got [3, 3])
 data.workers = 1979-05-27         | data.workers: expected a whole number, got the date or time 1979-05-27
-data.resize = "device"            | data.resize: "device" needs data.pixels = "fast"
+data.resize = "device" \
+    | data.resize: unknown key. data has format, train_images, train_annotations, val_images, val_annotations, \
+class_index, on_bad, max_pixels, workers, batching, buckets, bucket_grid, pixels, shapes.
 data.buckets = 1                  | data.buckets: must be >= 2 (got 1)
 data.format = "voc"               | data.format: expected "coco" or "shapes", got the string "voc"
 run = 3                           | run: expected a section, got the whole number 3
@@ -168,11 +175,33 @@ model.backbone = {name = "resnet18", dilation = true} \
 model.backbone = {stages = 3, dilation = true} \
     | model.backbone.stages: must be 4 with model.backbone.dilation, which changes the fourth stage (got 3)
 model = {system = "detr", smca = true} \
-    | model.smca: has no meaning with model.system = "detr": leave it out
+    | model.smca: unknown key. It belongs to systems sam_detr, sam_detr_ms; the system of this recipe is detr.
 model = {system = "sam_detr", class_prior = 0.0} \
-    | model.class_prior: has no meaning with model.system = "sam_detr": leave it out
+    | model.class_prior: unknown key. It belongs to system detr; the system of this recipe is sam_detr.
 model.smca_stride = "feature" \
-    | model.smca_stride: has no meaning with model.system = "sam_detr": leave it out
+    | model.smca_stride: unknown key. It belongs to system smca_detr; the system of this recipe is sam_detr.
+model.smca_strid = "feature" \
+    | model.smca_strid: unknown key. Did you mean model.smca_stride, which belongs to system smca_detr?
+model.system = "smca_dert" \
+    | model.system: expected "sam_detr", "sam_detr_ms", "detr", "conditional_detr", "smca_detr", "smca_detr_ms", \
+"deformable_detr" or "faster_rcnn", got the string "smca_dert". Did you mean "smca_detr"?
+model.system = 3 \
+    | model.system: expected "sam_detr", "sam_detr_ms", "detr", "conditional_detr", "smca_detr", "smca_detr_ms", \
+"deformable_detr" or "faster_rcnn", got the whole number 3
+model = 3                         | model: expected a section, got the whole number 3
+model = {system = "detr", regions.hidden = 8} \
+    | model.regions: unknown section. It belongs to system faster_rcnn; the system of this recipe is detr.
+model = {system = "detr", bakbone.width = 8} \
+    | model.bakbone: unknown section. Did you mean model.backbone?
+model = {system = "detr", backbone.widht = 8} \
+    | model.backbone.widht: unknown key. Did you mean model.backbone.width?
+model = {system = "smca_detr", smca_stride = "image"} \
+    | model.smca_stride: expected "published" or "feature", got the string "image"
+smca_stride = "feature"           | smca_stride: unknown key. Did you mean model.smca_stride?
+model = {system = "deformable_detr", feature_levels = 4, backbone.stages = 2} \
+    | model.feature_levels: model.backbone.stages must be at least 3 with model.feature_levels = 4 (got 2)
+model = {system = "sam_detr_ms", width = 40} \
+    | model.width: must be a multiple of 32, the groups of the input norm (got 40)
 loss = {classification = "softmax", focal_gamma = 1} \
     | loss.focal_gamma: has no meaning with loss.classification = "softmax": leave it out
 loss.no_object_weight = 0.2 \
@@ -259,9 +288,19 @@ def test_override_mistakes_follow_those_of_the_file(tmp_path: Path) -> None:
     ]
 
 
+def keys_of_all_systems() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every key once, with the first system that has it."""
+    seen = set()
+    for system in SYSTEMS:
+        for keys, _ in keys_of(Recipe, system):
+            if keys not in seen and keys != ("model", "system"):
+                seen.add(keys)
+                yield system, keys
+
+
 def test_single_edit_typos_get_the_right_suggestion(tmp_path: Path) -> None:
     right, wrong = 0, []
-    for keys, _ in keys_of(Recipe):
+    for system, keys in keys_of_all_systems():
         name, letters = keys[-1], string.ascii_lowercase
         middle = len(name) // 2
         typos = {
@@ -271,7 +310,8 @@ def test_single_edit_typos_get_the_right_suggestion(tmp_path: Path) -> None:
             name[: middle - 1] + name[middle] + name[middle - 1] + name[middle + 1 :],
         } - {key[-1] for key, _ in keys_of(Recipe)}
         for typo in typos - {""}:
-            line = mistakes(write(tmp_path, f"{'.'.join([*keys[:-1], typo])} = 1"))[0]
+            text = f'model.system = "{system}"\n{".".join([*keys[:-1], typo])} = 1'
+            line = next(line for line in mistakes(write(tmp_path, text)) if line.startswith("2: "))
             if line.endswith(f" Did you mean {'.'.join(keys)}?"):
                 right += 1
             else:
@@ -367,7 +407,8 @@ def test_shipped_recipe_states_its_schedule(path: Path) -> None:
     sections = {"augment", "model", "loss", "optim", "train", "eval"}
     meaningless = keys_without_meaning(load_recipe(path))
     assert not meaningless & stated
-    assert not [keys for keys, _ in keys_of(Recipe) if keys[0] in sections and keys not in stated | meaningless]
+    system = load_recipe(path).model.system
+    assert not [keys for keys, _ in keys_of(Recipe, system) if keys[0] in sections and keys not in stated | meaningless]
     assert {("run", "seed"), ("data", "format"), ("data", "class_index"), ("data", "on_bad")} <= stated
 
 
@@ -379,7 +420,7 @@ def test_published_schedules(name: str) -> None:
         train.epochs,
         optim.drop_epochs,
         train.total_batch,
-        model.input_norm,
+        "group_norm" if model.samples_maps else model.input_norm,
         model.backbone.dilation,
         model.smca,
     )
@@ -398,18 +439,19 @@ def test_published_schedules(name: str) -> None:
 
 
 def keys_without_meaning(recipe: Recipe) -> set[tuple[str, ...]]:
-    found = set()
-    for name in ("model", "loss", "optim", "train"):
-        section = getattr(recipe, name)
-        for key, field in type(section).model_fields.items():
-            for other, choices in (field.json_schema_extra or {}).items():
-                where, _, which = other.rpartition(".")
-                if getattr(getattr(recipe, where), which) not in choices:
-                    found.add((name, key))
-    if recipe.model.system == "faster_rcnn":
-        found |= {("model", key) for key in OF_TRANSFORMERS}
-        found |= {("loss", key) for key in type(recipe.loss).model_fields if key != "classification"}
-    return found | {keys for keys, _ in keys_of(Recipe) if keys[:2] in found}
+    """Keys of the loss, optimizer and schedule that the recipe's other keys switch off, and of the model too."""
+    model, loss, found = recipe.model, recipe.loss, set()
+    if not model.matches_queries:
+        found |= {("loss", key) for key in type(loss).model_fields if key != "classification"}
+    found |= {("loss", key) for key in ("focal_alpha", "focal_gamma") if loss.classification != "focal"}
+    found |= {("loss", "no_object_weight")} if loss.classification != "softmax" else set()
+    found |= {("optim", "momentum")} if recipe.optim.optimizer != "sgd" else set()
+    found |= {("optim", "sampling_lr_factor")} if not model.samples_maps else set()
+    found |= {("train", "max_skips")} if recipe.train.on_nonfinite != "skip" else set()
+    if getattr(model, "resampling", "points") != "points":
+        found |= {("model", "smca"), ("model", "smca_initial_scale")}
+        found |= {("model", "reweighting"), ("model", "search_range")} if model.resampling != "point" else set()
+    return found
 
 
 @pytest.mark.parametrize("name", PUBLISHED_DETR)
@@ -439,7 +481,8 @@ def test_published_schedules_of_other_systems(name: str) -> None:
     smca = name in PUBLISHED_SMCA
     assert (model.num_classes, model.num_queries, recipe.eval.top_k) == ((92, 300, 300) if smca else (91, 300, 100))
     assert (model.system, model.input_norm) == ("smca_detr" if smca else "conditional_detr", "none")
-    assert (model.padding, model.smca_stride, recipe.eval.batch) == ("published", "published", 1)
+    assert (model.padding, recipe.eval.batch) == ("published", 1)
+    assert not smca or model.smca_stride == "published"
     assert (recipe.augment, recipe.loss) == (Recipe().augment, Recipe().loss)
     assert (optim.lr, optim.backbone_lr, optim.weight_decay, optim.clip_norm) == (1e-4, 1e-5, 1e-4, 0.1)
 
@@ -448,7 +491,8 @@ def test_published_schedules_of_other_systems(name: str) -> None:
 def test_schedules_of_smca_detr_on_several_scales(name: str) -> None:
     """That of one scale, with what its command sets otherwise."""
     recipe, one_scale = (load_recipe(RECIPES[0].with_name(f"{stem}.toml")) for stem in (name, "smca_detr_r50_50ep"))
-    own = {"system", "scale_encoder", "encoder_layers", "ffn"}
+    own = {"system", "scale_encoder", "smca_stride", "input_norm", "encoder_layers", "ffn"}
+    assert one_scale.model.input_norm == "none"
     assert (recipe.model.system, recipe.model.encoder_layers, recipe.model.ffn) == ("smca_detr_ms", 5, 1024)
     assert (recipe.model.scale_encoder, recipe.eval.top_k) == SMCA_MS[name]
     assert recipe.model.model_dump(exclude=own) == one_scale.model.model_dump(exclude=own)
@@ -460,15 +504,21 @@ def test_schedules_of_smca_detr_on_several_scales(name: str) -> None:
 def test_mistakes_of_smca_detr_on_several_scales() -> None:
     recipe = RECIPES[0].with_name("smca_detr_r50_ms_50ep.toml")
     for key, message in (
-        ('input_norm="group_norm"', r'must be "none" with model\.system = "smca_detr_ms"'),
+        (
+            'input_norm="group_norm"',
+            r"unknown key\. It belongs to systems sam_detr, detr, conditional_detr, s",
+        ),
         ("backbone.dilation=true", r'with model\.system = "smca_detr_ms" stages must be at least 3 and dilation false'),
         ("backbone.stages=2", r'with model\.system = "smca_detr_ms" stages must be at least 3 and dilation false'),
-        ('smca_stride="feature"', r'has no meaning with model\.system = "smca_detr_ms": leave it out'),
-        ("feature_levels=4", r'has no meaning with model\.system = "smca_detr_ms": leave it out'),
+        (
+            'smca_stride="feature"',
+            r"unknown key\. It belongs to system smca_detr; the system .* is smca_detr_ms",
+        ),
+        ("feature_levels=4", r"unknown key\. It belongs to systems sam_detr_ms, deformable_detr; "),
     ):
         with pytest.raises(RecipeError, match=message):
             load_recipe(recipe, [f"model.{key}"])
-    with pytest.raises(RecipeError, match=r'scale_encoder: has no meaning with model\.system = "smca_detr": leave it'):
+    with pytest.raises(RecipeError, match=r"scale_encoder: unknown key\. It belongs to system smca_detr_ms; the s"):
         load_recipe(RECIPES[0].with_name("smca_detr_r50_50ep.toml"), ['model.scale_encoder="attention"'])
 
 
@@ -492,8 +542,10 @@ def test_published_schedules_of_faster_rcnn(name: str) -> None:
 
 
 def test_every_key_is_described() -> None:
-    for keys, annotation in keys_of(Recipe):
-        if hasattr(annotation, "model_fields"):
-            for name, field in annotation.model_fields.items():
-                nested = hasattr(field.annotation, "model_fields")
-                assert nested or re.search(r"\w", field.description or ""), (*keys, name)
+    models = get_args(Recipe.model_fields["model"].annotation)
+    sections = [one for _, one in keys_of(Recipe) if hasattr(one, "model_fields")]
+    assert len(models) == len(SYSTEMS)
+    for section in {*models, *sections}:
+        for name, field in section.model_fields.items():
+            nested = hasattr(field.annotation, "model_fields")
+            assert nested or re.search(r"\w", field.description or ""), (section, name)

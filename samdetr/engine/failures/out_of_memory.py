@@ -129,7 +129,7 @@ def savings(recipe: Recipe, memory: Memory, *, processes: int, precision: torch.
         less = memory.total - _counted(with_micro_batch(recipe, smaller)).total
         found.append(Saving(f"train.micro_batch = {smaller}", less, resumable=not fixed))
     compute = recipe.compute
-    if compute.activation_checkpointing == "off" and recipe.model.system != "faster_rcnn":
+    if compute.activation_checkpointing == "off" and recipe.model.can_be_recomputed:
         changed = compute.model_copy(update={"activation_checkpointing": "layers"})
         less = memory.total - _counted(recipe.model_copy(update={"compute": changed})).total
         remark = ', with compute.cuda_graph = "off"' if compute.cuda_graph == "on" else ""
