@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from samdetr.errors import CheckpointError
-from samdetr.recipe import dump_recipe, load_recipe
+from samdetr.recipe import dump_recipe, load_recipe, load_stored_recipe
 
 
 def train(
@@ -47,7 +47,8 @@ def train(
     ] = False,
 ) -> None:
     """Train a detector as RECIPE says."""
-    resolved = load_recipe(recipe or _recipe_of_run(resume), overrides or [])
+    changes = overrides or []
+    resolved = load_recipe(recipe, changes) if recipe else load_stored_recipe(_recipe_of_run(resume), changes)
     if print_recipe:
         sys.stdout.write(dump_recipe(resolved))
         return
@@ -57,7 +58,7 @@ def train(
 
     processes = 1 if is_launched() else processes_wanted(nproc, resolved, visible_gpus(resolved))
     if processes > 1:
-        sys.exit(launch(processes, _as_typed(recipe, overrides or [], resume, profile)))
+        sys.exit(launch(processes, _as_typed(recipe, changes, resume, profile)))
     run_training(resolved, resume=resume, profile=profile)
 
 

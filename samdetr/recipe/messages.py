@@ -1,4 +1,4 @@
-"""Turns pydantic's findings about a recipe into one sentence a mistake, with a suggestion."""
+"""Sentences for pydantic's errors about a recipe: one for each mistake, with a suggestion."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-Path = tuple[str | int, ...]
-Key = tuple[tuple[str, ...], Any]  # the path of a key and its annotation
+Keys = tuple[str | int, ...]  # a place in a recipe, with an index for an element of an array
+Names = tuple[str, ...]
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -39,28 +39,28 @@ def explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
     return f"{dotted(path)}: {_sentence(error, path, model)}"
 
 
-def place_of(error: Mapping[str, Any]) -> Path:
+def place_of(error: Mapping[str, Any]) -> Keys:
     """Return the keys of an error as they stand in a recipe: pydantic puts the chosen system behind "model"."""
-    path: Path = tuple(error["loc"])
+    path: Keys = tuple(error["loc"])
     if error["type"].startswith("union_tag_"):
         return (*path, "system")
     return path[:1] + path[2:] if path[:1] == ("model",) else path
 
 
-def dotted(path: Path) -> str:
-    """``("augment", "train_sizes", 1)`` -> ``augment.train_sizes[1]``."""
+def dotted(path: Keys) -> str:
+    """Return ``augment.train_sizes[1]`` for ``("augment", "train_sizes", 1)``."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
-def keys_of(model: type[BaseModel], system: str = "", parent: tuple[str, ...] = ()) -> Iterator[Key]:
-    """Yield every path of a recipe, sections before their keys, with its annotation.
+def keys_of(model: type[BaseModel], system: str = "", parent: Names = ()) -> Iterator[tuple[Names, Any]]:
+    """Yield the path of every section and key of a recipe, sections before their keys, with its annotation.
 
-    system: whose section is meant by "model"; with "" those of all systems are, and a path may come several times.
+    system: the one whose keys "model" has; with "" the keys of all systems come, some of them several times.
     """
     for name, field in model.model_fields.items():
         yield (*parent, name), field.annotation
         for section in _sections_in(field.annotation):
-            if system in ("", _system_of(section)) or _system_of(section) == "":
+            if not system or _system_of(section) in ("", system):
                 yield from keys_of(section, system, (*parent, name))
 
 
@@ -71,10 +71,11 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _system_of(section: type[BaseModel]) -> str:
+    """Return the system that a section of a detector belongs to, and "" for any other section."""
     return section.model_fields["system"].default if "system" in section.model_fields else ""
 
 
-def _sentence(error: Mapping[str, Any], path: Path, model: type[BaseModel]) -> str:
+def _sentence(error: Mapping[str, Any], path: Keys, model: type[BaseModel]) -> str:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     system = error["loc"][1] if error["loc"][0] == "model" and len(error["loc"]) > 1 else ""
     if kind == "extra_forbidden":
@@ -100,7 +101,7 @@ def _sentence(error: Mapping[str, Any], path: Path, model: type[BaseModel]) -> s
     return f"{error['msg'].lower()} (got {_shown(value)})"
 
 
-def _unknown(path: Path, value: object, model: type[BaseModel], system: str) -> str:
+def _unknown(path: Keys, value: object, model: type[BaseModel], system: str) -> str:
     what = "section" if isinstance(value, dict) else "key"
     names, own, known = _names(path), list(dict(keys_of(model, system))), list(dict(keys_of(model)))
     if system and names in known:
@@ -113,7 +114,7 @@ def _unknown(path: Path, value: object, model: type[BaseModel], system: str) -> 
     return f"unknown {what}. " + (f"{dotted(path[:-1])} has {beside}." if path[:-1] else f"The sections are {beside}.")
 
 
-def _owners(path: tuple[str, ...], model: type[BaseModel]) -> str:
+def _owners(path: Names, model: type[BaseModel]) -> str:
     """Return the systems that have a key of the model's section: ``system detr``, ``systems a, b``."""
     sections = _sections_in(model.model_fields["model"].annotation)
     names = [_system_of(section) for section in sections if path in dict(keys_of(model, _system_of(section)))]
@@ -121,15 +122,15 @@ def _owners(path: tuple[str, ...], model: type[BaseModel]) -> str:
 
 
 def keys_named(name: str, model: type[BaseModel]) -> list[str]:
-    """The whole names of the keys whose last part is ``name``: ``["train.epochs"]`` for "epochs"."""
+    """Return the whole names of the keys whose last part is ``name``: ``["train.epochs"]`` for "epochs"."""
     return [dotted(key) for key in dict(keys_of(model)) if key[-1] == name and len(key) > 1]
 
 
-def _closest(path: tuple[str, ...], known: list[tuple[str, ...]]) -> tuple[str, ...] | None:
-    """The path meant: the same name elsewhere, a similar one beside it, or a similar one elsewhere."""
+def _closest(path: Names, known: list[Names]) -> Names | None:
+    """Return the path that was meant: with the same name elsewhere, a similar name beside it, or one elsewhere."""
     name = path[-1]
     beside = {key[-1]: key for key in known if key[:-1] == path[:-1]}
-    elsewhere: dict[str, tuple[str, ...]] = {}
+    elsewhere: dict[str, Names] = {}
     for key in sorted(known, key=lambda key: -len(set(key) & set(path))):
         elsewhere.setdefault(key[-1], key)
     if name in elsewhere:
@@ -151,7 +152,7 @@ def _choice(value: object, choices: tuple[str, ...]) -> str:
     return f"expected {listed}, got {_shown(value)}{hint}"
 
 
-def _names(path: Path) -> tuple[str, ...]:
+def _names(path: Keys) -> Names:
     return tuple(part for part in path if isinstance(part, str))
 
 

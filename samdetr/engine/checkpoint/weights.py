@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import ValidationError
 
 from samdetr.engine.checkpoint.format import find_checkpoint, load_checkpoint, load_model_state
-from samdetr.errors import CheckpointError, SamdetrError
+from samdetr.errors import CheckpointError, RecipeError, SamdetrError
 from samdetr.models import Detector, build_model
 from samdetr.models.backbone import load_backbone_weights
 from samdetr.models.official import load_official, read_official
-from samdetr.recipe import Recipe
+from samdetr.recipe import Recipe, stored_recipe
 from samdetr.structures import Categories
 from samdetr_kernels import force_reference
 
@@ -67,13 +65,9 @@ def load_trained(path: str) -> Trained:
     """Read a run or checkpoint. Raises CheckpointError when it cannot be read."""
     checkpoint = load_checkpoint(find_checkpoint(path), with_optimizer=False)
     try:
-        recipe = Recipe.model_validate_json(json.dumps(checkpoint.meta["recipe"]))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise CheckpointError(
-            f"the recipe in {checkpoint.path} is not one of this version of samdetr: "
-            f"{'.'.join(map(str, first['loc']))}: {first['msg']}."
-        ) from error
+        recipe = stored_recipe(checkpoint.meta["recipe"], str(checkpoint.path))
+    except RecipeError as error:
+        raise CheckpointError(f"the recipe of a checkpoint is not one of this version of samdetr:\n{error}") from error
     model = build_model(recipe.model)
     load_model_state(model, checkpoint)
     return Trained(model, recipe, Categories.from_json(checkpoint.meta["categories"]), checkpoint.path)

@@ -18,7 +18,7 @@ import torch
 from samdetr.engine.checkpoint.folder import newest_first, newest_progress
 from samdetr.engine.checkpoint.format import LAST
 from samdetr.errors import CheckpointError, RecipeError, SamdetrError
-from samdetr.recipe import dump_recipe, load_recipe, with_absolute_paths, with_micro_batch
+from samdetr.recipe import dump_recipe, load_stored_recipe, with_absolute_paths, with_micro_batch
 
 if TYPE_CHECKING:
     from samdetr.recipe import Recipe
@@ -83,7 +83,7 @@ def find_run(recipe: Recipe, resume: str) -> Path:
     checkpoints = folder / CHECKPOINTS
     if not newest_first(checkpoints) and not (checkpoints / LAST).is_dir():
         raise CheckpointError(f"--resume: the run {folder} has no checkpoint yet; start it again without --resume.")
-    before, now = (_flat(with_absolute_paths(one)) for one in (load_recipe(folder / RECIPE_FILE), recipe))
+    before, now = (_flat(with_absolute_paths(one)) for one in (load_stored_recipe(folder / RECIPE_FILE), recipe))
     fixed = {}
     if recipe.optim.schedule == "cosine":
         fixed["train.epochs"] = ", on which the learning rate of every step of a cosine schedule depends"
@@ -136,7 +136,7 @@ def with_micro_batch_of(recipe: Recipe, folder: Path) -> Recipe:
     """
     if recipe.train.micro_batch != "auto":
         return recipe
-    return with_micro_batch(recipe, load_recipe(folder / RECIPE_FILE).train.images)
+    return with_micro_batch(recipe, load_stored_recipe(folder / RECIPE_FILE).train.images)
 
 
 def resume_command(folder: Path) -> str:
