@@ -92,7 +92,8 @@ def find_run(recipe: Recipe, resume: str) -> Path:
     if now["train.micro_batch"] == "auto":
         now["train.micro_batch"] = before["train.micro_batch"]
     free = tuple(key for key in FREE_KEYS if key not in fixed)
-    changed = [key for key in before if before[key] != now[key] and not key.startswith(free)]
+    both = before.keys() & now.keys()  # another system has other keys
+    changed = [key for key in before if key in both and before[key] != now[key] and not key.startswith(free)]
     if changed:
         lines = [
             f"--resume: {key} is {now[key]!r}, but {folder} was trained with {before[key]!r}{fixed.get(key, '')}"
