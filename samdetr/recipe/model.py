@@ -56,7 +56,9 @@ class BackboneSection(Section):
 
 
 class RegionsSection(Section):
-    candidates_train: PositiveInt = Field(2000, description="best anchors of each map before suppression, in training")
+    candidates_train: PositiveInt = Field(
+        2000, description="best anchors of each map before non-maximum suppression, in training"
+    )
     candidates_eval: PositiveInt = Field(1000, description="the same in evaluation")
     proposals_train: PositiveInt = Field(2000, description="most proposals of an image, in training")
     proposals_eval: PositiveInt = Field(1000, description="the same in evaluation")
@@ -134,7 +136,7 @@ class DeformableSection(TransformerSection):
         1,
         ge=1,
         le=4,
-        description="maps that the encoder sees: of so many last stages; the fourth is a convolution of the last stage",
+        description="maps that the encoder sees: of the last stages; a fourth is a convolution of the last stage",
     )
 
     @field_validator("width")
@@ -161,10 +163,12 @@ class AlignedSection(TransformerSection):
 
     resampling: Literal["points", "point", "average", "max"] = Field(
         "points",
-        description="what of its box becomes a query; points: a salient point for each head (published); for ablation "
-        "point: one for all heads; average, max: of the box's 7 x 7 bins",
+        description="what a query is resampled from; points: a salient point for each head (published). For ablations: "
+        "point: one for all heads; average, max: the 7 x 7 bins of its box",
     )
-    reweighting: bool = Field(True, description="weigh what was sampled by numbers predicted from the previous query")
+    reweighting: bool = Field(
+        True, description="multiply sampled features by weights predicted from the previous query"
+    )
     search_range: Literal["box", "image"] = Field(
         "box",
         description="where salient points may lie: in the query's reference box (published) or in the whole image",
@@ -197,7 +201,7 @@ class DETRSection(SingleScaleSection):
     system: Literal["detr"] = Field("detr", description="DETR")
     class_prior: Probability = Field(
         0.01,
-        description="initial probability of every class, for the focal loss; 0: torch's own start (softmax). "
+        description="initial probability of every class, for the focal loss; 0: torch's initialisation (softmax). "
         "All other systems have 0.01",
     )
 
@@ -210,7 +214,7 @@ class SMCADETRSection(SingleScaleSection):
     system: Literal["smca_detr"] = Field("smca_detr", description="SMCA-DETR, on one map")
     smca_stride: Literal["published", "feature"] = Field(
         "published",
-        description="pixels a unit of SMCA-DETR's Gaussians: published, 32 also under DC5; feature: a cell of the map",
+        description="unit of the Gaussians; published: 32 pixels, also with DC5; feature: a cell of the map",
     )
 
 
@@ -218,8 +222,8 @@ class MultiScaleSMCADETRSection(TransformerSection):
     system: Literal["smca_detr_ms"] = Field("smca_detr_ms", description="SMCA-DETR, on several maps")
     scale_encoder: Literal["convolution", "attention"] = Field(
         "convolution",
-        description="what mixes the maps; convolution: of stride 8 to 64 (released); attention: within maps of stride "
-        "16 to 64, in the middle layer across them (the paper's, never released)",
+        description="what mixes the maps; convolution: maps of stride 8 to 64 (as released); attention: maps of stride "
+        "16 to 64, each by itself and in the middle layer together (as in the paper, never released)",
     )
 
     @field_validator("backbone")
@@ -233,11 +237,11 @@ class MultiScaleSMCADETRSection(TransformerSection):
 class DeformableDETRSection(DeformableSection):
     system: Literal["deformable_detr"] = Field("deformable_detr", description="Deformable-DETR")
     box_refine: bool = Field(
-        False, description="each layer looks where the boxes of the one before it lie, and has heads of its own"
+        False, description="each layer samples around the boxes of the layer before it, and has its own heads"
     )
     two_stage: bool = Field(
         False,
-        description="the queries are the best of what all cells of the encoded maps propose; needs model.box_refine",
+        description="queries are the best proposals of the cells of the encoded maps; needs model.box_refine",
     )
 
     @field_validator("two_stage")

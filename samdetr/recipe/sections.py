@@ -1,4 +1,4 @@
-"""The sections of a recipe, except the model's: every key with its type, its default and what it means."""
+"""The sections of a recipe except the model's: every key with its type, default and meaning."""
 
 from __future__ import annotations
 
@@ -69,17 +69,17 @@ class ComputeSection(Section):
         "error", description="when compiling or recording fails: stop with the reason, or say so and go on without"
     )
     kernels: Literal["triton", "reference"] = Field(
-        "triton", description="what the ops run on a GPU; reference: plain torch, for comparison. A CPU has only these"
+        "triton", description="how the ops run on a GPU; reference: plain torch, for comparison. A CPU has only that"
     )
 
 
 class ParallelSection(Section):
     strategy: Literal["ddp", "fsdp", "hsdp"] = Field(
         "ddp",
-        description="of several processes; ddp: each holds everything; fsdp: each holds a share of every layer; "
-        "hsdp: shares within a machine, copies between machines",
+        description="how processes train together; ddp: each holds all parameters; fsdp: each holds a shard of every "
+        "layer; hsdp: shards within a machine, replicas across machines",
     )
-    reshard: bool = Field(True, description="fsdp, hsdp: give up gathered layers between forward and backward")
+    reshard: bool = Field(True, description="fsdp, hsdp: free gathered layers between forward and backward")
     timeout: PositiveInt = Field(600, description="seconds that a process waits for the others before it gives up")
 
 
@@ -204,7 +204,7 @@ class OptimSection(Section):
     backbone_lr: NonNegative = Field(1e-5, description="learning rate of the backbone")
     sampling_lr_factor: Positive = Field(
         1.0,
-        description="what the rate of sampling offsets and reference points is multiplied by (Deformable-DETR: 0.1)",
+        description="factor of the rate of sampling offsets and reference points (Deformable-DETR: 0.1)",
     )
     weight_decay: NonNegative = Field(1e-4, description="weight decay; that of SGD is part of the gradient")
     clip_norm: NonNegative = Field(0.1, description="largest gradient norm; 0: no clipping")
@@ -215,7 +215,7 @@ class OptimSection(Section):
     drop_epochs: tuple[PositiveInt, ...] = Field((40,), description="schedule step: epochs after which the rates drop")
     drop_factor: float = Field(0.1, gt=0.0, le=1.0, description="the factor of each drop")
     ema_decay: Probability = Field(
-        0.0, description="decay a step of the moving average of the weights, which is then evaluated; 0: no average"
+        0.0, description="decay per step of the moving average of the weights, which is evaluated then; 0: no average"
     )
 
     @field_validator("momentum")
@@ -236,14 +236,14 @@ class TrainSection(Section):
     total_batch: PositiveInt = Field(16, description="images of one optimizer step, over all devices")
     micro_batch: int | Literal["auto"] = Field(
         2,
-        description="images of one forward pass on one device; divides total_batch. auto: the most that a step of the "
-        "largest batches leaves room for, tried on the GPU when a run begins",
+        description="images of one forward pass on one device; divides total_batch. auto: the most that fits, "
+        "found by steps of the largest batches on the GPU when a run begins",
     )
     log_every: PositiveInt = Field(50, description="steps between two lines of metrics.jsonl")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
-        description="a loss or gradient that is NaN or infinite, whose update is never applied: stop with a file that "
-        "samdetr debug-nan replays, or skip the step",
+        description="where a loss or gradient is NaN or infinite, the step is never applied; stop: end the run with a "
+        "file that samdetr debug-nan replays; skip: go on",
     )
     max_skips: PositiveInt = Field(3, description="steps in a row that are skipped; one more stops")
 
@@ -265,12 +265,12 @@ class TrainSection(Section):
 
     @property
     def skips_allowed(self) -> int:
-        """How many steps in a row may be skipped."""
+        """The number of steps that may be skipped in a row."""
         return self.max_skips if self.on_nonfinite == "skip" else 0
 
     @property
     def images(self) -> int:
-        """``micro_batch`` as a number, as every run has it. Raises RecipeError while it is "auto"."""
+        """``micro_batch`` as a number, as every run has it. Raises RecipeError where it is "auto"."""
         if self.micro_batch == "auto":
             raise RecipeError('train.micro_batch = "auto" is a number once a run has begun: give one here.')
         return self.micro_batch

@@ -241,6 +241,11 @@ def test_a_torn_last_line_is_dropped(make_recipe: MakeRecipe, trained: Path, mon
 
 def test_a_changed_recipe_is_refused(make_recipe: MakeRecipe, trained: Path) -> None:
     with pytest.raises(RecipeError) as caught:
+        find_run(make_recipe("model.system=detr"), str(trained))
+    assert str(caught.value).startswith(
+        f"--resume: model.system is 'detr', but {trained} was trained with 'sam_detr'; "
+    )
+    with pytest.raises(RecipeError) as caught:
         find_run(make_recipe("optim.lr=0.5", "model.dropout=0.2", "train.epochs=9", "eval.top_k=3"), str(trained))
     assert str(caught.value).splitlines() == [
         f"--resume: model.dropout is 0.2, but {trained} was trained with 0.1",

@@ -67,7 +67,7 @@ def test_the_recipe_of_a_person_is_read_strictly() -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(OLD_RUN)
     assert len(str(caught.value).splitlines()) == 11
-    assert "old_run.toml:68: model.smca: unknown key. It belongs to systems sam_detr, sam_detr_ms;" in str(caught.value)
+    assert "old_run.toml:67: model.smca: unknown key. It belongs to systems sam_detr, sam_detr_ms;" in str(caught.value)
 
 
 @pytest.mark.parametrize("system", OF_SYSTEM)
