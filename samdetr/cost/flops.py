@@ -105,7 +105,6 @@ FORMULAS: Mapping[str, Formula] = {
     "aten::_scaled_dot_product_efficient_attention": _attention,
     "samdetr::salient_cross_attention": _salient_cross_attention,
     "samdetr::roi_align": _none,
-    "samdetr::roi_pool": _none,
     "samdetr::salient_points": _none,
     "samdetr::deformable_attention": _none,
     "samdetr::linear_assignment": _none,

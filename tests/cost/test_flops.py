@@ -74,7 +74,6 @@ def test_own_ops_by_hand() -> None:
             scales=meta(2, 5, 4, 2),
         )
         samdetr_kernels.roi_align(meta(2, 6, 7, 3), meta(2, 5, 4))
-        samdetr_kernels.roi_pool(meta(2, 6, 7, 3), meta(2, 5, 4))
         samdetr_kernels.salient_points(meta(2, 6, 7, 3), meta(2, 5, 4), meta(2, 5, 8, 2))
         samdetr_kernels.deformable_attention(meta(2, 42, 4, 3), [(6, 7)], meta(2, 5, 4, 1, 2, 2), meta(2, 5, 4, 1, 2))
     assert counter.macs.total() == 2 * 5 * 4 * 12 * (16 + 3)

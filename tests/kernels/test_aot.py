@@ -67,8 +67,8 @@ for batch, boxes, height, width in sizes:
     for dtype in (torch.bfloat16, torch.float32):
         cells, halves = height * width, {"dtype": dtype}
         features, places = torch.empty(batch, height, width, 64, **halves), torch.empty(batch, boxes, 4)
-        out, _ = roi_align.roi_align_forward_triton(features, places)
-        roi_align.roi_align_backward_triton(out, None, places, height, width)
+        out = roi_align.roi_align_forward_triton(features, places)
+        roi_align.roi_align_backward_triton(out, places, height, width)
         features, points = torch.empty(batch, height, width, 256, **halves), torch.empty(batch, boxes, 8, 2)
         out = salient_points.salient_points_forward_triton(features, places, points)
         salient_points.salient_points_backward_triton(out, features, places, points)
