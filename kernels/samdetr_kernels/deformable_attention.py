@@ -29,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from samdetr_kernels.axis_weights import compute_dtype
 from samdetr_kernels.checks import DTYPES, check_devices
@@ -434,6 +435,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 _deformable_attention.register_autograd(_backward, setup_context=_setup_context)
+register_flop_formula(torch.ops.samdetr.deformable_attention)(lambda *_, **__: 0)  # sampling: no product of matrices
 
 
 def deformable_attention(

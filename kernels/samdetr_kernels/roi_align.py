@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from samdetr_kernels.axis_weights import (
     axis_range,
@@ -302,6 +303,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 _roi_align.register_autograd(_backward, setup_context=_setup_context)
+register_flop_formula(torch.ops.samdetr.roi_align)(lambda *_, **__: 0)  # as in the papers' GFLOPs
 
 
 def roi_align(features: Tensor, boxes: Tensor, output_size: int = 7, valid_sizes: Tensor | None = None) -> Tensor:

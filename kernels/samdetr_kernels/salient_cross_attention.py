@@ -29,6 +29,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from samdetr_kernels.attention_dropout import dropout_mask
 from samdetr_kernels.axis_weights import compute_dtype
@@ -322,6 +323,13 @@ def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
 
 
 _salient_cross_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.samdetr.salient_cross_attention)
+def _flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    """Count the products with key and value at all cells of the map, from the shapes; a multiply-accumulate is 2."""
+    batch, queries, heads, width = query
+    return 2 * batch * queries * heads * key[1] * (width + value[3])
 
 
 def _check(

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from samdetr_kernels.axis_weights import (
     box_weights,
@@ -458,6 +459,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 _salient_points.register_autograd(_backward, setup_context=_setup_context)
+register_flop_formula(torch.ops.samdetr.salient_points)(lambda *_, **__: 0)  # sampling, as in the papers' GFLOPs
 
 
 def salient_points(
