@@ -33,7 +33,7 @@ from samdetr_kernels.axis_weights import (
     not_finite,
     weighted_sum,
 )
-from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_of_2, outside_autocast, reference_forced
+from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_of_2, outside_autocast, runs_reference
 
 # Chosen by registers and shared memory of the ahead-of-time report; not yet timed on a GPU.
 FORWARD_TILES = {  # by bytes of an element
@@ -49,7 +49,7 @@ MAX_BLOCK_C = 64
 def roi_align_reference(
     features: Tensor, boxes: Tensor, output_size: int = 7, valid_sizes: Tensor | None = None
 ) -> Tensor:
-    """Plain torch with the signature and result of `roi_align`, on any device and floating dtype."""
+    """Compute `roi_align` in plain torch, on any device and floating dtype."""
     dtype = compute_dtype(features)
     batch, height, width, channels = features.shape
     boxes_per_image = boxes.shape[1]
@@ -63,7 +63,7 @@ def roi_align_reference(
 def roi_align_backward_reference(
     grad: Tensor, boxes: Tensor, height: int, width: int, valid_sizes: Tensor | None = None
 ) -> Tensor:
-    """d features [B, H, W, C] from ``grad`` [B, N, P, P, C], in the dtype of ``grad``."""
+    """Compute d features [B, H, W, C] from ``grad`` [B, N, P, P, C], in the dtype of ``grad``."""
     dtype = compute_dtype(grad)
     batch, boxes_per_image, size, _, channels = grad.shape
     weight_y, weight_x = box_weights(boxes, height, width, size, valid_sizes, dtype)
@@ -79,10 +79,10 @@ _UNSPECIALIZED = ["N", "H", "W"]
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _roi_align_forward_kernel(  # type: ignore[no-untyped-def]
-    features,  # [B, H, W, C]
-    boxes,  # [B, N, 4]
-    valid_sizes,  # [B, 2] or None
-    out,  # [B, N, BINS, BINS, C]
+    features,  # [B, H, W, C] fp16, bf16 or fp32
+    boxes,  # [B, N, 4] (x0, y0, x1, y1), any floating dtype
+    valid_sizes,  # [B, 2] (h, w), any integer dtype; or None
+    out,  # [B, N, BINS, BINS, C] as features
     N,
     H,
     W,
@@ -95,7 +95,7 @@ def _roi_align_forward_kernel(  # type: ignore[no-untyped-def]
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """One program a box and block of channels."""
+    """Align a box and block of channels in each program."""
     ROWS: tl.constexpr = BLOCK_P * BLOCK_Q
     i_box = tl.program_id(0).to(tl.int64)
     i_image = i_box // N
@@ -135,10 +135,10 @@ def _roi_align_forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _roi_align_backward_kernel(  # type: ignore[no-untyped-def]
-    grad,  # [B, N, BINS, BINS, C]
-    boxes,  # [B, N, 4]
-    valid_sizes,  # [B, 2] or None
-    out,  # [B, H, W, C]
+    grad,  # [B, N, BINS, BINS, C] fp16, bf16 or fp32
+    boxes,  # [B, N, 4] (x0, y0, x1, y1), any floating dtype
+    valid_sizes,  # [B, 2] (h, w), any integer dtype; or None
+    out,  # [B, H, W, C] as grad
     N,
     H,
     W,
@@ -151,7 +151,7 @@ def _roi_align_backward_kernel(  # type: ignore[no-untyped-def]
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """One program a window of BLOCK_H x BLOCK_W cells and block of channels; it visits the boxes that reach it."""
+    """Sum the gradient of a window of BLOCK_H x BLOCK_W cells and block of channels over the boxes that reach it."""
     ROWS: tl.constexpr = BLOCK_P * BLOCK_Q
     windows_x = tl.cdiv(W, BLOCK_W)
     windows = tl.cdiv(H, BLOCK_H) * windows_x
@@ -258,7 +258,7 @@ def roi_align_backward_triton(
 
 @torch.library.custom_op("samdetr::roi_align", mutates_args=(), device_types="cuda")
 def _roi_align(features: Tensor, boxes: Tensor, output_size: int, valid_sizes: Tensor | None) -> Tensor:
-    if reference_forced() or features.dtype == torch.float64:
+    if runs_reference(features):
         return roi_align_reference(features, boxes, output_size, valid_sizes)
     return roi_align_forward_triton(features, boxes, output_size, valid_sizes)
 
@@ -275,7 +275,7 @@ def _(features: Tensor, boxes: Tensor, output_size: int, valid_sizes: Tensor | N
 
 @torch.library.custom_op("samdetr::roi_align_backward", mutates_args=(), device_types="cuda")
 def _roi_align_backward(grad: Tensor, boxes: Tensor, height: int, width: int, valid_sizes: Tensor | None) -> Tensor:
-    if reference_forced() or grad.dtype == torch.float64:
+    if runs_reference(grad):
         return roi_align_backward_reference(grad, boxes, height, width, valid_sizes)
     return roi_align_backward_triton(grad, boxes, height, width, valid_sizes)
 
@@ -307,7 +307,7 @@ register_flop_formula(torch.ops.samdetr.roi_align)(lambda *_, **__: 0)  # as in 
 
 
 def roi_align(features: Tensor, boxes: Tensor, output_size: int = 7, valid_sizes: Tensor | None = None) -> Tensor:
-    """Mean of bilinear samples in each of ``output_size`` x ``output_size`` bins of every box.
+    """Average bilinear samples in each of ``output_size`` x ``output_size`` bins of every box.
 
     features: [B, H, W, C] floating. boxes: [B, N, 4] floating (x0, y0, x1, y1) in map cells, constant for
     autograd. valid_sizes: [B, 2] integer (h, w); cells at or beyond it count as absent, so that the result

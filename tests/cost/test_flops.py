@@ -162,7 +162,7 @@ def test_proposals_are_counted_at_their_limit() -> None:
 
 
 def kept_by_a_real_step(recipe: Recipe, size: Size) -> int:
-    """Bytes of the memory that autograd keeps of a forward pass on the CPU, parameters left out, images included."""
+    """Measure the bytes that autograd keeps of a forward pass on the CPU, parameters left out, images included."""
     model, batch = build_model(recipe.model).train(), recipe.train.micro_batch
     images, labels = torch.randn(batch, 3, *size), torch.ones(batch, 3, dtype=torch.int64)
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}

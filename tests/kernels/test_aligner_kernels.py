@@ -69,7 +69,10 @@ class Inputs:
 
 
 def assert_within_budget(out: Tensor, eager: Tensor, exact: Tensor, sums: float | Tensor) -> None:
-    """sums: of the absolute terms, for each element or the largest, whose fp32 round-off is allowed as well."""
+    """Assert that the error is within 1.5 times eager's and a round-off.
+
+    sums: of the absolute terms, for each element or the largest, whose fp32 round-off is allowed as well.
+    """
     assert out.shape == exact.shape and out.dtype == eager.dtype
     if exact.numel() == 0:
         return
@@ -231,7 +234,7 @@ def run_kernels(x: Inputs, device: torch.device) -> dict[str, Tensor]:
 
 
 def run_references(x: Inputs) -> dict[str, Tensor]:
-    """The same by the references; cells beyond the valid ones must not matter, so their garbage is left out."""
+    """Run the references; cells beyond the valid ones must not matter, so their garbage is left out."""
     map_size = x.clean.shape[1:3]
     bins = roi_align_reference(x.clean, x.boxes, x.size, x.valid)
     grad = roi_align_backward_reference(torch.ones_like(bins), x.boxes, *map_size, x.valid)
@@ -242,7 +245,7 @@ def run_references(x: Inputs) -> dict[str, Tensor]:
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal up to fp32 round-off, NaN where NaN is."""
+    """Assert equality up to fp32 round-off, NaN where NaN is."""
     assert found.keys() == expected.keys()
     for name, right in expected.items():
         assert torch.allclose(found[name], right, rtol=1e-4, atol=1e-4, equal_nan=True), name

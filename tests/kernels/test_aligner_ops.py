@@ -15,14 +15,15 @@ from samdetr_kernels import (
     salient_points,
     salient_points_reference,
 )
-from samdetr_kernels.salient_points import salient_points_backward_reference, salient_points_backward_triton
+from samdetr_kernels.salient_points import salient_points_backward_reference
+from samdetr_kernels.salient_points_kernels import salient_points_backward_triton
 
 MODULE = sys.modules["samdetr_kernels.salient_points"]
 MAPS = [(1, 1), (7, 5), (25, 38)]
 
 
 def random_boxes(batch: int, count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Boxes within, across and outside the map, some of zero or negative size, one of the whole map."""
+    """Draw boxes within, across and outside the map, some of zero or negative size, one of the whole map."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.tensor([width, height], dtype=torch.float64)
     centre = (torch.rand(batch, count, 2, generator=generator, dtype=torch.float64) * 1.6 - 0.3) * size
@@ -38,7 +39,7 @@ def random_boxes(batch: int, count: int, height: int, width: int, seed: int = 0)
 
 
 def published_roi_align(features: Tensor, boxes: Tensor, size: int = 7) -> Tensor:
-    """torchvision's op on [B, H, W, C]; boxes without positive side are zero (torchvision leaves them to chance)."""
+    """Run torchvision's op on [B, H, W, C]; boxes without positive side are zero (torchvision leaves them to chance)."""
     out = torchvision_roi_align(
         features.permute(0, 3, 1, 2).contiguous(), list(boxes), size, aligned=True, sampling_ratio=-1
     )
@@ -48,7 +49,7 @@ def published_roi_align(features: Tensor, boxes: Tensor, size: int = 7) -> Tenso
 
 
 def published_points(features: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
-    """RoIAlign then grid_sample, as the paper composes them."""
+    """Run RoIAlign then grid_sample, as the paper composes them."""
     rois = published_roi_align(features, boxes).flatten(0, 1).permute(0, 3, 1, 2)
     grid = points.flatten(0, 1)[:, :, None]
     out = grid_sample(rois, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -97,7 +98,7 @@ def test_salient_points_equal_roi_align_then_grid_sample_with_gradients(size):
 
 
 class _DividesAsCuda(TorchDispatchMode):
-    """CUDA divides by a number of the host by multiplying with its rounded inverse."""
+    """Mode that divides by a number of the host as CUDA does: multiplies with its rounded inverse."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.div.Tensor and not isinstance(args[1], Tensor):
