@@ -58,7 +58,7 @@ class Part:
 
 @dataclass
 class StepCounts(Part):
-    """Requests of a recipe's step in one way. ``refused`` holds the start-up's too; ``host_ms`` is a median of steps."""
+    """Requests of a recipe's step in one way. ``refused`` holds the start-up's too, ``host_ms`` is a median."""
 
     recipe: str
     way: str

@@ -39,7 +39,7 @@ def random_boxes(batch: int, count: int, height: int, width: int, seed: int = 0)
 
 
 def published_roi_align(features: Tensor, boxes: Tensor, size: int = 7) -> Tensor:
-    """Run torchvision's op on [B, H, W, C]; boxes without positive side are zero (torchvision leaves them to chance)."""
+    """Run torchvision's op on [B, H, W, C]; boxes without positive side give zero (there they are left to chance)."""
     out = torchvision_roi_align(
         features.permute(0, 3, 1, 2).contiguous(), list(boxes), size, aligned=True, sampling_ratio=-1
     )

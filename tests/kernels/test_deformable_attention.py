@@ -56,7 +56,7 @@ class Case(NamedTuple):
     points: int
 
     def inputs(self, dtype: torch.dtype = torch.float64, locations_dtype: torch.dtype = torch.float64) -> Inputs:
-        """Draw locations within, around and far outside the maps; on borders; and, where floats hold them, on the kinks.
+        """Draw locations within, around and far outside the maps; on borders; where floats hold them, on the kinks.
 
         They are multiples of 2^-12, so that fp32 cell coordinates are exact and no rounding crosses a kink.
         """

@@ -51,7 +51,7 @@ def small(name: str, *overrides: str) -> Recipe:
 
 
 def pair(recipe: Recipe, dtype: torch.dtype) -> tuple[SAMDETR, BaselineSAMDETR]:
-    """Build our model and the baseline with the same weights, none of them at a start that hides a part (zero, equal)."""
+    """Build our model and the baseline with the same weights, none at a start that hides a part (zero, equal)."""
     torch.manual_seed(1)
     model = build_model(recipe.model)
     with torch.no_grad():
