@@ -38,20 +38,20 @@ PUBLISHED_SMCA_OPS = 5440
 
 
 class PublishedBatch(NamedTuple):
-    """What the published collate function gives: on the host, neither pinned nor packed."""
+    """Batch of the published collate function: on the host, neither pinned nor packed."""
 
     images: Tensor  # [B, 3, H, W]
     mask: Tensor  # [B, H, W] bool, True: padding
     targets: tuple[ImageTargets, ...]
 
     def to(self, device: torch.device) -> PublishedBatch:
-        """Tensor by tensor."""
+        """Copy the batch to the device, tensor by tensor."""
         targets = tuple(target.to(device) for target in self.targets)
         return PublishedBatch(self.images.to(device), self.mask.to(device), targets)
 
 
 def published_batch(batch: Batch) -> PublishedBatch:
-    """The same images and objects in the published form. What the losses do not read (area) is made up."""
+    """Bring a batch into the published form. The area, which the losses do not read, is made up."""
     mask = torch.ones(len(batch.images), *batch.images.shape[2:], dtype=torch.bool)
     targets = []
     for row, (height, width) in enumerate(batch.image_sizes.tolist()):
@@ -73,7 +73,7 @@ def published_batch(batch: Batch) -> PublishedBatch:
 
 
 def build_baseline_optimizer(model: BaselineSAMDETR, section: OptimSection) -> torch.optim.AdamW:
-    """AdamW over the published two groups, tensor by tensor."""
+    """Build AdamW over the published two groups, tensor by tensor."""
     groups = build_optimizer(model, section).param_groups
     return torch.optim.AdamW(
         [{"params": group["params"], "lr": group["base_lr"]} for group in groups],
@@ -85,7 +85,7 @@ def build_baseline_optimizer(model: BaselineSAMDETR, section: OptimSection) -> t
 
 
 class BaselineLoss(NamedTuple):
-    """The loss that is differentiated, and what the step logs."""
+    """The loss that is differentiated, and the values that the step logs."""
 
     total: Tensor
     scaled: dict[str, Tensor]
@@ -94,7 +94,7 @@ class BaselineLoss(NamedTuple):
 
 
 def baseline_loss(criterion: BaselineCriterion, outputs: Outputs, targets: Sequence[ImageTargets]) -> BaselineLoss:
-    """Losses, their weighted sum, and the same once more for the log, whose sum is read back before backward."""
+    """Compute losses and their weighted sum, and both again for the log, whose sum is read back before backward."""
     losses = criterion(outputs, targets)
     total = sum(criterion.weighted(losses).values(), start=torch.zeros_like(losses["loss_ce"]))
     unscaled = {f"{name}_unscaled": value.detach() for name, value in losses.items()}
@@ -114,7 +114,7 @@ def baseline_update(optimizer: torch.optim.Optimizer, clip_norm: float) -> Tenso
 
 
 def baseline_log(loss: BaselineLoss, grad_norm: Tensor) -> dict[str, float]:
-    """The meters: every value is read back, one by one."""
+    """Read back every value, one by one, as the published meters do."""
     values = {"grad_norm": grad_norm, **loss.scaled, **loss.unscaled}
     return {"loss": loss.value, **{name: value.item() for name, value in values.items()}}
 
@@ -128,7 +128,7 @@ def baseline_step(
     device: torch.device,
     clip_norm: float,
 ) -> dict[str, float]:
-    """One published optimizer step of a batch on the host; returns what it logs."""
+    """Take a published optimizer step with a batch on the host; returns the values that it logs."""
     moved = batch.to(device)
     loss = baseline_loss(criterion, model(moved.images, moved.mask), moved.targets)
     optimizer.zero_grad()
@@ -138,7 +138,7 @@ def baseline_step(
 
 
 def count_step(recipe: Recipe, *, batch: int, height: int, width: int) -> dict[str, OpCounter]:
-    """Ops of the forward pass, the losses and the backward pass of the recipe's model; they depend on no size."""
+    """Count the ops of forward pass, losses and backward pass of the recipe's model; they depend on no size."""
     model, criterion = BaselineSAMDETR(recipe.model), BaselineCriterion(recipe.loss)
     model.load_from(build_model(recipe.model))
     model.train()

@@ -19,7 +19,7 @@ Indices = list[tuple[Tensor, Tensor]]  # (queries, targets) of each image, on th
 
 
 class ImageTargets(NamedTuple):
-    """What a published data set gives for one image: seven tensors, all of which are moved to the device."""
+    """Objects of one image as a published data set gives them: seven tensors, all of which are moved to the device."""
 
     labels: Tensor  # [n] int64
     boxes: Tensor  # [n, 4] (cx, cy, w, h) in [0, 1]
@@ -30,7 +30,7 @@ class ImageTargets(NamedTuple):
     size: Tensor  # [2]
 
     def to(self, device: torch.device) -> ImageTargets:
-        """One copy for each tensor, as published."""
+        """Copy to the device, one copy a tensor, as published."""
         return ImageTargets(*(part.to(device) for part in self))
 
 
@@ -48,7 +48,7 @@ class BaselineCriterion(nn.Module):
         }
 
     def forward(self, outputs: Outputs, targets: Sequence[ImageTargets]) -> dict[str, Tensor]:
-        """The final layer's losses first, then the others' with their number in the name."""
+        """Compute the final layer's losses, then the others' with their number in the name."""
         device = outputs.logits.device
         final = len(outputs.logits) - 1
         indices = self.match(outputs.logits[final], outputs.boxes[final], targets)
@@ -64,7 +64,7 @@ class BaselineCriterion(nn.Module):
         return losses
 
     def weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The losses that are differentiated, each times its weight; their sum is the loss."""
+        """Weigh the losses that are differentiated; their sum is the loss."""
         return {
             name: value * self.weights[kind]
             for name, value in losses.items()
@@ -73,7 +73,7 @@ class BaselineCriterion(nn.Module):
 
     @torch.no_grad()
     def match(self, logits: Tensor, boxes: Tensor, targets: Sequence[ImageTargets]) -> Indices:
-        """The cost of every query for every target of the batch goes to the host, where scipy solves image by image."""
+        """Match queries to targets by scipy, image by image; the costs of the whole batch go to the host."""
         batch, queries = logits.shape[:2]
         probability = logits.flatten(0, 1).sigmoid()
         predicted = boxes.flatten(0, 1)
@@ -93,7 +93,7 @@ class BaselineCriterion(nn.Module):
     def layer_losses(
         self, logits: Tensor, boxes: Tensor, targets: Sequence[ImageTargets], indices: Indices, num_boxes: float
     ) -> dict[str, Tensor]:
-        """The three losses of a layer and its cardinality error."""
+        """Compute the three losses of a layer and its cardinality error."""
         losses = {"loss_ce": self.class_loss(logits, targets, indices, num_boxes)}
         losses["cardinality_error"] = self.cardinality_error(logits, targets)
         place = _places(indices)
@@ -105,7 +105,7 @@ class BaselineCriterion(nn.Module):
         return losses
 
     def class_loss(self, logits: Tensor, targets: Sequence[ImageTargets], indices: Indices, num_boxes: float) -> Tensor:
-        """Sigmoid focal loss of all queries and classes, over the number of boxes."""
+        """Compute the sigmoid focal loss of all queries and classes, over the number of boxes."""
         batch, queries, classes = logits.shape
         found = _labels(targets, indices)
         labels = torch.full((batch, queries), classes, dtype=torch.int64, device=logits.device)
@@ -122,7 +122,7 @@ class BaselineCriterion(nn.Module):
 
     @torch.no_grad()
     def class_error(self, logits: Tensor, targets: Sequence[ImageTargets], indices: Indices) -> Tensor:
-        """Percentage of matched queries whose best logit is not the target's."""
+        """Compute the percentage of matched queries whose best logit is not the target's."""
         found = _labels(targets, indices)
         if not found.numel():
             return 100 - torch.zeros([], device=logits.device)
@@ -132,25 +132,25 @@ class BaselineCriterion(nn.Module):
 
     @torch.no_grad()
     def cardinality_error(self, logits: Tensor, targets: Sequence[ImageTargets]) -> Tensor:
-        """A value of the log: queries whose best logit is not the last, against the number of targets."""
+        """Compare the number of queries whose best logit is not the last with that of targets; only logged."""
         lengths = torch.as_tensor([len(target.labels) for target in targets], device=logits.device)
         predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(1)
         return functional.l1_loss(predicted.float(), lengths.float())
 
 
 def _places(indices: Indices) -> tuple[Tensor, Tensor]:
-    """Image and query of every match of the batch, on the host."""
+    """Return image and query of every match of the batch, on the host."""
     images = torch.cat([torch.full_like(queries, image) for image, (queries, _) in enumerate(indices)])
     return images, torch.cat([queries for queries, _ in indices])
 
 
 def _labels(targets: Sequence[ImageTargets], indices: Indices) -> Tensor:
-    """The label of every match of the batch."""
+    """Return the label of every match of the batch."""
     return torch.cat([target.labels[found] for target, (_, found) in zip(targets, indices, strict=True)])
 
 
 def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Of all pairs of (x0, y0, x1, y1) boxes, [N, 4] and [M, 4] -> [N, M]; its two asserts wait for the device."""
+    """Compute GIoU of all pairs of (x0, y0, x1, y1) boxes, [N, 4] and [M, 4] -> [N, M]; asserts wait for it."""
     assert (first[:, 2:] >= first[:, :2]).all()
     assert (second[:, 2:] >= second[:, :2]).all()
     intersection, union = _overlap(first, second)

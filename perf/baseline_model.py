@@ -252,7 +252,7 @@ class _DecoderLayer(nn.Module):
         return self.cross_attn(query, key, self.ca_v_proj(memory), padding.flatten(1), prior)
 
     def _regions(self, memory: Tensor, boxes: Tensor, padding: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
-        """RoI features for the content [B Q, C, 7, 7], and the point branch's numbers [B, Q, 2 or 4 heads]."""
+        """Return RoI features for the content [B Q, C, 7, 7], and the point branch's numbers [B, Q, 2 or 4 heads]."""
         cells = memory.permute(1, 2, 0).view(padding.shape[0], -1, *padding.shape[1:])
         rois = list((to_corners(boxes) * extent.repeat(1, 2)).unbind(1))
         regions = self.point1(roi_align(cells, rois, ROI_SIZE, aligned=True))
@@ -281,14 +281,14 @@ class _Decoder(nn.Module):
 
 
 def valid_extent(padding: Tensor) -> Tensor:
-    """Width and height of a map times the valid share of each, of a mask [B, h, w] (True: padding): [B, 2]."""
+    """Compute the valid width and height of a map from its mask [B, h, w] (True: padding): [B, 2]."""
     height, width = padding.shape[1:]
     rows, columns = (~padding[:, :, 0]).sum(1), (~padding[:, 0, :]).sum(1)
     return torch.stack((columns.float() / width * width, rows.float() / height * height), -1)
 
 
 def gaussian(points: Tensor, scales: Tensor, height: int, width: int) -> Tensor:
-    """SMCA's term: points and scales [Q, B, heads, 2] in cells -> [B heads, Q, height width]."""
+    """Compute SMCA's term: points and scales [Q, B, heads, 2] in cells -> [B heads, Q, height width]."""
     y, x = torch.meshgrid(
         torch.arange(height, dtype=points.dtype, device=points.device),
         torch.arange(width, dtype=points.dtype, device=points.device),
@@ -300,7 +300,7 @@ def gaussian(points: Tensor, scales: Tensor, height: int, width: int) -> Tensor:
 
 
 def sine_map(padding: Tensor, channels: int) -> Tensor:
-    """Position code of a mask [B, h, w] (True: padding): [B, channels, h, w] float32."""
+    """Compute the position code of a mask [B, h, w] (True: padding): [B, channels, h, w] float32."""
     valid = ~padding
     y, x = (valid.cumsum(axis, dtype=torch.float32) - 0.5 for axis in (1, 2))
     y = y / (y[:, -1:, :] + EPSILON + 0.5) * (2 * math.pi)
@@ -310,7 +310,7 @@ def sine_map(padding: Tensor, channels: int) -> Tensor:
 
 
 def sine_points(points: Tensor, channels: int) -> Tensor:
-    """Position code of points [..., 2] (x, y) in [0, 1]: [..., channels] float32, y first."""
+    """Compute the position code of points [..., 2] (x, y) in [0, 1]: [..., channels] float32, y first."""
     scaled = points.float() * (2 * math.pi)
     period = _periods(channels // 2, points.device)
     return torch.cat((_waves(scaled[..., 1], period), _waves(scaled[..., 0], period)), -1)
@@ -327,12 +327,12 @@ def _waves(coordinate: Tensor, period: Tensor) -> Tensor:
 
 
 def to_corners(boxes: Tensor) -> Tensor:
-    """(cx, cy, w, h) -> (x0, y0, x1, y1), [..., 4]."""
+    """Convert (cx, cy, w, h) -> (x0, y0, x1, y1), [..., 4]."""
     x, y, width, height = boxes.unbind(-1)
     return torch.stack((x - 0.5 * width, y - 0.5 * height, x + 0.5 * width, y + 0.5 * height), -1)
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
-    """log(x / (1 - x)), clamped as published."""
+    """Compute log(x / (1 - x)), clamped as published."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=CLAMP) / (1 - x).clamp(min=CLAMP))

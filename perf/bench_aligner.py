@@ -51,12 +51,12 @@ def _published(memory: Tensor, boxes: Tensor, source: Tensor, weight: Tensor, bi
 
 
 def published(memory: Tensor, boxes: Tensor, source: Tensor, weight: Tensor, bias: Tensor) -> Pair:
-    """As published: the same RoIAlign is computed for each of its two uses."""
+    """Resample as published: the same RoIAlign is computed for each of its two uses."""
     return _published(memory, boxes, source, weight, bias, 2)
 
 
 def published_once(memory: Tensor, boxes: Tensor, source: Tensor, weight: Tensor, bias: Tensor) -> Pair:
-    """The published composition with the repeated RoIAlign removed."""
+    """Resample by the published composition with the repeated RoIAlign removed."""
     return _published(memory, boxes, source, weight, bias, 1)
 
 
@@ -73,7 +73,7 @@ reference = _composed(roi_align_reference, salient_points_reference)
 
 
 def forward_work(shape: Shape, boxes: Tensor, channels: int, dtype: torch.dtype) -> Work:
-    """The map read once for both ops, regions and content written once; the projected map need not go to memory."""
+    """Count the map read once for both ops, regions and content written once; the projected map stays on the chip."""
     align = align_work(shape, boxes, channels // 4, dtype)
     points = points_work(shape, boxes, HEADS, channels, dtype)
     operations = align.operations + points.operations + _projection(shape, channels)
@@ -81,7 +81,7 @@ def forward_work(shape: Shape, boxes: Tensor, channels: int, dtype: torch.dtype)
 
 
 def backward_work(shape: Shape, boxes: Tensor, channels: int, dtype: torch.dtype) -> Work:
-    """That of the points; the regions, for ReLU, and their gradient read; two products of the projection."""
+    """Count that of the points; the regions, for ReLU, and their gradient read; two products of the projection."""
     align = align_backward_work(shape, boxes, channels // 4, dtype)
     points = points_backward_work(shape, boxes, HEADS, channels, dtype)
     operations = align.operations + points.operations + 2 * _projection(shape, channels)
@@ -97,7 +97,7 @@ def _projection(shape: Shape, channels: int) -> float:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """The decoder of SAM-DETR: 256 channels, 64 for the point branch, 8 points."""
+    """Yield cases of SAM-DETR's decoder: 256 channels, 64 for the point branch, 8 points."""
     channels = 16 if options.shapes == "small" else WIDTH
     for dtype in options.dtypes:
         for shape in SHAPES[options.shapes]:

@@ -31,12 +31,12 @@ BACKENDS = {
 
 
 def split(x: Tensor) -> Tensor:
-    """[B, S, C] -> [B, heads, S, C / heads]."""
+    """Split heads: [B, S, C] -> [B, heads, S, C / heads]."""
     return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
 
 def published(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Everything materialised; [B, S, C] each, mask [B, 1, 1, S] bool (True: attended)."""
+    """Attend with everything materialised; [B, S, C] each, mask [B, 1, 1, S] bool (True: attended)."""
     scores = split(query) * (query.shape[-1] // HEADS) ** -0.5 @ split(key).transpose(2, 3)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -47,26 +47,26 @@ def published(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dr
 def with_backend(
     name: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0
 ) -> Tensor:
-    """One of torch's implementations. Raises RuntimeError where it does not take these inputs."""
+    """Attend by one of torch's implementations. Raises RuntimeError where it does not take these inputs."""
     with sdpa_kernel(BACKENDS[name]):
         out = scaled_dot_product_attention(split(query), split(key), split(value), mask, dropout)
     return out.transpose(1, 2).flatten(2)
 
 
 def ours(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """As the encoder calls it."""
+    """Attend as the encoder does."""
     return attend(query, key, value, heads=HEADS, dropout=dropout, mask=mask)
 
 
 def kept_share(run: Run, shape: Shape, mask: Tensor | None, device: torch.device) -> float:
-    """The share of the weights that a dropout of 0.1 keeps, over all of them: equal weights on values of one."""
+    """Measure the share of the weights that a dropout of 0.1 keeps: equal weights on values of one."""
     zeros = torch.zeros(shape.batch, shape.height * shape.width, WIDTH, dtype=torch.bfloat16, device=device)
     out = run(zeros, zeros, torch.ones_like(zeros), mask, DROPOUT)
     return out.double().mean().item() * (1 - DROPOUT)
 
 
 def print_kept_shares(device: torch.device) -> None:
-    """For each implementation with and without a mask."""
+    """List each implementation with and without a mask."""
     shape = SHAPES["gpu" if device.type == "cuda" else "small"][0]
     cells = shape.height * shape.width
     for padded in (False, True):
@@ -81,14 +81,14 @@ def print_kept_shares(device: torch.device) -> None:
 
 
 def work(shape: Shape, dtype: torch.dtype) -> tuple[Work, Work]:
-    """Forward: three read, one written, two products. Backward: five read, three written, five products."""
+    """Count forward: three read, one written, two products; backward: five read, three written, five products."""
     cells, element = shape.height * shape.width, element_bytes(dtype)
     whole, product = shape.batch * cells * WIDTH * element, 2.0 * shape.batch * cells**2 * WIDTH
     return Work(4 * whole, 2 * product), Work(8 * whole, 5 * product)
 
 
 def variants(dtype: torch.dtype, dropout: float, device: torch.device) -> Iterator[Variant]:
-    """All ways; the gate compares them without dropout, whose random numbers are each one's own."""
+    """Make a case of all ways; the gate compares them without dropout, whose random numbers are each one's own."""
 
     def dropping(name: str, run: Run, is_ours: bool = False) -> Variant:
         tolerance = None if is_ours else TOLERANCE
@@ -102,7 +102,7 @@ def variants(dtype: torch.dtype, dropout: float, device: torch.device) -> Iterat
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """With padding and dropout, as in training; without padding; without dropout."""
+    """Yield cases with padding and dropout, as in training; without padding; without dropout."""
     for dtype in options.dtypes:
         for padded, dropout in ((True, DROPOUT), (False, DROPOUT), (True, 0.0)):
             for shape in SHAPES[options.shapes]:

@@ -49,7 +49,7 @@ class Files(NamedTuple):
 
 
 def texture(height: int, width: int, random: np.random.Generator) -> Image.Image:
-    """Noise of many scales, so that a JPEG of 640 x 480 at quality 90 takes about as much as COCO's photos."""
+    """Draw noise of many scales, so that a JPEG of 640 x 480 at quality 90 takes about as much as COCO's photos."""
     pixels = random.normal(size=(height, width, 3)) * 3
     for cell in (2, 4, 8, 16, 32, 64, 128):
         for channel in range(3):
@@ -61,7 +61,7 @@ def texture(height: int, width: int, random: np.random.Generator) -> Image.Image
 
 
 def generate(folder: Path, count: int) -> Files:
-    """``count`` JPEGs of COCO's sizes with seven boxes each, COCO's mean."""
+    """Write ``count`` JPEGs of COCO's sizes with seven boxes each, COCO's mean."""
     random = np.random.default_rng(0)
     sides = np.array([SIZES[number % len(SIZES)] for number in range(count)])
     names = [f"{number}.jpg" for number in range(count)]
@@ -91,7 +91,7 @@ def generate(folder: Path, count: int) -> Files:
 
 
 def published_image(path: Path, plan: Plan, max_size: int) -> Tensor:
-    """A planned image as the published code makes it: PIL decodes, flips, resizes and crops; then float, normalised."""
+    """Make a planned image as published: PIL decodes, flips, resizes and crops; then float, normalised."""
     with Image.open(path) as file:
         image = file.convert("RGB")
     if plan.flip:
@@ -108,7 +108,7 @@ def published_image(path: Path, plan: Plan, max_size: int) -> Tensor:
 
 
 def loads(files: Files, micro: int) -> dict[str, Callable[[int], Batch]]:
-    """By variant: the micro-batch of a turn, as a loader process makes it."""
+    """Return, by variant, what makes the micro-batch of a turn as a loader process does."""
     data, section = files.data, DataSection()
     categories = make_categories(data, "contiguous", 1)
     parity, fast, photos = (
@@ -161,7 +161,7 @@ def _dataset(
 
 
 def check(variants: dict[str, Callable[[int], Batch]], report: Report, turns: int) -> bool:
-    """Whether the fast batches have the published boxes, and pixels within the limits; printed."""
+    """Tell whether the fast batches have the published boxes and pixels within the limits; prints it."""
     std = torch.tensor(IMAGENET_STD).reshape(3, 1, 1) * 255
     sound = True
     for name, other, limits in (
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _rows(variants: dict[str, Callable[[int], Batch]], case: str, given: argparse.Namespace) -> list[Row]:
-    """Milliseconds of one image, by variant."""
+    """Measure the milliseconds of one image, by variant."""
     timings = measure(variants, CPU, given.repeats)
     rows = []
     for name, timing in timings.items():

@@ -48,7 +48,7 @@ class Part(NamedTuple):
 
 
 def build_ours(recipe: Recipe, batch: Batch, valid: Tensor, memory: Tensor, compute: Compute) -> Part:
-    """Our `SAMDETR.decode` and criterion."""
+    """Build our `SAMDETR.decode` and criterion."""
     device = memory.device
     model, criterion = build_model_on(recipe, device), build_criterion(recipe)
     if compute.compile:
@@ -73,7 +73,7 @@ def build_ours(recipe: Recipe, batch: Batch, valid: Tensor, memory: Tensor, comp
 
 
 def build_theirs(recipe: Recipe, batch: Batch, valid: Tensor, memory: Tensor) -> Part:
-    """The published decoder and criterion with the weights of ours."""
+    """Build the published decoder and criterion with the weights of ours."""
     device = memory.device
     model = BaselineSAMDETR(recipe.model)
     model.load_from(build_model_on(recipe, device))
@@ -97,7 +97,7 @@ def build_theirs(recipe: Recipe, batch: Batch, valid: Tensor, memory: Tensor) ->
 
 
 def differences(theirs: Part, ours: Part) -> dict[str, float]:
-    """Relative differences of loss and of the map's gradient, both sides without dropout."""
+    """Compare loss and the map's gradient, both sides without dropout: relative differences."""
     losses = []
     for part in (theirs, ours):
         part.model.eval()
@@ -109,7 +109,7 @@ def differences(theirs: Part, ours: Part) -> dict[str, float]:
 
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description="Times of decoder and criterion, after a comparison of losses.")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--batch", type=int, default=4)
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(
     parts: Sequence[Part], report: Report, options: argparse.Namespace, compute: Compute, device: torch.device
 ) -> None:
-    """Times of both sides in turns, launches and peak memory, as rows and a table."""
+    """Measure times of both sides in turns, launches and peak memory; as rows and a table."""
     case = f"map {options.height}x{options.width} batch {options.batch}"
     times: dict[str, list[float]] = {part.name: [] for part in parts}
     for turn in range(1 + options.turns):
@@ -181,7 +181,7 @@ def measure(
 
 
 def wait_and_time(run: Callable[[], Tensor], device: torch.device) -> float:
-    """Milliseconds of one call on an idle device."""
+    """Measure the milliseconds of one call on an idle device."""
     wait(device)
     begin = time.perf_counter()
     run()

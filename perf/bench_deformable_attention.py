@@ -33,7 +33,7 @@ PYRAMIDS: dict[str, tuple[Pyramid, ...]] = {
 
 
 def published(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """[B, S, M, D], [B, Q, M, L, P, 2], [B, Q, M, L, P] -> [B, Q, M D]; samples of all levels are written first.
+    """Sample [B, S, M, D], [B, Q, M, L, P, 2], [B, Q, M, L, P] -> [B, Q, M D]; all levels' samples are written first.
 
     The samples are in the wider dtype of value and locations, as under autocast.
     """
@@ -52,19 +52,19 @@ def published(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tenso
 
 
 def forward_work(args: Args, dtype: torch.dtype) -> Work:
-    """Value, locations and weights read, the result written."""
+    """Count value, locations and weights read, the result written."""
     inputs, result, operations = _sizes(args, dtype)
     return Work(inputs + result, operations, vector=True)
 
 
 def backward_work(args: Args, dtype: torch.dtype) -> Work:
-    """The same read again, and the result's gradient; the gradients of value, locations and weights written."""
+    """Count the same read again, and the result's gradient; the gradients of value, locations and weights written."""
     inputs, result, operations = _sizes(args, dtype)
     return Work(2 * inputs + result, 3 * operations, vector=True)
 
 
 def _sizes(args: Args, dtype: torch.dtype) -> tuple[int, int, float]:
-    """Bytes of the inputs and of the result, operations of the forward."""
+    """Return bytes of the inputs and of the result, operations of the forward."""
     value, _, _, weights = args
     batch, _, heads, width = value.shape
     inputs = value.numel() * element_bytes(dtype) + 12 * weights.numel()
@@ -73,7 +73,7 @@ def _sizes(args: Args, dtype: torch.dtype) -> tuple[int, int, float]:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """Object queries on a pyramid and on one level, and the encoder, where every cell is a query."""
+    """Yield cases: object queries on a pyramid and on one level, and the encoder, where every cell is a query."""
     width = 4 if options.shapes == "small" else WIDTH // HEADS
     for dtype in options.dtypes:
         for number, (name, levels, batch, queries) in enumerate(PYRAMIDS[options.shapes]):

@@ -33,7 +33,7 @@ PROBLEMS = {
 def realistic_costs(
     random: torch.Generator, images: int, queries: int, most: int, crowded: bool
 ) -> tuple[Tensor, Tensor]:
-    """[L B, Q, T] in fp32 and [L B]: about 7 targets an image, at least one image with ``most``."""
+    """Make costs [L B, Q, T] in fp32 and counts [L B]: about 7 targets an image, at least one image with ``most``."""
     counts = (7 * normal(random, images).mul(0.8).exp()).long().clamp(0, most)
     counts[0] = most
     if crowded:
@@ -62,7 +62,7 @@ def realistic_costs(
 
 
 def side_by_side(args: Args) -> Args:
-    """What the published matcher has: for each layer [B, Q, sum T], and the images' numbers of targets on the host."""
+    """Bring costs to the published layout: for each layer [B, Q, sum T], and the numbers of targets on the host."""
     cost, counts = args
     images = len(counts) // LAYERS
     sizes = counts[:images].tolist()
@@ -74,7 +74,7 @@ def side_by_side(args: Args) -> Args:
 
 
 def published(layers: list[Tensor], sizes: list[int], padded: int) -> tuple[Tensor, Tensor]:
-    """The matcher's loop; its index pairs are laid out as the op's and copied back, one copy a layer."""
+    """Run the matcher's loop; its index pairs are laid out as the op's and copied back, one copy a layer."""
     found = []
     for layer in layers:
         on_host = layer.cpu()
@@ -88,7 +88,7 @@ def published(layers: list[Tensor], sizes: list[int], padded: int) -> tuple[Tens
 
 
 def total_costs(args: Args, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """For the gate: total cost of each problem, as optima may not be unique, queries used once, flag, clean padding."""
+    """Return for the gate total costs, as optima may not be unique, queries used once, flag, clean padding."""
     cost, counts = args
     indices, bad = found
     used = torch.arange(cost.shape[2], device=cost.device) < counts[:, None]
@@ -100,7 +100,7 @@ def total_costs(args: Args, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """Six layers of COCO-like batches, and one in which every image has the most targets."""
+    """Yield six layers of COCO-like batches, and one in which every image has the most targets."""
     problems = [(*problem, False) for problem in PROBLEMS[options.shapes]]
     problems.append((*PROBLEMS[options.shapes][0], True))
     for images, queries, most, crowded in problems:

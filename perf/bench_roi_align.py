@@ -19,14 +19,14 @@ REDUCED = 64  # channels that the decoder aligns
 
 
 def published(features: Tensor, boxes: Tensor) -> Tensor:
-    """[B, H, W, C] -> [B, N, 7, 7, C], a view of torchvision's [B N, C, 7, 7], in fp32 inside as under autocast."""
+    """Compute [B, N, 7, 7, C], a view of torchvision's [B N, C, 7, 7], in fp32 inside as under autocast."""
     nchw = features.permute(0, 3, 1, 2).contiguous().float()
     out = torchvision_roi_align(nchw, list(boxes), SIZE, aligned=True, sampling_ratio=-1).to(features.dtype)
     return out.view(*boxes.shape[:2], -1, SIZE, SIZE).permute(0, 1, 3, 4, 2)
 
 
 def forward_work(shape: Shape, boxes: Tensor, channels: int, dtype: torch.dtype) -> Work:
-    """The map read and the bins written once; every covered cell weighed once along each axis."""
+    """Count the map read and the bins written once; every covered cell weighed once along each axis."""
     size = element_bytes(dtype)
     cells = shape.batch * shape.height * shape.width
     bins = boxes.shape[0] * boxes.shape[1] * SIZE * SIZE
@@ -36,12 +36,12 @@ def forward_work(shape: Shape, boxes: Tensor, channels: int, dtype: torch.dtype)
 
 
 def backward_work(shape: Shape, boxes: Tensor, channels: int, dtype: torch.dtype) -> Work:
-    """The bins' gradient read, the map's written: as much as forward; the boxes get none."""
+    """Count the bins' gradient read, the map's written: as much as forward; the boxes get none."""
     return forward_work(shape, boxes, channels, dtype)
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """Maps of 64 channels, which the decoder aligns, and once of 256, as published."""
+    """Yield maps of 64 channels, which the decoder aligns, and one of 256, as published."""
     shapes = [(shape, REDUCED) for shape in SHAPES[options.shapes]]
     shapes.append((SHAPES[options.shapes][0], 4 * REDUCED))
     if options.shapes == "small":

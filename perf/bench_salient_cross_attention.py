@@ -37,13 +37,13 @@ SMCA_SMOOTH = 8
 
 
 def _cells(key: Tensor, map_width: int) -> tuple[Tensor, Tensor]:
-    """Column and row of every cell, [S] each."""
+    """Return column and row of every cell, [S] each."""
     cell = torch.arange(key.shape[1], device=key.device)
     return cell % map_width, cell // map_width
 
 
 def _padding(key: Tensor, sizes: Tensor, map_width: int) -> Tensor:
-    """[B, S] bool, where an image has no cell."""
+    """Mark cells that an image lacks, [B, S] bool."""
     column, row = _cells(key, map_width)
     return (row >= sizes[:, :1]) | (column >= sizes[:, 1:])
 
@@ -60,7 +60,7 @@ def published(
     seed: Tensor | None,
     op_mask: bool = False,
 ) -> Tensor:
-    """Everything materialised. ``op_mask``: drop what the op drops, instead of drawing random numbers."""
+    """Attend with everything materialised. ``op_mask``: drop what the op drops, instead of drawing random numbers."""
     batch, queries, heads, width = query.shape
     cells = key.shape[1]
     by_head = (query * width**-0.5).transpose(1, 2).reshape(batch * heads, queries, width)
@@ -96,7 +96,7 @@ def sdpa(
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """torch's attention with a mask, without prior; whichever of its implementations takes widths of 256 and 32."""
+    """Attend by torch's attention with a mask, without prior; whichever implementation takes widths of 256 and 32."""
     keys = key[:, None].expand(-1, query.shape[2], -1, -1)
     mask = ~_padding(key, sizes, map_width)[:, None, None]
     out = scaled_dot_product_attention(query.transpose(1, 2), keys, value.transpose(1, 2), mask, dropout)
@@ -124,19 +124,19 @@ ours, reference = _with_keywords(salient_cross_attention), _with_keywords(salien
 
 
 def forward_work(shape: Shape, sizes: Tensor, width: int, dtype: torch.dtype) -> Work:
-    """Query, key and value read, the result written; two products over the valid cells."""
+    """Count query, key and value read, the result written; two products over the valid cells."""
     inputs, result, pairs = _sizes(shape, sizes, width, dtype)
     return Work(inputs + result, pairs * (width + width // HEADS))
 
 
 def backward_work(shape: Shape, sizes: Tensor, width: int, dtype: torch.dtype) -> Work:
-    """The same read again, and the result's gradient; three gradients written; the scores once more, four products."""
+    """Count the same read again and the result's gradient; three gradients written; the scores again, four products."""
     inputs, result, pairs = _sizes(shape, sizes, width, dtype)
     return Work(2 * inputs + result, pairs * (3 * width + 2 * width // HEADS))
 
 
 def _sizes(shape: Shape, sizes: Tensor, width: int, dtype: torch.dtype) -> tuple[int, int, float]:
-    """Bytes of the inputs and of the result, operations for each channel of a product over the valid cells."""
+    """Return bytes of the inputs and of the result, operations for each channel of a product over the valid cells."""
     rows, cells = shape.batch * shape.queries * HEADS, shape.batch * shape.height * shape.width
     inputs = (rows + 2 * cells) * width * element_bytes(dtype)
     result = rows * (width // HEADS) * element_bytes(dtype)
@@ -156,7 +156,7 @@ def _variants(dtype: torch.dtype, smca: bool, dropout: float) -> Iterator[Varian
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """With and without SMCA at training's dropout, and plain without dropout, which SDPA can do."""
+    """Yield cases with and without SMCA at training's dropout, and plain without dropout, which SDPA can do."""
     width = 32 if options.shapes == "small" else WIDTH
     for dtype in options.dtypes:
         for smca, dropout in ((True, DROPOUT), (False, DROPOUT), (False, 0.0)):

@@ -28,12 +28,12 @@ from samdetr_kernels.salient_points import salient_points, salient_points_refere
 
 
 def published_points(features: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
-    """[B, H, W, C] and [B, N, P, 2] -> [B, N, P, C]."""
+    """Compute [B, H, W, C] and [B, N, P, 2] -> [B, N, P, C] as published."""
     return sample(published(features, boxes), points)
 
 
 def sample(rois: Tensor, points: Tensor) -> Tensor:
-    """grid_sample of RoI features [B, N, 7, 7, C] at [B, N, P, 2] -> [B, N, P, C]."""
+    """Sample RoI features [B, N, 7, 7, C] at [B, N, P, 2] -> [B, N, P, C] by grid_sample."""
     nchw = rois.flatten(0, 1).permute(0, 3, 1, 2).to(points.dtype)  # the wider of the two, as under autocast
     grid = points.flatten(0, 1)[:, :, None]
     out = grid_sample(nchw, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -41,7 +41,7 @@ def sample(rois: Tensor, points: Tensor) -> Tensor:
 
 
 def forward_work(shape: Shape, boxes: Tensor, points: int, channels: int, dtype: torch.dtype) -> Work:
-    """The map read and the points' features written once; a point reads what two bins of each axis cover."""
+    """Count the map read and the points' features written once; a point reads what two bins of each axis cover."""
     cells, places = shape.batch * shape.height * shape.width, boxes.shape[0] * boxes.shape[1] * points
     rows, columns = (side * 2 / SIZE + 1 for side in covered(boxes, shape))
     operations = 2 * channels * points * (rows * columns).sum().item()
@@ -49,14 +49,14 @@ def forward_work(shape: Shape, boxes: Tensor, points: int, channels: int, dtype:
 
 
 def backward_work(shape: Shape, boxes: Tensor, points: int, channels: int, dtype: torch.dtype) -> Work:
-    """Map, points and upstream gradient read, the gradients of map and points written; one product for each of them."""
+    """Count map, points and upstream gradient read, the gradients of map and points written; a product for each."""
     forward, places = forward_work(shape, boxes, points, channels, dtype), boxes.shape[0] * boxes.shape[1] * points
     cells = shape.batch * shape.height * shape.width
     return Work(forward.bytes + cells * channels * element_bytes(dtype) + 8 * places, 2 * forward.operations)
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """Eight points in every box of a 256-channel map."""
+    """Yield cases of eight points in every box of a 256-channel map."""
     channels = 16 if options.shapes == "small" else WIDTH
     for dtype in options.dtypes:
         for shape in SHAPES[options.shapes]:

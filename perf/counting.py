@@ -1,4 +1,4 @@
-"""What a step asks of the device: launching ops, reads that make the host wait, peak memory, compiled kernels."""
+"""Counts of what a step asks of the device: launching ops, waits of the host, peak memory, compiled kernels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _OPTIMIZER = "Optimizer.step#"
 
 
 class OpCounter(TorchDispatchMode):
-    """Counts the eager ops below autograd while it is entered: a custom op is one, views and allocations are none."""
+    """Mode that counts the eager ops below autograd: a custom op is one, views and allocations are none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class OpCounter(TorchDispatchMode):
 
 
 class Launches(NamedTuple):
-    """What one call started, by name."""
+    """Ops and kernels that one call started, by name."""
 
     ops: Counter[str]  # eager ops below autograd, and the ops that compiled graphs call; a custom op is one
     fused: Counter[str]  # calls of kernels that torch.compile generated for the CPU
@@ -66,7 +66,7 @@ class Launches(NamedTuple):
 
 
 def count_compiled_kernels(call: Callable[[], object]) -> Launches:
-    """What a call starts, be it compiled, eager or mixed; call it before, so that nothing compiles in here.
+    """Count what a call starts, be it compiled, eager or mixed; call it before, so that nothing compiles in here.
 
     The ops are read from torch's profiler, which a compiled graph runs under unchanged (it does not under a
     `TorchDispatchMode`). Kernels generated for the CPU do not show there: their calls are counted at the functions of
@@ -110,7 +110,7 @@ def _walk(event: FunctionEvent, found: Launches, in_optimizer: bool) -> None:
 
 
 def _op_of(event: FunctionEvent) -> Any:
-    """The registered op of an event, None where it is no op but a range."""
+    """Return the registered op of an event, None where it is no op but a range."""
     if not _OP.fullmatch(event.name):
         return None
     namespace, name = event.name.split("::")
@@ -162,7 +162,7 @@ def _counted_fused() -> Iterator[Counter[str]]:
 
 
 def count_syncs(call: Callable[[], object]) -> int:
-    """Times that a call makes the host wait for the GPU, as torch's debug mode sees them (no CUDA synchronize call)."""
+    """Count a call's waits for the GPU, as torch's debug mode sees them (no CUDA synchronize call)."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
@@ -176,7 +176,7 @@ def count_syncs(call: Callable[[], object]) -> int:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device, *, reserved: bool = False) -> int:
-    """Most bytes allocated at once during a call, above what was before it.
+    """Measure the most bytes allocated at once during a call, above what was before it.
 
     reserved: on a GPU all that torch holds, for calls that replay CUDA graphs, whose memory is allocated for good.
     On the CPU by torch's allocator, as its profiler reports it: without the libraries' own scratch memory.
@@ -216,7 +216,7 @@ def reserved_bytes(device: torch.device) -> int:
 
 
 def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int]]:
-    """Time and change in bytes of every allocation and release."""
+    """Yield time and change in bytes of every allocation and release."""
     stack = list(events)
     while stack:
         event = stack.pop()

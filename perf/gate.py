@@ -1,4 +1,4 @@
-"""What a bench compares and how: the cases and variants of an op, and the gate that every speed has to pass.
+"""Cases and variants of an op, and the gate that every speed has to pass.
 
 For each case every variant is compared with the float64 reference, results and gradients: its error may be `FACTOR`
 times what the plain composition loses in the same dtype, and a rounding of the result.
@@ -24,7 +24,7 @@ FACTOR = 2.0  # times the eager loss
 
 
 class Work(NamedTuple):
-    """The least an op must do: bytes to and from memory, floating-point operations; ``vector``: not as products."""
+    """The least work of an op: bytes to and from memory, floating-point operations; ``vector``: not as products."""
 
     bytes: float
     operations: float
@@ -32,7 +32,7 @@ class Work(NamedTuple):
 
 
 def total(forward: Work, backward: Work) -> Work:
-    """Of both directions together."""
+    """Add the work of both directions."""
     return Work(forward.bytes + backward.bytes, forward.operations + backward.operations, forward.vector)
 
 
@@ -80,17 +80,17 @@ class Case(NamedTuple):
 
 
 def results(outputs: Any) -> tuple[Tensor, ...]:
-    """A tensor or tuple of tensors as a tuple."""
+    """Return a tensor or tuple of tensors as a tuple."""
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 def leaves(args: Args, wanted: Sequence[int]) -> Args:
-    """The arguments with differentiable copies at the positions ``wanted``."""
+    """Return the arguments with differentiable copies at the positions ``wanted``."""
     return tuple(arg.detach().clone().requires_grad_() if at in wanted else arg for at, arg in enumerate(args))
 
 
 def differentiate(run: Run, args: Args, wanted: Sequence[int], upstream: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The results and their gradients by the arguments ``wanted``."""
+    """Return the results and their gradients by the arguments ``wanted``."""
     outs = results(run(*args))
     grads = torch.autograd.grad(outs, [args[at] for at in wanted], list(upstream))
     return (*(out.detach() for out in outs), *grads)
@@ -110,7 +110,7 @@ def poisoned(enabled: bool) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """One line for a table."""
+    """Write an error in one line, for a table."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory"
     text = " ".join(str(error).split()) or "no message"
@@ -143,7 +143,7 @@ class _Comparison:
         ]
 
     def run(self, run: Run, args: Args, same_dtype: bool) -> tuple[Tensor, ...]:
-        """Results and gradients of the compared images, out of a run on the whole batch."""
+        """Return results and gradients of the compared images, out of a run on the whole batch."""
         case, images = self.case, list(self.case.images)
         args = leaves(args, case.wanted)
         with torch.set_grad_enabled(bool(case.wanted)):
@@ -170,7 +170,7 @@ class _Comparison:
         return error.max().item(), error.square().mean().sqrt().item()
 
     def worst(self, variant: Variant) -> float:
-        """The largest error over its budget, over all results and gradients; NaN counts as infinite."""
+        """Return the largest error over its budget, of all results and gradients; NaN counts as infinite."""
         args = variant.prepare(self.args) if variant.prepare else self.args
         with poisoned(variant.ours):
             found = self.run(variant.gate or variant.run, args, variant.prepare is None)
@@ -190,7 +190,7 @@ class _Comparison:
 
 
 def check(case: Case, args: Args) -> dict[str, float | str]:
-    """The gate: for each variant its largest error over budget (green up to 1), or why it did not run."""
+    """Return for each variant its largest error over budget (green up to 1), or why it did not run."""
     comparison = _Comparison(case, args)
     found: dict[str, float | str] = {}
     for variant in case.variants:

@@ -1,4 +1,4 @@
-"""Everything a GPU can tell, in two commands for a machine that is there for fifteen minutes.
+"""All measurements on a GPU, in two commands for a machine that is there for fifteen minutes.
 
 Call 1: tests, commands and the training steps of R50 and R50-DC5 side by side, then what bounds our kernels. Call 2:
 the other benches. Nothing is timed while tests or commands run, nor while another part times something; a part that is
@@ -60,7 +60,7 @@ class Part(NamedTuple):
 
 
 def slug(text: str) -> str:
-    """Letters, digits and hyphens, for a file name."""
+    """Keep letters, digits and hyphens, for a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "none"
 
 
@@ -129,7 +129,7 @@ MINUTES = {1: 8.0, 2: 4.0}
 
 @dataclass
 class Outcome:
-    """How one part ended."""
+    """End of one part: exit code and seconds."""
 
     name: str
     state: str = "not run"  # ok, failed, timed out, nothing ran (every test was skipped), not run
@@ -158,7 +158,7 @@ class Record:
                         packed.addfile(*_as_it_is(path, results))
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
-        """results.json and README.md as of now."""
+        """Write results.json and README.md as of now."""
         content: dict[str, Any] = {"change": self.change, "prediction": self.prediction, "environment": self.facts}
         content |= {"parts": [asdict(outcome) for outcome in outcomes], "benches": self.benches}
         (self.folder / RESULTS).write_text(json.dumps(content, indent=1) + "\n")
@@ -169,7 +169,7 @@ class Record:
         )
 
     def table(self, outcomes: Sequence[Outcome]) -> str:
-        """Parts, then the cases of each bench, and how the commands ended."""
+        """Write parts, then the cases of each bench, and how the commands ended."""
         lines = [f"{part.name:<34}{part.state:<10}{part.seconds:7.1f} s of {part.limit:.0f}" for part in outcomes]
         for content in self.benches.values():
             lines += ["", *(_summary(content) if "rows" in content else _endings(content))]
@@ -185,7 +185,7 @@ def _as_it_is(path: Path, root: Path) -> tuple[tarfile.TarInfo, io.BytesIO]:
 
 
 def _summary(bench: Mapping[str, Any]) -> list[str]:
-    """For each case: the first variant's name and time; of ours the time, how many times faster, share of the bound."""
+    """List for each case the first variant's name and time; of ours time, times faster, share of the bound."""
     state = "" if bench["complete"] else ", unfinished"
     lines = [f"{bench['op']}{state}{', RED or failed' if bench['failed'] else ''}"]
     firsts: dict[tuple[str, str, str], Mapping[str, Any]] = {}
@@ -208,14 +208,14 @@ def _summary(bench: Mapping[str, Any]) -> list[str]:
 
 
 def _endings(content: Mapping[str, Any]) -> list[str]:
-    """Of each command its exit code and seconds; the last AP."""
+    """Write of each command its exit code and seconds; the last AP."""
     found = [f"{one['name']}: exit code {one['exit_code']}, {one['seconds']} s" for one in content["commands"]]
     reached = content.get("evaluations") or [{}]
     return [f"commands of {content['recipe']}: {'good' if content['good'] else 'NOT GOOD'}", *found, f"{reached[-1]}"]
 
 
 def _counts(row: Mapping[str, Any]) -> str:
-    """Of a training step: what else was found out."""
+    """Write what else was found out about a training step."""
     if row.get("images_per_s") is None:
         return ""
     text = f", {row['images_per_s']:.0f} images/s"
@@ -226,7 +226,7 @@ def _counts(row: Mapping[str, Any]) -> str:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment in which parts import the checkout without an installation."""
+    """Return the environment in which parts import the checkout without an installation."""
     paths = [str(ROOT), str(ROOT / "kernels")]
     before = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths + before), "PYTHONUNBUFFERED": "1"}
@@ -272,7 +272,7 @@ def begin_part(part: Part, log: Path, device: str, results: Path) -> subprocess.
 def run_stage(
     stage: Stage, limits: Sequence[float], logs: Sequence[Path], device: str, results: Path
 ) -> Iterator[tuple[int, Outcome]]:
-    """Run parts side by side, each to its end or its limit in seconds; gives a part's place and outcome as it ends."""
+    """Run parts side by side, each to its end or its limit in seconds; yields a part's place and outcome as it ends."""
     begin = time.monotonic()
     running: dict[int, subprocess.Popen[bytes]] = {}
     try:
@@ -305,7 +305,7 @@ def outcome_of(
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """`perf.report.environment` from a process of its own, so that this one holds no GPU memory.
+    """Return `perf.report.environment` from a process of its own, so that this one holds no GPU memory.
 
     Ends the program where the device is "cuda" and torch has none.
     """
@@ -377,7 +377,7 @@ def main(argv: Sequence[str] | None = None, calls: Mapping[int, Sequence[Stage]]
 
 
 def read_options(argv: Sequence[str] | None, calls: Mapping[int, Sequence[Stage]]) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description="GPU tests, training steps and benches, each in its own process.")
     parser.add_argument("--call", type=int, choices=tuple(calls), default=1, help="which of the two")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

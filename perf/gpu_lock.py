@@ -1,4 +1,4 @@
-"""One GPU, several processes: what is timed holds the GPU alone, while others compile on the host."""
+"""Lock of a GPU that several processes share: who measures times holds it, while others compile on the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How every bench measures: correctness gate first, then interleaved variants against the measured limits of the card.
+"""Measuring of every bench: correctness gate first, then interleaved variants against the measured limits of the card.
 
 A bench describes `Case`s; `main` runs them. If one variant of a case errs beyond its budget (`perf.gate`), no speed of
 that case is printed and the exit code is 1. A variant that raises is reported with its reason, the others go on.
@@ -57,7 +57,7 @@ class Options(NamedTuple):
 
 
 class _Clock:
-    """Times one call on a device."""
+    """Clock for one call on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -67,7 +67,7 @@ class _Clock:
             self.cycles_per_ms *= 10 / self.time(lambda: torch.cuda._sleep(int(10 * self.cycles_per_ms)), 0.1)[0]
 
     def time(self, call: Callable[[], object], lead_ms: float) -> tuple[float, float]:
-        """Milliseconds of the work and of starting it; the GPU sleeps ``lead_ms`` while the host runs ahead."""
+        """Measure milliseconds of the work and of starting it; the GPU sleeps ``lead_ms`` while the host runs ahead."""
         if not self.cuda:
             start = time.perf_counter()
             call()
@@ -90,7 +90,7 @@ class _Clock:
 def measure(
     variants: Mapping[str, Callable[[int], object]], device: torch.device, repeats: int = 20
 ) -> dict[str, Timing | str]:
-    """Times of interleaved variants, each called with 0, 1, 2, ... (which inputs to take); a reason where one failed.
+    """Time interleaved variants, each called with 0, 1, 2, ... (which inputs to take); a reason where one failed.
 
     At least 3 calls of each are not counted (1 on the CPU), and the last of these measures the peak of memory.
     """
@@ -130,7 +130,7 @@ def _timing(times: Sequence[tuple[float, float]], peak: float | None, with_host:
 
 
 def measure_ceilings(device: torch.device, repeats: int = 20) -> dict[str, float]:
-    """What the device reaches: a large copy in GB/s, large products in TFLOP/s."""
+    """Measure a large copy in GB/s and large products in TFLOP/s."""
     cuda = device.type == "cuda"
     elements, side = (1 << 28, 8192) if cuda else (1 << 24, 256)
     source = torch.rand(elements, device=device)
@@ -155,7 +155,7 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, turn: i
 
 
 def _median_rate(call: Callable[[int], object], device: torch.device, repeats: int, amount: float) -> float:
-    """``amount`` for each millisecond of the median call."""
+    """Return ``amount`` for each millisecond of the median call."""
     timing = measure({"ceiling": call}, device, repeats)["ceiling"]
     if isinstance(timing, str):
         raise RuntimeError(f"the card's limits could not be measured: {timing}")
@@ -163,7 +163,7 @@ def _median_rate(call: Callable[[int], object], device: torch.device, repeats: i
 
 
 def floor_ms(work: Work, dtype: torch.dtype, ceilings: Mapping[str, float]) -> float:
-    """The larger of the times that the bytes and the operations take at the measured limits."""
+    """Return the larger of the times that the bytes and the operations take at the measured limits."""
     product = "float32_tflops" if work.vector or dtype == torch.float32 else "bfloat16_tflops"
     if product == "float32_tflops" and not work.vector and torch.get_float32_matmul_precision() != "highest":
         product = "tf32_tflops"
@@ -171,7 +171,7 @@ def floor_ms(work: Work, dtype: torch.dtype, ceilings: Mapping[str, float]) -> f
 
 
 def run_case(case: Case, report: Report, options: Options, compiled: bool) -> None:
-    """Gate, then times of all variants in all directions, printed and added to the report."""
+    """Compare, then time all variants in all directions; prints and adds to the report."""
     torch.compiler.reset()
     variants = [v._replace(run=torch.compile(v.run, dynamic=False)) if v.compile else v for v in case.variants]
     case = case._replace(variants=[variant for variant in variants if compiled or not variant.compile])
@@ -205,7 +205,7 @@ def _ratios(gate: Mapping[str, float | str]) -> str:
 
 
 def _call(variant: Variant, case: Case, sets: Sequence[Args], direction: str) -> Callable[[int], object]:
-    """What `measure` times: the variant on one of the sets of arguments."""
+    """Return what `measure` times: the variant on one of the sets of arguments."""
     prepared = [variant.prepare(args) if variant.prepare else args for args in sets]
 
     def forward(turn: int) -> object:
@@ -228,7 +228,7 @@ def _call(variant: Variant, case: Case, sets: Sequence[Args], direction: str) ->
 def _row(
     report: Report, case: Case, direction: str, work: Work, variant: Variant, timings: Mapping[str, Timing | str]
 ) -> Row:
-    """The variant's result beside the floor and the case's first variant."""
+    """Make the variant's row beside the floor and the case's first variant."""
     timing, first = timings[variant.name], timings[case.variants[0].name]
     floor = floor_ms(work, case.dtype, report.ceilings)
     row = Row(report.op, case.name, str(case.dtype).removeprefix("torch."), direction, variant.name, floor_ms=floor)
@@ -242,7 +242,7 @@ def _row(
 
 
 def read_options(op: str, argv: Sequence[str] | None) -> Options:
-    """The command line of every bench."""
+    """Read the command line of every bench."""
     parser = argparse.ArgumentParser(description=f"Times of {op}, after a comparison with its float64 reference.")
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu")
@@ -273,7 +273,7 @@ def read_options(op: str, argv: Sequence[str] | None) -> Options:
 
 
 def _guarded(case: Case, report: Report, options: Options, elapsed: float, compiled: bool = False) -> None:
-    """One case, unless time is up; what it raises costs only itself."""
+    """Run one case, unless time is up; an error costs only this case."""
     if elapsed > options.seconds:
         report.note(f"not run, {elapsed:.0f} s had passed: {case.name} {case.dtype}")
         return

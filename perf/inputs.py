@@ -35,22 +35,22 @@ SHAPES = {  # the benches compile at the first only
 
 
 def generator(seed: int, device: torch.device) -> torch.Generator:
-    """A seeded generator of the device's own random numbers."""
+    """Return a seeded generator of the device's own random numbers."""
     return torch.Generator(device=device).manual_seed(seed)
 
 
 def normal(random: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal numbers, rounded to ``dtype``."""
+    """Draw standard normal numbers, rounded to ``dtype``."""
     return torch.randn(shape, generator=random, device=random.device).to(dtype)
 
 
 def uniform(random: torch.Generator, *shape: int) -> Tensor:
-    """Numbers in [0, 1) in fp32."""
+    """Draw numbers in [0, 1) in fp32."""
     return torch.rand(shape, generator=random, device=random.device)
 
 
 def boxes_in_cells(random: torch.Generator, shape: Shape) -> Tensor:
-    """[B, N, 4] (x0, y0, x1, y1), most of them small, some as large as the map or reaching outside it."""
+    """Draw boxes [B, N, 4] (x0, y0, x1, y1), most of them small, some as large as the map or reaching outside it."""
     size = torch.tensor([shape.width, shape.height], device=random.device, dtype=torch.float32)
     centre = uniform(random, shape.batch, shape.queries, 2) * size
     side = (0.02 + 0.9 * uniform(random, shape.batch, shape.queries, 2).square()) * size
@@ -58,7 +58,7 @@ def boxes_in_cells(random: torch.Generator, shape: Shape) -> Tensor:
 
 
 def between_kinks(position: Tensor) -> Tensor:
-    """Positions at least 0.05 away from every integer, where bilinear sampling has another slope on either side.
+    """Move positions at least 0.05 away from every integer, where bilinear sampling has another slope on either side.
 
     So near a kink the gradient is decided by rounding, and the gate would compare one side with the other.
     """
@@ -67,13 +67,13 @@ def between_kinks(position: Tensor) -> Tensor:
 
 
 def points_in_boxes(random: torch.Generator, shape: Shape, points: int, bins: int) -> Tensor:
-    """[B, N, P, 2] (x, y) in [-1, 1] of the box, none at the centre of a bin."""
+    """Draw points [B, N, P, 2] (x, y) in [-1, 1] of the box, none at the centre of a bin."""
     position = uniform(random, shape.batch, shape.queries, points, 2) * (bins - 1)
     return (2 * between_kinks(position) + 1) / bins - 1
 
 
 def covered(boxes: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Cells of the map that each box covers along (y, x), at least 1: [B, N] each."""
+    """Count the cells of the map that each box covers along (y, x), at least 1: [B, N] each."""
     x0, y0, x1, y1 = boxes.unbind(-1)
     rows = y1.clamp(0, shape.height) - y0.clamp(0, shape.height)
     columns = x1.clamp(0, shape.width) - x0.clamp(0, shape.width)
@@ -81,7 +81,7 @@ def covered(boxes: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def valid_sizes(random: torch.Generator, shape: Shape) -> Tensor:
-    """[B, 2] int64 (h, w) between 60 % and all of the map; the first image fills it."""
+    """Draw [B, 2] int64 (h, w) between 60 % and all of the map; the first image fills it."""
     size = torch.tensor([shape.height, shape.width], device=random.device)
     sizes = ((0.6 + 0.4 * uniform(random, shape.batch, 2)) * size).ceil().long()
     sizes[0] = size
@@ -89,27 +89,27 @@ def valid_sizes(random: torch.Generator, shape: Shape) -> Tensor:
 
 
 def element_bytes(dtype: torch.dtype) -> int:
-    """Bytes of one element."""
+    """Return the bytes of one element."""
     return torch.finfo(dtype).bits // 8
 
 
 def to_fp32(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same arguments with every floating tensor in fp32: what the published model lives in."""
+    """Cast every floating tensor to fp32, the published model's dtype."""
     return cast(args, torch.float32)
 
 
 def cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-    """The same arguments with every floating tensor in ``dtype``."""
+    """Cast every floating tensor to ``dtype``."""
     return tuple(arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
 
 
 def object_classes(recipe: Recipe) -> int:
-    """How many of a recipe's class logits are objects: with softmax the last one is none."""
+    """Return how many of a recipe's class logits are objects: with softmax the last one is none."""
     return recipe.model.num_classes - int(recipe.loss.classification == "softmax")
 
 
 def training_batch(images: int, height: int, width: int, *, classes: int, seed: int = 0, least: float = 0.8) -> Batch:
-    """A batch on the host, padded to height x width, with about 7 objects an image as in COCO, padded to `MAX_TARGETS`.
+    """Make a batch on the host, padded to height x width, with about 7 objects an image, padded to `MAX_TARGETS`.
 
     Sides are ``least`` to all of the padded ones; the first image fills it. At least one object in every image.
     classes: that an object can have, of a recipe its `object_classes`.

@@ -80,7 +80,7 @@ def profiled(file: Path, times: int, arguments: Sequence[str]) -> int:
 
 
 def table(file: Path, times: int) -> str:
-    """The medians of every kernel and case, in order; a case launches each of its kernels ``times`` times."""
+    """Write the medians of every kernel and case, in order; a case launches each of its kernels ``times`` times."""
     lines = [line for line in file.read_text(errors="replace").splitlines() if line.startswith('"')]
     rows = [row for row in csv.DictReader(lines) if row["ID"]]  # the row after the names holds units: ns, %
     found: dict[str, list[dict[str, str]]] = {}

@@ -28,7 +28,7 @@ BILINEAR_IN_ZEROS = (0, 0, True)  # what cuDNN samples: interpolation, padding, 
 
 @dataclass
 class Part:
-    """What a step, or a phase of one, asked of the GPU, and how long the host took to ask."""
+    """Requests of a step, or of a phase, to the GPU, and the host's time to make them."""
 
     launches: int  # by the host: a CUDA graph is one
     kinds: dict[str, int]  # the launches by one of `null_library.KINDS`
@@ -58,7 +58,7 @@ class Part:
 
 @dataclass
 class StepCounts(Part):
-    """A step of one recipe in one way. ``refused`` holds the start-up's too; ``host_ms`` is a median of steps."""
+    """Requests of a recipe's step in one way. ``refused`` holds the start-up's too, ``host_ms`` is a median."""
 
     recipe: str
     way: str
@@ -72,7 +72,7 @@ class StepCounts(Part):
 
 @contextmanager
 def grid_sample_without_cudnn() -> Iterator[None]:
-    """Within the context the library is spared the calls of cuDNN that `grid_sample` makes, which it does not answer.
+    """Keep `grid_sample` from calling cuDNN, whose sampler the library does not answer, within the context.
 
     Torch's own kernel takes their place, with one launch instead of one call.
     """
@@ -125,7 +125,7 @@ def count_step(recipe: Recipe, batch: Batch, way: str) -> StepCounts:
 
 
 def count_one(side: Side) -> tuple[Part, int]:
-    """Count a step; what it asked, and the most bytes at its time."""
+    """Count a step: its requests, and the most bytes at its time."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     null_library.reset()
@@ -151,7 +151,7 @@ def count_phases(side: Side) -> dict[str, Part]:
 
 
 def host_ms(side: Side) -> float:
-    """Median milliseconds in which the host starts a step."""
+    """Measure the median milliseconds in which the host starts a step."""
     times = []
     for _ in range(TIMED_STEPS):
         begin = time.perf_counter()

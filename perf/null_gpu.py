@@ -41,7 +41,7 @@ NAME, WAY = 34, 16  # characters of the first two columns
 
 @dataclass
 class Counted:
-    """Everything one call found out, as its JSON file has it."""
+    """Results of one call, as its JSON file has them."""
 
     environment: dict[str, Any]
     batch: int
@@ -81,13 +81,13 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def height_and_width(text: str) -> tuple[int, int]:
-    """Read "800x1216". Raises ValueError, of which argparse makes a sentence."""
+    """Read "800x1216". Raises ValueError, which argparse reports."""
     height, width = map(int, text.split("x"))
     return height, width
 
 
 def count_all(options: argparse.Namespace) -> Counted:
-    """Count the recipes one by one, and print each as it is done; what one raises costs only itself."""
+    """Count the recipes one by one, and print each as it is done; an error costs only its recipe."""
     # torch is loaded here, by a process that is on the null GPU
     from perf.inputs import object_classes, training_batch
     from perf.null_counts import count_step, free_memory
@@ -153,7 +153,7 @@ def phases_table(rows: Sequence[StepCounts]) -> str:
 
 
 def faults(row: StepCounts) -> list[str]:
-    """Say in sentences what makes a step's host wait, and what was refused."""
+    """List what makes a step's host wait, and what was refused."""
     waits = [f"{row.recipe} waits: {call} ({number})" for call, number in row.waits.items()]
     return waits + [f"{row.recipe}: {call}" for call in row.refused]
 

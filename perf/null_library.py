@@ -37,7 +37,7 @@ class NullGpuError(SamdetrError):
 
 
 class Counts(NamedTuple):
-    """What was asked of the library in some time, without what only a capture recorded."""
+    """Requests to the library since a reset, without those that only a capture recorded."""
 
     launches: dict[str, int]  # by one of `KINDS`; a CUDA graph is one
     nodes: int  # of the CUDA graphs that were launched: kernels, copies and fills

@@ -1,4 +1,4 @@
-"""A profile of a recipe's training step: Chrome trace, top kernels, and on a GPU the gaps between them.
+"""Profile of a recipe's training step: Chrome trace, top kernels, and on a GPU the gaps between them.
 
     python perf/profile_step.py recipes/r50_12ep.toml --batch 4 --height 640 --width 864 --out profile
 

@@ -32,7 +32,7 @@ SIZE = (800, 1216)
 
 
 class Way(NamedTuple):
-    """What beside the recipe decides what is compiled."""
+    """Settings beside the recipe that decide what is compiled."""
 
     precision: str  # of products, a dtype of torch
     matmul: str = "highest"  # torch's precision of float32 products
@@ -51,7 +51,7 @@ WAYS = (
 
 @contextmanager
 def recorded() -> Iterator[set[str]]:
-    """Within the context kernels of ours are not run; each compilation is added to the set, a line of the list."""
+    """Keep our kernels from running within the context; each compilation is added to the set, a line of the list."""
     from triton import knobs
 
     found: set[str] = set()

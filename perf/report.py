@@ -1,4 +1,4 @@
-"""What a measurement is reported with: the machine and versions, result rows, the table and the JSON file."""
+"""Report of a measurement: machine and versions, result rows, the table and the JSON file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass
 class Report:
-    """Everything one bench found out; `write` is called after every case."""
+    """Results of one bench; `write` is called after every case."""
 
     op: str
     environment: dict[str, Any]
@@ -76,7 +76,7 @@ class Report:
 
 
 def run_text(command: list[str]) -> str:
-    """Standard output of a short command, empty if it cannot be had."""
+    """Return the standard output of a short command, empty if it fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -85,7 +85,7 @@ def run_text(command: list[str]) -> str:
 
 
 def commit() -> str:
-    """The checked-out commit, with "-dirty" if tracked or new files differ from it."""
+    """Return the checked-out commit, with "-dirty" if tracked or new files differ from it."""
     if known := os.environ.get(COMMIT_VARIABLE):
         return known
     head = run_text(["git", "rev-parse", "HEAD"])
@@ -93,7 +93,7 @@ def commit() -> str:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Device, driver, versions, commit and date, for the head of a record."""
+    """Collect device, driver, versions, commit and date, for the head of a record."""
     facts: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
@@ -125,7 +125,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def nvidia_smi(query: str) -> str:
-    """The answer for the first GPU, "unknown" where there is no such tool."""
+    """Ask nvidia-smi about the first GPU; "unknown" where there is no such tool."""
     if not shutil.which("nvidia-smi"):
         return "unknown"
     answer = run_text(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"])
@@ -133,12 +133,12 @@ def nvidia_smi(query: str) -> str:
 
 
 def number(value: float | None, places: int = 3) -> str:
-    """For a column of a table; what was not measured is a dash."""
+    """Format a number for a table; None, not measured, is a dash."""
     return "-" if value is None else f"{value:.{places}f}"
 
 
 def table(rows: list[Row]) -> str:
-    """Rows of one case and direction, as text."""
+    """Write rows of one case and direction as text."""
     first = rows[0]
     floor = f"floor {number(first.floor_ms, 4)} ms" if first.floor_ms is not None else ""
     lines = [f"{first.op}  {first.case}  {first.dtype}  {first.direction}  {floor}"]

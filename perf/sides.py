@@ -50,7 +50,7 @@ class Side(NamedTuple):
     recorded: bool = False  # whether CUDA graphs hold its gradients
 
     def state_bytes(self) -> int:
-        """Parameters, buffers and the optimizer's state (after its first step); no gradients."""
+        """Sum parameters, buffers and the optimizer's state (after its first step); no gradients."""
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
         tensors = [*self.model.parameters(), *self.model.buffers(), *(x for x in moments if isinstance(x, Tensor))]
         return sum(tensor.nbytes for tensor in tensors)
@@ -65,7 +65,7 @@ def build_ours(
     compute: Compute = EXACT,
     note: Callable[[str], None] = print,
 ) -> Side:
-    """The engine's `train_step` on a model that is on the device, with batches as the prefetcher gives them.
+    """Build the engine's `train_step` on a model that is on the device, with batches as the prefetcher gives them.
 
     compute: what `prepare_step` compiles and records; the batches have one shape. ``note`` hears what it says.
     """
@@ -115,7 +115,7 @@ def build_ours(
 
 
 def build_baseline(recipe: Recipe, model: SAMDETR, batches: Sequence[Batch], device: torch.device) -> Side:
-    """The published step with the weights of our model. Raises RecipeError where nothing like it was published."""
+    """Build the published step with our model's weights. Raises RecipeError where nothing like it was published."""
     baseline = BaselineSAMDETR(recipe.model)
     baseline.load_from(model)
     baseline.to(device).train()
@@ -151,18 +151,18 @@ def build_baseline(recipe: Recipe, model: SAMDETR, batches: Sequence[Batch], dev
 
 
 def build_model_on(recipe: Recipe, device: torch.device) -> SAMDETR:
-    """The recipe's model with random weights of a fixed seed, in training mode."""
+    """Build the recipe's model with random weights of a fixed seed, in training mode."""
     torch.manual_seed(recipe.run.seed)
     return build_model(recipe.model).to(device).train()
 
 
 def pinned(batch: Batch) -> Batch:
-    """The batch in page-locked memory, as the loader gives it."""
+    """Copy the batch to page-locked memory, where the loader has it."""
     return batch._replace(images=batch.images.pin_memory(), numbers=batch.numbers.pin_memory())
 
 
 def first_images(batch: Batch, count: int) -> Batch:
-    """The first images of a batch."""
+    """Return the first images of a batch."""
     targets = Targets(*(part[:count] for part in batch.targets))
     return Batch.of(
         batch.images[:count], batch.image_sizes[:count], targets, batch.image_ids[:count], batch.original_sizes[:count]

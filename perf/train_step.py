@@ -74,7 +74,7 @@ class StepRow(Row):
 
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description="Times of a recipe's training step, after a comparison of losses.")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--batch", type=int, nargs="+", default=[4], help="one size or several")
@@ -99,7 +99,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(recipe: Recipe, batch: Batch, device: torch.device, precision: torch.dtype) -> dict[str, float]:
-    """The gate: relative differences of one step's losses and gradient norm, both sides without dropout or TF32.
+    """Compare one step's losses and gradient norm, both sides without dropout or TF32: relative differences.
 
     Ours computes in ``precision``, the published side in float32. Raises RecipeError where nothing like the recipe was
     published.
@@ -138,7 +138,7 @@ def pass_gate(recipe: Recipe, batch: Batch, device: torch.device, report: Report
 def take_turns(
     sides: Sequence[Side], device: torch.device, turns: int, group: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Milliseconds of a step, by the clock and of processor time, for every turn of every side but the first."""
+    """Measure milliseconds of a step, by the clock and of processor time, in every turn of every side but the first."""
     times: dict[str, list[tuple[float, float]]] = {side.name: [] for side in sides}
     for turn in range(1 + turns):
         for side in sides:
@@ -154,7 +154,7 @@ def take_turns(
 
 
 def time_phases(sides: Sequence[Side], device: torch.device, turns: int) -> list[dict[str, float]]:
-    """Median milliseconds of each phase, of each side."""
+    """Measure median milliseconds of each phase, of each side."""
     times: list[dict[str, list[float]]] = [{} for _ in sides]
     for turn in range(turns):
         for side, found in zip(sides, times, strict=True):
@@ -173,13 +173,13 @@ def time_phases(sides: Sequence[Side], device: torch.device, turns: int) -> list
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all it was given."""
+    """Wait until the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def describe(side: Side, row: StepRow, device: torch.device) -> None:
-    """Fill in what is counted. The side has taken its first steps."""
+    """Fill in the counts. The side has taken its first steps."""
 
     def step() -> object:
         return side.step(0)
@@ -196,7 +196,7 @@ def describe(side: Side, row: StepRow, device: torch.device) -> None:
 
 
 def table(rows: Sequence[StepRow], useful: float) -> str:
-    """All rows with what was measured of them."""
+    """Write all rows as a table."""
     head = ("images/s", "ms", "p20", "p80", "cpu ms", "host ms", "launches", "syncs", "state MB", "peak MB", "faster")
     lines = [
         f"useful pixels {useful:.0%}",
@@ -220,7 +220,7 @@ def _named(row: StepRow) -> str:
 
 
 class Measurement:
-    """The sides of one command, each with its row; a row is in the report from the moment its side is begun."""
+    """Sides of one command, each with its row; a row is in the report from the moment its side is begun."""
 
     def __init__(self, recipe: Recipe, options: argparse.Namespace, report: Report, write: Callable[[], None]) -> None:
         self.recipe, self.options, self.report, self.write = recipe, options, report, write
@@ -229,7 +229,7 @@ class Measurement:
         self.baseline: tuple[Side, StepRow] | None = None
 
     def row(self, batches: Sequence[Batch], dtype: str, variant: str) -> StepRow:
-        """A new row of the report."""
+        """Add a row to the report."""
         batch, _, height, width = batches[0].images.shape
         row = StepRow(self.report.op, f"{height}x{width} batch {batch}", dtype, "step", variant, problem="not timed")
         self.report.rows.append(row)
@@ -264,7 +264,7 @@ class Measurement:
 
     @contextmanager
     def failing(self, row: StepRow) -> Iterator[None]:
-        """Note what the context raises as the row's problem; write the report at its end."""
+        """Note an error within the context as the row's problem; write the report at its end."""
         try:
             yield
         except (SamdetrError, RuntimeError) as error:
@@ -315,7 +315,7 @@ class Measurement:
 
     @gpu_alone()
     def count(self) -> None:
-        """Counts, and times of phases, of all sides."""
+        """Count, and time phases, of all sides."""
         for side, row in self.sides:
             describe(side, row, self.device)
             self.write()

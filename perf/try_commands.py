@@ -1,4 +1,4 @@
-"""Use the commands as a person does: train, stop by a signal, continue, evaluate, predict, export; exit codes checked.
+"""Use the commands as a person does: train, stop by a signal, continue, evaluate, predict, export; check exit codes.
 
     python perf/try_commands.py recipes/quickstart.toml --device cuda [--set train.epochs=1 ...] [--json FILE]
 
@@ -25,7 +25,7 @@ LIMIT, PATIENCE = 400.0, 20.0  # seconds of one command, and for its end
 
 
 class Samdetr(NamedTuple):
-    """How a process comes to be ``samdetr``."""
+    """Command line and environment of ``samdetr``."""
 
     words: tuple[str, ...] = (sys.executable, "-c", START)  # before its arguments
     environment: Mapping[str, str] | None = None  # None: that of this process
@@ -69,7 +69,7 @@ def finish(name: str, process: subprocess.Popen[bytes], begin: float, log: Path,
 
 
 def run(name: str, arguments: Sequence[str], log: Path, samdetr: Samdetr, wanted: int = 0) -> Ended:
-    """One command from its start to its end."""
+    """Run one command from its start to its end."""
     begin = time.monotonic()
     return finish(name, start(arguments, log, samdetr), begin, log, wanted)
 
@@ -94,7 +94,7 @@ def try_all(
     samdetr: Samdetr = SAMDETR,
     after: Callable[[list[Ended]], None] = lambda ended: None,
 ) -> tuple[list[Ended], dict[str, object]]:
-    """All commands in order, until one ends otherwise than it should; what metrics.jsonl says of the evaluations.
+    """Run all commands in order, until one ends otherwise than it should; returns the evaluations in metrics.jsonl.
 
     ``after`` hears of the commands so far whenever one has ended.
     """
@@ -128,7 +128,7 @@ def try_all(
 
 
 def draw_pictures(folder: Path) -> None:
-    """Two pictures of noise to predict on."""
+    """Write two pictures of noise to predict on."""
     import numpy as np
     from PIL import Image
 

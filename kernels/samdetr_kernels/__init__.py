@@ -8,7 +8,6 @@ from samdetr_kernels.deformable_attention import deformable_attention, deformabl
 from samdetr_kernels.launch import force_reference
 from samdetr_kernels.linear_assignment import linear_assignment, linear_assignment_reference
 from samdetr_kernels.roi_align import roi_align, roi_align_reference
-from samdetr_kernels.roi_pool import roi_pool, roi_pool_reference
 from samdetr_kernels.salient_cross_attention import salient_cross_attention, salient_cross_attention_reference
 from samdetr_kernels.salient_points import salient_points, salient_points_reference
 
@@ -20,8 +19,6 @@ __all__ = [
     "linear_assignment_reference",
     "roi_align",
     "roi_align_reference",
-    "roi_pool",
-    "roi_pool_reference",
     "salient_cross_attention",
     "salient_cross_attention_reference",
     "salient_points",

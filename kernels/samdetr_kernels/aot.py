@@ -28,7 +28,7 @@ TENSOR_MEMORY = 512  # columns that a program may ask for, where there are any
 
 
 class Limits(NamedTuple):
-    """What one SM and one program have (CUDA C++ programming guide, table of compute capabilities)."""
+    """Resources of one SM and one program (CUDA C++ programming guide, table of compute capabilities)."""
 
     warps: int
     shared_bytes: int
@@ -60,22 +60,22 @@ class Compilation(NamedTuple):
 
     @property
     def op(self) -> str:
-        """The op that launches it."""
-        return self.module.removesuffix("_kernels")
+        """Name of the op that launches it."""
+        return self.module.removesuffix("_kernels").removesuffix("_backward")
 
     def function(self) -> Any:
         """Import the kernel. Raises AttributeError where there is none of this name."""
         return getattr(importlib.import_module(f"samdetr_kernels.{self.module}"), self.kernel)
 
     def describe(self) -> str:
-        """Say what tells it from other compilations of its kernel: pointers' types, constants, warps, stages."""
+        """Write what tells it from other compilations of its kernel: pointers' types, constants, warps, stages."""
         pointers = sorted({kind[1:] for kind in self.types.values() if kind.startswith(("*fp", "*bf"))})
         constants = [f"{name}={value}" for name, value in self.constants.items()]
         return " ".join(["/".join(pointers), *constants, f"warps={self.warps}", f"stages={self.stages}"])
 
 
 class Report(NamedTuple):
-    """What the assembler says of one kernel on one target; all numbers are 0 where it does not compile."""
+    """Row of the table: one kernel on one target; all numbers are 0 where it does not compile."""
 
     op: str
     kernel: str
@@ -128,7 +128,7 @@ def _fault(spilled: int, shared: int, tensor_memory: int, limits: Limits) -> str
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of local memory a thread: a kernel without arrays has none unless it spills."""
+    """Read registers and bytes of local memory a thread; without arrays a kernel has such memory only if it spills."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -157,7 +157,7 @@ def _occupancy(registers: int, shared: int, warps: int, limits: Limits) -> float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command; returns its exit code."""
     compilations, targets = read_list(), list(SM_LIMITS)
     ops = sorted({compilation.op for compilation in compilations})
     parser = argparse.ArgumentParser(prog="python -m samdetr_kernels.aot", description=__doc__.split("\n")[0])
@@ -167,8 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 is set: unset it, the interpreter cannot compile")
-    print("| op | kernel | sm | tile | registers | spilled bytes | shared bytes | occupancy | fault |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(f"| {' | '.join(Report._fields)} |\n{'|---' * len(Report._fields)}|".replace("_", " "))
     table = []
     for compilation in compilations:
         for target in options.targets if compilation.op in options.only else []:

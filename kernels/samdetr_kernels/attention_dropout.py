@@ -1,4 +1,4 @@
-"""Which weights attention's dropout keeps: a hash of (seed, image, head, query, cell), compared with the share to drop.
+"""Dropout of attention: a hash of (seed, image, head, query, cell) decides which weights are kept.
 
 Counter-based, so that forward, backward and reference agree whatever the tiles are and a seed repeats a run. The hash
 is Wellons' lowbias32 (two multiplications, three shifts), chained over seed, image, head and query, once more for the
@@ -21,19 +21,19 @@ def _signed(number: int) -> int:
 
 
 def threshold_of(dropout: float) -> int:
-    """Hashes (as int32) below it are dropped."""
+    """Return the number below which a hash (as int32) is dropped."""
     return min(round(dropout * 2**32), 2**32 - 1) - 2**31
 
 
 def _mix_reference(x: Tensor) -> Tensor:
-    """lowbias32 of int32, whose products wrap around."""
+    """Compute lowbias32 of int32, whose products wrap around."""
     x = (x ^ ((x >> 16) & 0xFFFF)) * MIX_1
     x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(MIX_2)
     return x ^ ((x >> 16) & 0xFFFF)
 
 
 def dropout_mask(seed: Tensor, dropout: float, image: int, heads: int, queries: int, cells: int) -> Tensor:
-    """Which weights of image number ``image`` the op keeps: [heads, queries, cells] bool. ``seed`` as for the op."""
+    """Compute which weights of image number ``image`` are kept: [heads, queries, cells] bool. seed: one int64."""
     head, query, cell = (torch.arange(n, dtype=torch.int32, device=seed.device) for n in (heads, queries, cells))
     seed, golden = seed.reshape(()).long(), _signed(GOLDEN)
     key = _mix_reference(_mix_reference(seed.to(torch.int32) + golden) ^ (seed >> 32).to(torch.int32))
@@ -47,7 +47,7 @@ def dropout_mask(seed: Tensor, dropout: float, image: int, heads: int, queries: 
 
 @triton.jit
 def _mix(x):  # type: ignore[no-untyped-def]
-    """lowbias32 of uint32."""
+    """Compute lowbias32 of uint32."""
     x = (x ^ (x >> 16)) * _MIX_1
     x = (x ^ (x >> 15)) * _MIX_2
     return x ^ (x >> 16)
@@ -55,7 +55,7 @@ def _mix(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def row_keys(p_seed, i_b, i_m, o_n):  # type: ignore[no-untyped-def]
-    """What the dropout of one row's cells starts from; two hashes of the row, so that rows do not share a sequence."""
+    """Hash rows, twice so that rows do not share a sequence: the keys of `kept`. p_seed: one int64."""
     seed = tl.load(p_seed)
     key = _mix(_mix(seed.to(tl.uint32) + _GOLDEN) ^ (seed >> 32).to(tl.uint32))
     key = _mix(_mix(key ^ i_b.to(tl.uint32)) ^ i_m.to(tl.uint32))
@@ -64,7 +64,7 @@ def row_keys(p_seed, i_b, i_m, o_n):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def kept(b_keys, o_s, threshold):  # type: ignore[no-untyped-def]
-    """Whether dropout keeps the weights of cells ``o_s`` in rows ``b_keys``, which broadcast."""
+    """Tell whether the weights of cells ``o_s`` in rows ``b_keys`` are kept; they broadcast."""
     x = b_keys ^ (o_s.to(tl.uint32) * _GOLDEN)
     x = (x ^ (x >> 16)) * _MIX_1
     x = (x ^ (x >> 15)) * _MIX_2

@@ -26,7 +26,7 @@ _CANDIDATES = tl.constexpr(CANDIDATES)
 
 
 def bin_weights(low: Tensor, high: Tensor, cells: int, bins: int, valid: Tensor | None = None) -> Tensor:
-    """The matrix ``A`` of one axis.
+    """Compute the matrix ``A`` of one axis.
 
     low, high: [B, N] edges of the boxes in cells, float. valid: [B] number of cells that exist in each map
     (default: all ``cells``; clamped to [0, cells]); the rest weigh zero. Returns [B, N, bins, cells] in the dtype of
@@ -63,7 +63,7 @@ def bin_weights(low: Tensor, high: Tensor, cells: int, bins: int, valid: Tensor 
 def box_weights(
     boxes: Tensor, height: int, width: int, bins: int, valid_sizes: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """``A_y`` [B, N, bins, H] and ``A_x`` [B, N, bins, W] of (x0, y0, x1, y1) boxes, in ``dtype``."""
+    """Compute ``A_y`` [B, N, bins, H] and ``A_x`` [B, N, bins, W] of (x0, y0, x1, y1) boxes, in ``dtype``."""
     x0, y0, x1, y1 = boxes.to(dtype).unbind(-1)
     valid_y, valid_x = (None, None) if valid_sizes is None else valid_sizes.unbind(-1)
     return bin_weights(y0, y1, height, bins, valid_y), bin_weights(x0, x1, width, bins, valid_x)
@@ -71,7 +71,7 @@ def box_weights(
 
 @triton.jit
 def axis_weight(low, high, bin_number, cell, extent, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """An element of ``A`` in fp32: arguments broadcast against each other; all but ``extent`` and BINS are fp32.
+    """Compute elements of ``A`` in fp32: arguments broadcast; all but ``extent`` and BINS are fp32.
 
     low, high: the box's edges. bin_number: row of ``A``, anything outside [0, BINS) gives 0. cell: column of ``A``.
     extent: integer, cells that exist.
@@ -97,7 +97,7 @@ def axis_weight(low, high, bin_number, cell, extent, BINS: tl.constexpr):  # typ
 
 @triton.jit
 def axis_range(low, high, first_bin, last_bin, extent, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The cells [begin, end) outside which `axis_weight` is 0 for the bins first_bin .. last_bin (fp32), int32."""
+    """Return the cells [begin, end), int32, outside which `axis_weight` is 0 for bins first_bin .. last_bin (fp32)."""
     start = low - 0.5
     side = (high - 0.5) - start
     bin_size = tl.div_rn(side, BINS * 1.0)
@@ -111,14 +111,14 @@ def axis_range(low, high, first_bin, last_bin, extent, BINS: tl.constexpr):  # t
 
 @triton.jit
 def point_weight(low, high, coordinate, cell, extent, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``tent(p)^T A`` at one cell; arguments as for `axis_weight`, coordinate in [-1, 1] of the box."""
+    """Compute ``tent(p)^T A`` at one cell; arguments as for `axis_weight`, coordinate in [-1, 1] of the box."""
     weight, _slope = point_weight_and_slope(low, high, coordinate, cell, extent, BINS)
     return weight
 
 
 @triton.jit
 def point_weight_and_slope(low, high, coordinate, cell, extent, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`point_weight` and its derivative by the coordinate."""
+    """Compute `point_weight` and its derivative by the coordinate."""
     position = ((coordinate + 1.0) * BINS - 1.0) * 0.5
     # there every weight is 0; without the limits an infinite point would give inf - inf. NaN passes
     position = tl.where(position < -2.0, -2.0, tl.where(position > BINS + 1.0, BINS + 1.0, position))
@@ -130,7 +130,7 @@ def point_weight_and_slope(low, high, coordinate, cell, extent, BINS: tl.constex
 
 @triton.jit
 def point_range(low, high, coordinate, extent, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The cells [begin, end) that a point's bilinear sample of the bins reads."""
+    """Return the cells [begin, end) that a point's bilinear sample of the bins reads."""
     bin_before = tl.floor(((coordinate + 1.0) * BINS - 1.0) * 0.5)
     first = tl.minimum(tl.maximum(bin_before, 0.0), BINS * 1.0)
     last = tl.maximum(tl.minimum(bin_before + 1.0, BINS - 1.0), -1.0)
@@ -139,7 +139,7 @@ def point_range(low, high, coordinate, extent, BINS: tl.constexpr):  # type: ign
 
 @triton.jit
 def load_box(p_box):  # type: ignore[no-untyped-def]
-    """The edges x0, y0, x1, y1 in fp32."""
+    """Load the edges x0, y0, x1, y1 in fp32. p_box: one box [4] of any floating dtype."""
     x0, y0 = tl.load(p_box).to(tl.float32), tl.load(p_box + 1).to(tl.float32)
     x1, y1 = tl.load(p_box + 2).to(tl.float32), tl.load(p_box + 3).to(tl.float32)
     return x0, y0, x1, y1
@@ -147,14 +147,17 @@ def load_box(p_box):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def not_finite(x0, y0, x1, y1):  # type: ignore[no-untyped-def]
-    """0, or NaN where a side of the box is not finite: what sums start from."""
+    """Return 0, or NaN where a side of the box is not finite; sums start from it."""
     side_x, side_y = x1 - x0, y1 - y0
     return (side_x - side_x) + (side_y - side_y)
 
 
 @triton.jit
 def load_extent(valid_sizes, i_image, H, W):  # type: ignore[no-untyped-def]
-    """The rows and columns of the image's map that exist, int32; ``valid_sizes`` [B, 2], clamped, or None."""
+    """Load the rows and columns of the image's map that exist, clamped, int32.
+
+    valid_sizes: [B, 2] (h, w) of any integer dtype, or None: all.
+    """
     height, width = H, W
     if valid_sizes is not None:
         height, width = tl.load(valid_sizes + i_image * 2), tl.load(valid_sizes + i_image * 2 + 1)
@@ -165,7 +168,7 @@ def load_extent(valid_sizes, i_image, H, W):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def weighted_sum(weights, values, accumulator, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """accumulator + weights @ values, with fp32 weights and values of any dtype.
+    """Compute accumulator + weights @ values, with fp32 weights and values of any dtype.
 
     Beside half-precision values a weight is two terms of that dtype, so that only the values' rounding is felt.
     """
@@ -191,5 +194,5 @@ def check_inputs(op: str, features: Tensor, boxes: Tensor, valid_sizes: Tensor |
 
 
 def compute_dtype(features: Tensor) -> torch.dtype:
-    """fp32 accumulation for half precision; float64 stays float64."""
+    """Return the dtype to compute in: fp32 for half precision, else the features' own."""
     return torch.promote_types(features.dtype, torch.float32)

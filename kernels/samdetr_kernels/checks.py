@@ -1,4 +1,4 @@
-"""What every op asks of its tensors before anything runs."""
+"""Checks that ops make of their tensors before anything runs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_integer(tensor: Tensor) -> bool:
-    """Whether the tensor holds whole numbers, truth values not being such."""
+    """Tell whether the tensor's dtype is an integer; bool is not."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def check_devices(op: str, first: Tensor, others: Mapping[str, Tensor | None]) -> None:
-    """Raise a ValueError that names the first of the other tensors which is not where ``first`` is."""
+    """Raise a ValueError that names the first of the others that is not on the device of ``first``."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
             raise ValueError(f"{op}: {name} must be on {first.device}, got {describe(tensor)}")
 
 
 def describe(tensor: Tensor) -> str:
-    """Dtype, shape and device, for a message."""
+    """Write dtype, shape and device, for a message."""
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"

@@ -1,4 +1,4 @@
-"""How the ops start their Triton kernels, and the switch that makes them run their references instead.
+"""Launching of Triton kernels, and the switch that makes ops run their references instead.
 
 Every launch goes through `launch`, so that one place selects the tensor's device.
 """
@@ -41,21 +41,25 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: Sequence[A
 
 
 def force_reference(enabled: bool) -> None:
-    """Whether ops on a GPU run their plain-torch reference instead of their Triton kernel, from now on."""
+    """Make ops on a GPU run their plain-torch reference instead of their Triton kernel, or no longer."""
     global _reference_forced
     _reference_forced = enabled
 
 
 def reference_forced() -> bool:
-    """What `force_reference` was last told."""
+    """Tell whether `force_reference` is on."""
     return _reference_forced
 
 
-def outside_autocast(reference: Callable[P, R]) -> Callable[P, R]:
-    """A reference whose products keep the dtype of its tensors: autocast reaches into custom ops and would round them.
+def runs_reference(tensor: Tensor) -> bool:
+    """Tell whether a GPU runs the reference of an op with such a tensor: the kernels have no float64."""
+    return _reference_forced or tensor.dtype == torch.float64
 
-    The forward's products would then differ from the backward's, which autocast does not reach. The first argument
-    must be a tensor.
+
+def outside_autocast(reference: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a reference so that its products keep the dtype of its tensors; its first argument must be a tensor.
+
+    Autocast reaches into custom ops and would round products of the forward, but not those of the backward.
     """
 
     @wraps(reference)
@@ -69,13 +73,23 @@ def outside_autocast(reference: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def in_autocast_dtype(*tensors: Tensor) -> Sequence[Tensor]:
+    """Cast tensors to autocast's dtype where it is on; float64 stays, as everywhere under autocast."""
+    device = tensors[0].device.type
+    # the meta device has no autocast; torch.compile of torch 2.11 cannot ask whether a device has
+    if tensors[0].is_meta or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
+
+
 def next_power_of_2(number: int) -> int:
-    """The smallest power of two that is at least ``number``, for ``number`` >= 1."""
+    """Return the smallest power of two that is at least ``number``, for ``number`` >= 1."""
     return 1 << (number - 1).bit_length()
 
 
 def float32_precision(dtype: torch.dtype) -> str:
-    """Triton's ``input_precision`` of products: exact, unless the user allowed TF32 in torch for fp32 tensors."""
+    """Return Triton's ``input_precision`` of products: exact, unless torch is allowed TF32 for fp32 tensors."""
     # torch's older settings set this too, but reading them raises once this was set
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed and dtype == torch.float32 else "ieee"

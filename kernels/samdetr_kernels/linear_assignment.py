@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from samdetr_kernels.checks import DTYPES, check_devices, describe, is_integer
 from samdetr_kernels.launch import Tile, launch, next_power_of_2, reference_forced
@@ -42,7 +43,7 @@ _FLAG, _NO_KEY = tl.constexpr(1 << 26), tl.constexpr(1 << 27)
 
 
 def linear_assignment_reference(cost: Tensor, n_targets: Tensor) -> tuple[Tensor, Tensor]:
-    """scipy on the host, with the signature and result of `linear_assignment`: one transfer there, two back."""
+    """Run scipy on the host, with the signature and result of `linear_assignment`: one transfer there, two back."""
     problems, _, targets = cost.shape
     on_host = cost.detach().cpu().double().numpy()
     counts = n_targets.cpu().long().clamp(0, targets).tolist()
@@ -61,15 +62,15 @@ def linear_assignment_reference(cost: Tensor, n_targets: Tensor) -> tuple[Tensor
 # T changes with every batch: one compilation serves all, also within a graph capture
 @triton.jit(do_not_specialize=["T"])
 def _linear_assignment_kernel(  # type: ignore[no-untyped-def]
-    cost,  # [P, T, Q]
-    n_targets,  # [P] integer
+    cost,  # [P, T, Q] fp16, bf16, fp32 or fp64
+    n_targets,  # [P] any integer dtype
     indices,  # [P, T] int64
     bad,  # [P] bool
     Q,
     T,
     BLOCK: tl.constexpr,
 ):
-    """One program a problem; BLOCK >= max(Q, T)."""
+    """Solve a problem in each program; BLOCK >= max(Q, T)."""
     i_problem = tl.program_id(0).to(tl.int64)
     n = tl.load(n_targets + i_problem).to(tl.int64)
     n = tl.minimum(tl.maximum(n, 0), T).to(tl.int32)
@@ -139,7 +140,7 @@ def _outputs(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_assignment_triton(cost: Tensor, n_targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`linear_assignment` by the kernel: nothing waits for the device. Raises ValueError beyond MAX_COLUMNS."""
+    """Launch the kernel, which the host does not wait for. Raises ValueError beyond MAX_COLUMNS."""
     problems, queries, targets = cost.shape
     if max(queries, targets) > MAX_COLUMNS:
         raise ValueError(
@@ -174,8 +175,11 @@ def _(cost: Tensor, n_targets: Tensor) -> tuple[Tensor, Tensor]:
     return _outputs(cost)
 
 
+register_flop_formula(torch.ops.samdetr.linear_assignment)(lambda *_, **__: 0)  # a search: no product of matrices
+
+
 def linear_assignment(cost: Tensor, n_targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The query of each target in an assignment of least total cost, for every problem by itself.
+    """Find the query of each target in an assignment of least total cost, for every problem by itself.
 
     cost: [P, Q, T] floating, any strides ([P, T, Q] in memory saves the kernel a copy); +inf forbids a pair.
     n_targets: [P] integer, on the same device; columns at or beyond it may hold anything, NaN included. It is clamped

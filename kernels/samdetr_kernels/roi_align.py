@@ -4,7 +4,7 @@ Replaces ``torchvision.ops.roi_align(map, boxes, 7, aligned=True, sampling_ratio
 rounding: ``out[b, n, p, q, c] = sum_{h, w} A_y[b, n, p, h] * A_x[b, n, q, w] * features[b, h, w, c]`` with the
 matrices of `axis_weights`. A cell is read once a box however many samples fall on it, as one small matrix product;
 the backward ``dF = sum_n A_y^T dO A_x`` is gathered by the program that owns the cells: no atomics, the same bits in
-every run. The kernels also reduce over the bins without writing them, for `roi_pool`.
+every run.
 
 Gradients: of ``features`` only. The op treats the boxes as constants, as torchvision does; `roi_align_reference` is
 differentiable in them wherever the number of samples does not change.
@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from samdetr_kernels.axis_weights import (
     axis_range,
@@ -32,10 +33,7 @@ from samdetr_kernels.axis_weights import (
     not_finite,
     weighted_sum,
 )
-from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_of_2, outside_autocast, reference_forced
-
-BINS, MEAN, MAX = "bins", "mean", "max"
-_MEAN, _MAX = tl.constexpr(MEAN), tl.constexpr(MAX)
+from samdetr_kernels.launch import Tile, float32_precision, launch, next_power_of_2, outside_autocast, runs_reference
 
 # Chosen by registers and shared memory of the ahead-of-time report; not yet timed on a GPU.
 FORWARD_TILES = {  # by bytes of an element
@@ -51,7 +49,7 @@ MAX_BLOCK_C = 64
 def roi_align_reference(
     features: Tensor, boxes: Tensor, output_size: int = 7, valid_sizes: Tensor | None = None
 ) -> Tensor:
-    """Plain torch with the signature and result of `roi_align`, on any device and floating dtype."""
+    """Compute `roi_align` in plain torch, on any device and floating dtype."""
     dtype = compute_dtype(features)
     batch, height, width, channels = features.shape
     boxes_per_image = boxes.shape[1]
@@ -65,7 +63,7 @@ def roi_align_reference(
 def roi_align_backward_reference(
     grad: Tensor, boxes: Tensor, height: int, width: int, valid_sizes: Tensor | None = None
 ) -> Tensor:
-    """d features [B, H, W, C] from ``grad`` [B, N, P, P, C], in the dtype of ``grad``."""
+    """Compute d features [B, H, W, C] from ``grad`` [B, N, P, P, C], in the dtype of ``grad``."""
     dtype = compute_dtype(grad)
     batch, boxes_per_image, size, _, channels = grad.shape
     weight_y, weight_x = box_weights(boxes, height, width, size, valid_sizes, dtype)
@@ -81,17 +79,15 @@ _UNSPECIALIZED = ["N", "H", "W"]
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _roi_align_forward_kernel(  # type: ignore[no-untyped-def]
-    features,  # [B, H, W, C]
-    boxes,  # [B, N, 4]
-    valid_sizes,  # [B, 2] or None
-    out,  # [B, N, BINS, BINS, C], or [B, N, C] of a pooling mode
-    index,  # [B, N, C] int32, written by the maximum only
+    features,  # [B, H, W, C] fp16, bf16 or fp32
+    boxes,  # [B, N, 4] (x0, y0, x1, y1), any floating dtype
+    valid_sizes,  # [B, 2] (h, w), any integer dtype; or None
+    out,  # [B, N, BINS, BINS, C] as features
     N,
     H,
     W,
     C,
     BINS: tl.constexpr,
-    MODE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -99,7 +95,7 @@ def _roi_align_forward_kernel(  # type: ignore[no-untyped-def]
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """One program a box and block of channels."""
+    """Align a box and block of channels in each program."""
     ROWS: tl.constexpr = BLOCK_P * BLOCK_Q
     i_box = tl.program_id(0).to(tl.int64)
     i_image = i_box // N
@@ -114,9 +110,6 @@ def _roi_align_forward_kernel(  # type: ignore[no-untyped-def]
 
     o_row, o_cell = tl.arange(0, ROWS), tl.arange(0, BLOCK_H * BLOCK_W)
     o_q = tl.arange(0, BLOCK_Q)
-    b_best = tl.full((BLOCK_C,), float("-inf"), tl.float32)
-    b_index = tl.zeros((BLOCK_C,), tl.int32)
-    b_total = tl.zeros((BLOCK_C,), tl.float32)
     for first_p in range(0, BINS, BLOCK_P):
         o_p = first_p + tl.arange(0, BLOCK_P)
         b_out = tl.zeros((ROWS, BLOCK_C), tl.float32) + start
@@ -136,41 +129,21 @@ def _roi_align_forward_kernel(  # type: ignore[no-untyped-def]
 
         p, q = first_p + o_row // BLOCK_Q, o_row % BLOCK_Q
         m_row = (p < BINS) & (q < BINS)
-        bin_number = p * BINS + q
-        if MODE == _MAX:
-            b_value = tl.where(m_row[:, None], b_out, float("-inf"))
-            # as torch: NaN is the greatest, and the first of equal ones gives the bin
-            b_nan = b_value != b_value
-            b_max = tl.where(tl.max(b_nan.to(tl.int32), axis=0) > 0, float("nan"), tl.max(b_value, axis=0))
-            b_hit = b_nan | (b_value == b_max[None, :])
-            b_first = tl.min(tl.where(b_hit, bin_number[:, None], BINS * BINS), axis=0)
-            m_new = (b_best == b_best) & ((b_max > b_best) | (b_max != b_max))
-            b_index, b_best = tl.where(m_new, b_first, b_index), tl.where(m_new, b_max, b_best)
-        elif MODE == _MEAN:
-            b_total += tl.sum(tl.where(m_row[:, None], b_out, 0.0), axis=0)
-        else:
-            p_out = out + (i_box * BINS * BINS + bin_number)[:, None] * C + o_c[None, :]
-            tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_row[:, None] & m_c[None, :])
-    if MODE == _MAX:
-        tl.store(out + i_box * C + o_c, b_best.to(out.dtype.element_ty), mask=m_c)
-        tl.store(index + i_box * C + o_c, b_index, mask=m_c)
-    elif MODE == _MEAN:
-        tl.store(out + i_box * C + o_c, (b_total / (BINS * BINS)).to(out.dtype.element_ty), mask=m_c)
+        p_out = out + (i_box * BINS * BINS + p * BINS + q)[:, None] * C + o_c[None, :]
+        tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_row[:, None] & m_c[None, :])
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _roi_align_backward_kernel(  # type: ignore[no-untyped-def]
-    grad,  # [B, N, BINS, BINS, C], or [B, N, C] of a pooling mode
-    boxes,  # [B, N, 4]
-    valid_sizes,  # [B, 2] or None
-    index,  # [B, N, C] int32, read by the maximum only
-    out,  # [B, H, W, C]
+    grad,  # [B, N, BINS, BINS, C] fp16, bf16 or fp32
+    boxes,  # [B, N, 4] (x0, y0, x1, y1), any floating dtype
+    valid_sizes,  # [B, 2] (h, w), any integer dtype; or None
+    out,  # [B, H, W, C] as grad
     N,
     H,
     W,
     C,
     BINS: tl.constexpr,
-    MODE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -178,7 +151,7 @@ def _roi_align_backward_kernel(  # type: ignore[no-untyped-def]
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """One program a window of BLOCK_H x BLOCK_W cells and block of channels; it visits the boxes that reach it."""
+    """Sum the gradient of a window of BLOCK_H x BLOCK_W cells and block of channels over the boxes that reach it."""
     ROWS: tl.constexpr = BLOCK_P * BLOCK_Q
     windows_x = tl.cdiv(W, BLOCK_W)
     windows = tl.cdiv(H, BLOCK_H) * windows_x
@@ -203,31 +176,16 @@ def _roi_align_backward_kernel(  # type: ignore[no-untyped-def]
         if rows_meet & (x_begin < x_first + BLOCK_W) & (x_end > x_first):
             b_x = axis_weight(x0, x1, o_q[None, :].to(tl.float32), o_x[:, None].to(tl.float32), width, BINS)
             b_x = tl.where((o_x < width)[:, None], b_x, 0.0)
-            b_rows = tl.zeros((BLOCK_H,), tl.float32)  # over all bins, for the mean
             for first_p in range(0, BINS, BLOCK_P):
                 o_p = first_p + tl.arange(0, BLOCK_P)
                 b_y = axis_weight(y0, y1, o_p[None, :].to(tl.float32), o_y[:, None].to(tl.float32), height, BINS)
                 b_y = tl.where((o_y < height)[:, None], b_y, 0.0)
-                if MODE == _MEAN:
-                    b_rows += tl.sum(b_y, 1)
-                else:
-                    b_weight = tl.reshape(b_y[:, None, :, None] * b_x[None, :, None, :], (BLOCK_H * BLOCK_W, ROWS))
-                    p, q = first_p + o_row // BLOCK_Q, o_row % BLOCK_Q
-                    m_row = (p < BINS) & (q < BINS)
-                    bin_number = p * BINS + q
-                    if MODE == _MAX:
-                        b_one = tl.load(grad + i_box * C + o_c, mask=m_c, other=0.0)
-                        b_index = tl.load(index + i_box * C + o_c, mask=m_c, other=-1)
-                        b_grad = tl.where(bin_number[:, None] == b_index[None, :], b_one[None, :], 0.0)
-                        b_grad = tl.where(m_row[:, None], b_grad, 0.0).to(grad.dtype.element_ty)
-                    else:
-                        p_grad = grad + (i_box * BINS * BINS + bin_number)[:, None] * C + o_c[None, :]
-                        b_grad = tl.load(p_grad, mask=m_row[:, None] & m_c[None, :], other=0.0)
-                    b_out = weighted_sum(b_weight, b_grad, b_out, PRECISION)
-            if MODE == _MEAN:  # one gradient for all bins: their weights are summed first
-                b_one = tl.load(grad + i_box * C + o_c, mask=m_c, other=0.0).to(tl.float32)
-                b_cells = tl.reshape(b_rows[:, None] * tl.sum(b_x, 1)[None, :], (BLOCK_H * BLOCK_W,))
-                b_out += (b_cells * (1.0 / (BINS * BINS)))[:, None] * b_one[None, :]
+                b_weight = tl.reshape(b_y[:, None, :, None] * b_x[None, :, None, :], (BLOCK_H * BLOCK_W, ROWS))
+                p, q = first_p + o_row // BLOCK_Q, o_row % BLOCK_Q
+                m_row = (p < BINS) & (q < BINS)
+                p_grad = grad + (i_box * BINS * BINS + p * BINS + q)[:, None] * C + o_c[None, :]
+                b_grad = tl.load(p_grad, mask=m_row[:, None] & m_c[None, :], other=0.0)
+                b_out = weighted_sum(b_weight, b_grad, b_out, PRECISION)
 
     o_cell = tl.arange(0, BLOCK_H * BLOCK_W)
     y, x = y_first + o_cell // BLOCK_W, x_first + o_cell % BLOCK_W
@@ -243,14 +201,12 @@ def _blocks(tile: Tile, output_size: int, channels: int) -> Tile:
 
 
 def roi_align_forward_triton(
-    features: Tensor, boxes: Tensor, output_size: int = 7, valid_sizes: Tensor | None = None, mode: str = BINS
-) -> tuple[Tensor, Tensor]:
-    """The bins [B, N, P, P, C] or their mean or maximum [B, N, C], and the maximum's bin (else empty)."""
+    features: Tensor, boxes: Tensor, output_size: int = 7, valid_sizes: Tensor | None = None
+) -> Tensor:
+    """Launch the forward kernel; arguments and result are those of `roi_align`."""
     batch, height, width, channels = features.shape
     number = boxes.shape[1]
-    shape = (batch, number, channels) if mode != BINS else (batch, number, output_size, output_size, channels)
-    out = features.new_empty(shape)
-    index = features.new_empty(shape if mode == MAX else 0, dtype=torch.int32)
+    out = features.new_empty(batch, number, output_size, output_size, channels)
     tile = _blocks(FORWARD_TILES[features.element_size()], output_size, channels)
     launch(
         _roi_align_forward_kernel,
@@ -261,31 +217,22 @@ def roi_align_forward_triton(
             boxes.contiguous(),
             None if valid_sizes is None else valid_sizes.contiguous(),
             out,
-            index,
             number,
             height,
             width,
             channels,
         ),
         BINS=output_size,
-        MODE=mode,
         PRECISION=float32_precision(features.dtype),
     )
-    return out, index
+    return out
 
 
 def roi_align_backward_triton(
-    grad: Tensor,
-    index: Tensor | None,
-    boxes: Tensor,
-    height: int,
-    width: int,
-    output_size: int = 7,
-    valid_sizes: Tensor | None = None,
-    mode: str = BINS,
+    grad: Tensor, boxes: Tensor, height: int, width: int, valid_sizes: Tensor | None = None
 ) -> Tensor:
-    """d features [B, H, W, C] from the gradient of what `roi_align_forward_triton` returned."""
-    batch, number, channels = grad.shape[0], grad.shape[1], grad.shape[-1]
+    """Launch the backward kernel; arguments and result are those of `roi_align_backward_reference`."""
+    batch, number, output_size, _, channels = grad.shape
     out = grad.new_empty(batch, height, width, channels)
     tile = _blocks(BACKWARD_TILE, output_size, channels)
     windows = triton.cdiv(height, tile.blocks["BLOCK_H"]) * triton.cdiv(width, tile.blocks["BLOCK_W"])
@@ -297,7 +244,6 @@ def roi_align_backward_triton(
             grad.contiguous(),
             boxes.contiguous(),
             None if valid_sizes is None else valid_sizes.contiguous(),
-            index,
             out,
             number,
             height,
@@ -305,7 +251,6 @@ def roi_align_backward_triton(
             channels,
         ),
         BINS=output_size,
-        MODE=mode,
         PRECISION=float32_precision(grad.dtype),
     )
     return out
@@ -313,9 +258,9 @@ def roi_align_backward_triton(
 
 @torch.library.custom_op("samdetr::roi_align", mutates_args=(), device_types="cuda")
 def _roi_align(features: Tensor, boxes: Tensor, output_size: int, valid_sizes: Tensor | None) -> Tensor:
-    if reference_forced() or features.dtype == torch.float64:
+    if runs_reference(features):
         return roi_align_reference(features, boxes, output_size, valid_sizes)
-    return roi_align_forward_triton(features, boxes, output_size, valid_sizes)[0]
+    return roi_align_forward_triton(features, boxes, output_size, valid_sizes)
 
 
 @_roi_align.register_kernel("cpu")
@@ -330,9 +275,9 @@ def _(features: Tensor, boxes: Tensor, output_size: int, valid_sizes: Tensor | N
 
 @torch.library.custom_op("samdetr::roi_align_backward", mutates_args=(), device_types="cuda")
 def _roi_align_backward(grad: Tensor, boxes: Tensor, height: int, width: int, valid_sizes: Tensor | None) -> Tensor:
-    if reference_forced() or grad.dtype == torch.float64:
+    if runs_reference(grad):
         return roi_align_backward_reference(grad, boxes, height, width, valid_sizes)
-    return roi_align_backward_triton(grad, None, boxes, height, width, grad.shape[2], valid_sizes)
+    return roi_align_backward_triton(grad, boxes, height, width, valid_sizes)
 
 
 @_roi_align_backward.register_kernel("cpu")
@@ -358,10 +303,11 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 _roi_align.register_autograd(_backward, setup_context=_setup_context)
+register_flop_formula(torch.ops.samdetr.roi_align)(lambda *_, **__: 0)  # as in the papers' GFLOPs
 
 
 def roi_align(features: Tensor, boxes: Tensor, output_size: int = 7, valid_sizes: Tensor | None = None) -> Tensor:
-    """Mean of bilinear samples in each of ``output_size`` x ``output_size`` bins of every box.
+    """Average bilinear samples in each of ``output_size`` x ``output_size`` bins of every box.
 
     features: [B, H, W, C] floating. boxes: [B, N, 4] floating (x0, y0, x1, y1) in map cells, constant for
     autograd. valid_sizes: [B, 2] integer (h, w); cells at or beyond it count as absent, so that the result

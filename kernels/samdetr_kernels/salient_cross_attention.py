@@ -24,22 +24,24 @@ Operations: forward 2 B M N S (D + E), backward 2 B M N S (4 D + 3 E), with S th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from samdetr_kernels.attention_dropout import dropout_mask
 from samdetr_kernels.axis_weights import compute_dtype
 from samdetr_kernels.checks import DTYPES, check_devices, describe, is_integer
-from samdetr_kernels.launch import outside_autocast, reference_forced
+from samdetr_kernels.launch import in_autocast_dtype, outside_autocast, runs_reference
+from samdetr_kernels.salient_cross_attention_backward_kernels import (
+    empty_gradients,
+    salient_cross_attention_backward_triton,
+)
 from samdetr_kernels.salient_cross_attention_kernels import (
     MAX_CELLS,
     SMCA_WIDTH,
-    empty_gradients,
     empty_results,
-    salient_cross_attention_backward_triton,
     salient_cross_attention_forward_triton,
 )
 
@@ -47,7 +49,7 @@ MAX_WIDTH, MAX_HEAD_WIDTH = 512, 64
 
 
 def _offsets(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Distances point - cell centre of one image: [N, M, 2] -> x [M, N, 1, W] and y [M, N, H, 1]."""
+    """Compute distances point - cell centre of one image: [N, M, 2] -> x [M, N, 1, W] and y [M, N, H, 1]."""
     x, y = points.transpose(0, 1).unbind(-1)
     column, row = (torch.arange(n, dtype=x.dtype, device=x.device) + 0.5 for n in (width, height))
     return x[..., None, None] - column, y[..., None, None] - row[:, None]
@@ -56,7 +58,7 @@ def _offsets(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
 def _scores(
     query: Tensor, key: Tensor, valid: Tensor, offsets: tuple[Tensor, Tensor] | None, scales: Tensor | None
 ) -> Tensor:
-    """Scores [M, N, S] of one image, -inf where ``valid`` [H, W] is not; ``query`` [M, N, D] is scaled already."""
+    """Compute scores [M, N, S] of one image, -inf where ``valid`` [H, W] is not; ``query`` [M, N, D] is scaled."""
     scores = (query.flatten(0, 1) @ key.T).view(*query.shape[:2], *valid.shape)
     outside = torch.where(valid, 0.0, math.inf).to(scores.dtype)
     if offsets is None or scales is None:
@@ -127,7 +129,7 @@ def _forward_reference(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the op returns, image by image: N x S numbers fit the cache."""
+    """Compute what the op returns, image by image: N x S numbers fit the cache."""
     if len(query) == 0:
         return empty_results(query, value, points)
     outs, logsumexps = [], []
@@ -160,7 +162,7 @@ def salient_cross_attention_reference(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Plain torch with the signature and result of `salient_cross_attention`, on any device and floating dtype."""
+    """Compute `salient_cross_attention` in plain torch, on any device and floating dtype."""
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     return _forward_reference(query, key, value, valid_sizes, map_width, points, scales, scale, dropout, seed)[0]
 
@@ -182,7 +184,7 @@ def _backward_reference(
     logsumexp: Tensor,
     rest: Tensor,
 ) -> list[Tensor]:
-    """Gradients of query, key, value, points, scales, of their shapes and dtypes; an absent input's is empty."""
+    """Compute gradients of query, key, value, points, scales, in their shapes and dtypes; empty for an absent input."""
     gradients = empty_gradients(query, key, value, points, scales)
     d_query, d_key, d_value, d_points, d_scales = gradients
     _, queries, heads, _ = query.shape
@@ -233,7 +235,7 @@ def _salient_cross_attention(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plain = reference_forced() or query.dtype == torch.float64
+    plain = runs_reference(query)
     forward = _forward_reference if plain else salient_cross_attention_forward_triton
     return forward(query, key, value, valid_sizes, map_width, points, scales, softmax_scale, dropout, seed)
 
@@ -243,16 +245,7 @@ _salient_cross_attention.register_kernel("cpu")(_forward_reference)
 
 @_salient_cross_attention.register_fake
 def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    valid_sizes: Tensor,
-    map_width: int,
-    points: Tensor | None,
-    scales: Tensor | None,
-    softmax_scale: float,
-    dropout: float,
-    seed: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, valid_sizes: Tensor, map_width: int, points: Tensor | None, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_results(query, value, points)
 
@@ -274,7 +267,7 @@ def _salient_cross_attention_backward(
     logsumexp: Tensor,
     rest: Tensor,
 ) -> list[Tensor]:
-    plain = reference_forced() or query.dtype == torch.float64
+    plain = runs_reference(query)
     backward = _backward_reference if plain else salient_cross_attention_backward_triton
     inputs = (query, key, value, valid_sizes, map_width, points, scales, softmax_scale, dropout, seed)
     return backward(grad, *inputs, out, logsumexp, rest)
@@ -293,12 +286,7 @@ def _(
     map_width: int,
     points: Tensor | None,
     scales: Tensor | None,
-    softmax_scale: float,
-    dropout: float,
-    seed: Tensor | None,
-    out: Tensor,
-    logsumexp: Tensor,
-    rest: Tensor,
+    *_: object,
 ) -> list[Tensor]:
     return empty_gradients(query, key, value, points, scales)
 
@@ -322,6 +310,13 @@ def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
 
 
 _salient_cross_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.samdetr.salient_cross_attention)
+def _flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    """Count the products with key and value at all cells of the map, from the shapes; a multiply-accumulate is 2."""
+    batch, queries, heads, width = query
+    return 2 * batch * queries * heads * key[1] * (width + value[3])
 
 
 def _check(
@@ -370,16 +365,6 @@ def _check(
     check_devices("salient_cross_attention", query, others | ({"seed": seed} if dropout > 0 else {}))
 
 
-def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
-    """The tensors in autocast's dtype where it is on; float64 stays, as everywhere under autocast."""
-    device = tensors[0].device.type
-    # the meta device has no autocast; torch.compile of torch 2.11 cannot ask whether a device has
-    if tensors[0].is_meta or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
-
-
 def salient_cross_attention(
     query: Tensor,
     key: Tensor,
@@ -393,7 +378,7 @@ def salient_cross_attention(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Attention of every query and head to the valid cells of its image's map.
+    """Attend from every query and head to the valid cells of its image's map.
 
     query: [B, N, M, D] floating, D at most 512. key: [B, S, D], shared by the heads. value: [B, S, M, E], E at most 64.
     S = H * map_width cells, row by row. valid_sizes: [B, 2] integer (h, w); cells at or beyond it do not exist
@@ -404,7 +389,7 @@ def salient_cross_attention(
     are cast to its dtype, as for torch's own attention. Returns [B, N, M * E] in the dtype of ``query``.
     Raises ValueError when shapes, dtypes or devices do not fit.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = in_autocast_dtype(query, key, value)
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     _check(query, key, value, valid_sizes, map_width, points, scales, scale, dropout, seed)
     inputs = (query, key, value, valid_sizes, map_width, points, scales, scale, dropout, seed if dropout > 0 else None)

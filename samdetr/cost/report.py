@@ -1,4 +1,4 @@
-"""What recipes' models cost, beside what is published: parameters, operations, memory. No data, weights or GPU."""
+"""Parameters, operations and memory of recipes' models, beside what is published. Needs no data, weights or GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 
-from samdetr.cost.flops import Macs, Memory, Size, build_on_meta, count_macs, training_memory
+from samdetr.cost.flops import Flops, count_flops
+from samdetr.cost.memory import Memory, training_memory
+from samdetr.cost.meta import Size, build_on_meta
 from samdetr.cost.published import PUBLISHED, Published
 from samdetr.data.transforms import resized_sides
 
@@ -21,25 +23,25 @@ GIGA = 1e9
 
 
 class Gflops(NamedTuple):
-    """Billions of multiply-accumulates of an image."""
+    """Billions of operations of an image, means over the sizes; a multiply-accumulate is one."""
 
     published_form: float
     run: float
-    over_published: float | None  # published form, less what is published of other images
+    over_published: float | None  # published form less the published number, which is of other images
 
 
 class Figures(NamedTuple):
-    """What a model is measured to be."""
+    """Counts of one model."""
 
     parameters: int
     trainable: int
-    macs: Mapping[Size, Macs]
+    flops: Mapping[Size, Flops]
     memory: Memory
 
 
 @dataclass(frozen=True)
 class Report:
-    """Of one recipe."""
+    """Figures of one recipe, beside its published row."""
 
     path: Path
     recipe: Recipe
@@ -48,25 +50,23 @@ class Report:
 
     @property
     def gflops(self) -> Gflops:
-        """The means over the sizes."""
-        counts = self.figures.macs.values()
+        """Means over the sizes."""
+        counts = self.figures.flops.values()
         published_form, run = (sum(column) / len(counts) / GIGA for column in zip(*counts, strict=True))
-        over = None
-        if self.published and self.published.gflops is not None:
-            over = published_form - self.published.gflops
-        return Gflops(published_form, run, over)
+        published = self.published.gflops if self.published else None
+        return Gflops(published_form, run, None if published is None else published_form - published)
 
     @property
     def parameters_over(self) -> tuple[int, int] | None:
-        """How many more parameters, and trained ones, than the published code's; None where it has none."""
+        """Parameters, and trained ones, beyond the published code's; None where it has none."""
         published, figures = self.published, self.figures
         if published is None or published.parameters is None or published.trainable is None:
             return None
         return figures.parameters - published.parameters, figures.trainable - published.trainable
 
     def to_json(self) -> dict[str, object]:
-        """A JSON value; GFLOPs are billions of multiply-accumulates, memory is in bytes."""
-        macs, memory = self.figures.macs.items(), self.figures.memory
+        """Return a JSON value; GFLOPs are billions of multiply-accumulates, memory is in bytes."""
+        memory = self.figures.memory
         return {
             "recipe": str(self.path),
             "system": self.recipe.model.system,
@@ -76,7 +76,7 @@ class Report:
             "parameters_over_published": self.parameters_over,
             "gflops": [
                 {"size": str(size), "published_form": count.published / GIGA, "run": count.run / GIGA}
-                for size, count in macs
+                for size, count in self.figures.flops.items()
             ],
             "gflops_mean": self.gflops._asdict(),
             "training_memory": {**memory._asdict(), "size": str(memory.size), "total": memory.total},
@@ -85,13 +85,13 @@ class Report:
 
 
 def evaluation_sizes(recipe: Recipe) -> tuple[Size, ...]:
-    """The sizes to which the recipe's evaluation brings photos of 640 x 480 and 640 x 426 pixels."""
+    """Return the sizes to which the recipe's evaluation brings photos of 640 x 480 and 640 x 426 pixels."""
     section = recipe.augment
     return tuple(Size(*resized_sides(*photo, section.eval_size, section.eval_max_size)) for photo in PHOTOS)
 
 
 def make_reports(recipes: Mapping[Path, Recipe], sizes: Sequence[Size] = ()) -> list[Report]:
-    """A report of each recipe, counted at ``sizes`` or at its `evaluation_sizes`."""
+    """Report each recipe, counted at ``sizes`` or at its `evaluation_sizes`."""
     found: dict[object, Figures] = {}  # recipes often differ in their schedule alone
     reports = []
     with Console(stderr=True).status("counting") as status:
@@ -108,20 +108,20 @@ def make_reports(recipes: Mapping[Path, Recipe], sizes: Sequence[Size] = ()) -> 
 
 
 def measure(recipe: Recipe, sizes: Sequence[Size]) -> Figures:
-    """The figures of a recipe's model, on the meta device."""
+    """Count a recipe's model, on the meta device."""
     model = build_on_meta(recipe.model)
     numbers = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return Figures(
         parameters=sum(number for number, _ in numbers),
         trainable=sum(number for number, trained in numbers if trained),
-        macs={size: count_macs(model, size) for size in sizes},
+        flops={size: count_flops(model, size) for size in sizes},
         memory=training_memory(model, recipe),
     )
 
 
 def by_sizes(reports: Sequence[Report]) -> dict[tuple[Size, ...], list[Report]]:
-    """The reports in groups that were counted at the same sizes."""
+    """Group reports that were counted at the same sizes."""
     groups: dict[tuple[Size, ...], list[Report]] = {}
     for report in reports:
-        groups.setdefault(tuple(report.figures.macs), []).append(report)
+        groups.setdefault(tuple(report.figures.flops), []).append(report)
     return groups

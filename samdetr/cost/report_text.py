@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from samdetr.cost.flops import Memory, Size
+from samdetr.cost.memory import Memory
+from samdetr.cost.meta import Size
 from samdetr.cost.report import GIGA, Report, by_sizes, make_reports
 
 if TYPE_CHECKING:
     from samdetr.recipe import Recipe
 
-WIDE = 200  # columns, where nobody's terminal is to be fitted
+WIDE = 200  # columns, where the output is no terminal
 ABSENT = "-"
 GIBI = 2**30
 
@@ -69,12 +70,12 @@ def report_recipes(
 
 
 def as_json(reports: Sequence[Report]) -> str:
-    """A list of `Report.to_json`."""
+    """Write the reports as a JSON list of `Report.to_json`."""
     return json.dumps([report.to_json() for report in reports], indent=1) + "\n"
 
 
 def print_tables(reports: Sequence[Report]) -> None:
-    """A table for all reports that were counted at the same sizes: about 100 columns wide, names fold in fewer."""
+    """Print a table for each group of sizes, about 100 columns wide; names fold in fewer."""
     console = Console()
     if not console.is_terminal:
         console.width = WIDE
@@ -92,7 +93,7 @@ def print_tables(reports: Sequence[Report]) -> None:
 
 
 def markdown(reports: Sequence[Report]) -> str:
-    """The text of docs/models.md; recipes beside the package are linked from there."""
+    """Write the text of docs/models.md, with links to the recipes beside it."""
     parts = [HEAD]
     names = (
         *("system", "backbone", "recipe", "epochs", "published AP", "parameters (trained)", "difference"),
@@ -124,9 +125,9 @@ def _markdown_row(report: Report) -> tuple[str, ...]:
 
 
 def _numbers(report: Report) -> tuple[str, ...]:
-    """Parameters, trained ones, their difference; GFLOPs in published form, as run, published, their difference."""
+    """Format parameters, trained ones, their difference; GFLOPs in published form, as run, published, difference."""
     figures, published, over = report.figures, report.published, report.gflops.over_published
-    counts = figures.macs.values()
+    counts = figures.flops.values()
     return (
         f"{figures.parameters:,}",
         f"{figures.trainable:,}",

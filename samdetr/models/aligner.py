@@ -11,7 +11,7 @@ what stands here is ours.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from samdetr.models.layers import MLP, joint_linear
 from samdetr.models.position import MapGeometry, sine_points
-from samdetr_kernels import roi_align, roi_pool, salient_points
+from samdetr_kernels import roi_align, salient_points
 
 if TYPE_CHECKING:
     from samdetr.recipe import AlignedSection
@@ -96,13 +96,17 @@ class SemanticAligner(nn.Module):
 class PooledAligner(nn.Module):
     """One query from the mean ("mean") or the maximum ("max") of the reference box's bins, at the box's centre."""
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode: Literal["mean", "max"]) -> None:
         super().__init__()
         self.mode = mode
 
     def forward(self, x: Tensor, boxes: Tensor, memory: Tensor, geometry: MapGeometry) -> AlignedQueries:
         """As `SemanticAligner.forward`."""
-        content = roi_pool(memory, regions_of(boxes, geometry), ROI_SIZE, geometry.sampling_limit, self.mode)
+        wide = memory.to(torch.promote_types(memory.dtype, torch.float32))  # the bins are not rounded before they meet
+        bins = roi_align(wide, regions_of(boxes, geometry), ROI_SIZE, geometry.sampling_limit).flatten(2, 3)
+        # of equal bins the first alone has the gradient, which amax would share
+        pooled = bins.mean(2) if self.mode == "mean" else bins.max(2).values
+        content = pooled.to(memory.dtype)
         centres = boxes[:, :, None, :2]
         position = sine_points(centres.detach(), x.shape[-1]).to(x.dtype)
         return AlignedQueries(content[:, :, None], position, centres, None)

@@ -1,4 +1,4 @@
-"""What is said to be published, in one table, in the headers of the recipes and in the README, is the same."""
+"""The published numbers are the same in the table, in the recipes' headers and in the README."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.toml"))
 
 
 def header_of(path: Path) -> str:
-    """The comment that a recipe begins with, as one line."""
+    """Return the comment that a recipe begins with, as one line."""
     lines = path.read_text().split("\n\n")[0].splitlines()
     return " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from samdetr.cost.flops import Size
+from samdetr.cost.meta import Size
 from samdetr.cost.published import PUBLISHED
 from samdetr.cost.report import Report, evaluation_sizes, make_reports
 from samdetr.cost.report_text import as_json, markdown, print_tables, report_recipes
@@ -35,16 +35,16 @@ def test_published_form_is_the_published_code_s_count(reports: dict[str, Report]
     counted = {name: row for name, row in PUBLISHED.items() if row.counted is not None}
     assert len(counted) >= 22
     for name, row in counted.items():
-        macs = reports[name].figures.macs
-        assert tuple(macs) == COUNTED_AT
-        ours = [count.published / 1e9 for count in macs.values()]
+        flops = reports[name].figures.flops
+        assert tuple(flops) == COUNTED_AT
+        ours = [count.published / 1e9 for count in flops.values()]
         assert ours == pytest.approx(row.counted, rel=0.01), name
         assert row.gflops is None or ours[0] < row.gflops < ours[1], name
 
 
 def test_nothing_runs_more_than_the_published_code(reports: dict[str, Report]) -> None:
     for name, report in reports.items():
-        assert all(count.run <= count.published for count in report.figures.macs.values()), name
+        assert all(count.run <= count.published for count in report.figures.flops.values()), name
     aligned = {name for name, report in reports.items() if report.gflops.run < report.gflops.published_form}
     assert {"r50_12ep", "r50_dc5_smca_50ep", "quickstart"} <= aligned
     assert {"detr_r50_500ep", "conditional_detr_r50_12ep", "smca_detr_r50_12ep"}.isdisjoint(aligned)

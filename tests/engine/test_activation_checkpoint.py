@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from samdetr.cost.flops import build_on_meta, training_memory
+from samdetr.cost.memory import training_memory
+from samdetr.cost.meta import build_on_meta
 from samdetr.data.batching import Shape
 from samdetr.engine.compute.activation_checkpoint import checkpoint_activations, counting_saved
 from samdetr.engine.compute.compile import compile_regions

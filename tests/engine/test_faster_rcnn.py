@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import samdetr.engine.train
-from samdetr.cost.flops import Size, build_on_meta, count_macs, training_memory
+from samdetr.cost.flops import count_flops
+from samdetr.cost.memory import training_memory
+from samdetr.cost.meta import Size, build_on_meta
 from samdetr.engine.compute.compile import compile_regions
 from samdetr.engine.compute.precision import choose_compute
 from samdetr.engine.compute.start_up import random_batch
@@ -176,16 +178,16 @@ def test_predictions_and_evaluation_of_a_checkpoint(reduced: MakeRecipe, tmp_pat
 def test_cost_at_a_number_of_proposals() -> None:
     """What a proposal more costs is the box head's share; regions drawn for the loss are no more than 512 an image."""
     file = RECIPES / "faster_rcnn_r50_dc5_12ep.toml"
-    macs, kept = [], []
+    flops, kept = [], []
     for proposals in (500, 1000):
         recipe = load_recipe(
             file,
             [f"model.regions.proposals_{when}={proposals + 1000 * (when == 'train')}" for when in ("eval", "train")],
         )
         model = build_on_meta(recipe.model)
-        macs.append(count_macs(model, Size(320, 416)).run)
+        flops.append(count_flops(model, Size(320, 416)).run)
         kept.append(training_memory(model, recipe))
-    assert macs[1] - macs[0] == 500 * (2048 * 49 * 1024 + 1024 * 1024 + 1024 * 81 * 5)
+    assert flops[1] - flops[0] == 500 * (2048 * 49 * 1024 + 1024 * 1024 + 1024 * 81 * 5)
     assert kept[1].optimizer == kept[1].gradients == 4 * 165_363_168
     assert kept[1].activations == pytest.approx(kept[0].activations, rel=1e-3)
 

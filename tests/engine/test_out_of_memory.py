@@ -17,7 +17,8 @@ import samdetr.engine.failures.debug_nan
 import samdetr.engine.predict
 import samdetr.engine.step
 import samdetr.engine.train
-from samdetr.cost.flops import build_on_meta, training_memory
+from samdetr.cost.memory import training_memory
+from samdetr.cost.meta import build_on_meta
 from samdetr.engine.failures.out_of_memory import GIB, evaluation_advice, savings, training_advice
 from samdetr.engine.train import train
 from samdetr.errors import NonFiniteError, SamdetrError

@@ -1,4 +1,4 @@
-"""What the kernel tests share: the device that kernels run on, and memory that is never zero by chance."""
+"""Fixtures of the kernel tests: the device that kernels run on, and memory that is never zero by chance."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ _mend_interpreter()
 
 @pytest.fixture
 def kernel_device() -> torch.device:
-    """A GPU, or the CPU under Triton's interpreter: launchers take either."""
+    """Return a GPU, or the CPU under Triton's interpreter: launchers take either."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Launched(NamedTuple):
-    """What a launcher gave to `launch`."""
+    """Arguments that a launcher gave to `launch`."""
 
     kernel: Any
     grid: tuple[int, ...]

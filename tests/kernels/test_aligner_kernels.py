@@ -1,4 +1,4 @@
-"""The Triton kernels of roi_align, roi_pool and salient_points, on a GPU or under the interpreter.
+"""The Triton kernels of roi_align and salient_points, on a GPU or under the interpreter.
 
 The error budget is what the reference in the same dtype loses against float64, times 1.5 (its largest error is that of
 a few roundings), plus an fp32 round-off of the sums and weights.
@@ -10,18 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from samdetr_kernels import roi_align, roi_pool, salient_points
+from samdetr_kernels import roi_align, salient_points
 from samdetr_kernels.roi_align import (
-    BINS,
-    MAX,
-    MEAN,
     roi_align_backward_reference,
     roi_align_backward_triton,
     roi_align_forward_triton,
     roi_align_reference,
 )
-from samdetr_kernels.roi_pool import _backward_reference as pool_backward_reference
-from samdetr_kernels.roi_pool import _forward_reference as pool_forward_reference
 from samdetr_kernels.salient_points import (
     salient_points_backward_reference,
     salient_points_backward_triton,
@@ -74,7 +69,10 @@ class Inputs:
 
 
 def assert_within_budget(out: Tensor, eager: Tensor, exact: Tensor, sums: float | Tensor) -> None:
-    """sums: of the absolute terms, for each element or the largest, whose fp32 round-off is allowed as well."""
+    """Assert that the error is within 1.5 times eager's and a round-off.
+
+    sums: of the absolute terms, for each element or the largest, whose fp32 round-off is allowed as well.
+    """
     assert out.shape == exact.shape and out.dtype == eager.dtype
     if exact.numel() == 0:
         return
@@ -88,13 +86,13 @@ def test_roi_align_kernels(case, dtype, kernel_device):
     x = Inputs(case, dtype)
     on_device = x.features.to(kernel_device), x.boxes.to(kernel_device)
     valid = None if x.valid is None else x.valid.to(kernel_device)
-    out, _ = roi_align_forward_triton(*on_device, x.size, valid)
+    out = roi_align_forward_triton(*on_device, x.size, valid)
     exact = roi_align_reference(x.clean.double(), x.boxes.double(), x.size, x.valid)
     assert_within_budget(out, roi_align_reference(x.clean, x.boxes, x.size, x.valid), exact, sums=40)
-    assert torch.equal(out, roi_align_forward_triton(*on_device, x.size, valid)[0])
+    assert torch.equal(out, roi_align_forward_triton(*on_device, x.size, valid))
 
     upstream = x.upstream(exact)
-    arguments = (None, on_device[1], *case[:2], x.size, valid)
+    arguments = (on_device[1], *case[:2], valid)
     grad = roi_align_backward_triton(upstream.to(kernel_device), *arguments)
     exact = roi_align_backward_reference(upstream.double(), x.boxes.double(), *case[:2], x.valid)
     eager = roi_align_backward_reference(upstream, x.boxes, *case[:2], x.valid)
@@ -102,35 +100,6 @@ def test_roi_align_kernels(case, dtype, kernel_device):
     terms = roi_align_backward_reference(upstream.double().abs(), x.boxes.double(), *case[:2], x.valid)
     assert_within_budget(grad, eager, exact, sums=terms)
     assert torch.equal(grad, roi_align_backward_triton(upstream.to(kernel_device), *arguments))
-
-
-@pytest.mark.parametrize("mode", ["mean", "max"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[7]], ids=[CASE_IDS[1], CASE_IDS[2], CASE_IDS[7]])
-def test_roi_pool_kernels(case, dtype, mode, kernel_device):
-    x = Inputs(case, dtype)
-    on_device = x.features.to(kernel_device), x.boxes.to(kernel_device)
-    valid = None if x.valid is None else x.valid.to(kernel_device)
-    out, index = roi_align_forward_triton(*on_device, x.size, valid, mode)
-    exact, exact_index = pool_forward_reference(x.clean.double(), x.boxes.double(), x.size, x.valid, mode)
-    eager = pool_forward_reference(x.clean, x.boxes, x.size, x.valid, mode)[0]
-    assert_within_budget(out, eager, exact, sums=40)
-    if mode == "max" and exact.numel():
-        # rounding may exchange bins whose values nearly agree, nothing else
-        bins = roi_align_reference(x.clean.double(), x.boxes.double(), x.size, x.valid).flatten(2, 3)
-        chosen = bins.gather(2, index.cpu().long()[:, :, None])[:, :, 0]
-        assert (exact - chosen).abs().max() < 1e-5
-        assert (index.cpu() == exact_index).float().mean() > 0.98
-
-    upstream = x.upstream(exact)
-    arguments = (index, on_device[1], *case[:2], x.size, valid, mode)
-    grad = roi_align_backward_triton(upstream.to(kernel_device), *arguments)
-    chosen_index = index.cpu()
-    exact = pool_backward_reference(upstream.double(), chosen_index, x.boxes.double(), *case[:2], x.size, x.valid, mode)
-    eager = pool_backward_reference(upstream, chosen_index, x.boxes, *case[:2], x.size, x.valid, mode)
-    absolute = upstream.double().abs()
-    terms = pool_backward_reference(absolute, chosen_index, x.boxes.double(), *case[:2], x.size, x.valid, mode)
-    assert_within_budget(grad, eager, exact, sums=terms)
 
 
 @pytest.mark.parametrize(("case", "dtype"), ALL)
@@ -160,7 +129,7 @@ def test_permuted_inputs_give_the_same_bits(kernel_device):
     permuted = features.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     swapped = points.transpose(1, 2).contiguous().transpose(1, 2)
     assert not permuted.is_contiguous() and not swapped.is_contiguous()
-    assert torch.equal(roi_align_forward_triton(permuted, boxes)[0], roi_align_forward_triton(features, boxes)[0])
+    assert torch.equal(roi_align_forward_triton(permuted, boxes), roi_align_forward_triton(features, boxes))
     expected = salient_points_forward_triton(features, boxes, points)
     assert torch.equal(salient_points_forward_triton(permuted, boxes, swapped), expected)
 
@@ -176,20 +145,18 @@ def test_ops_on_a_gpu_agree_with_the_reference_and_repeat_their_bits(dtype):
         place = points.clone().requires_grad_()
         outs = [
             roi_align(features, boxes, 7, valid),
-            roi_pool(features, boxes, 7, valid, "mean"),
-            roi_pool(features, boxes, 7, valid, "max"),
             salient_points(features, boxes, place, 7, valid),
         ]
         weights = [torch.linspace(-1, 1, out.numel(), device="cuda").view(out.shape).to(dtype) for out in outs]
         pairs = zip(outs, weights, strict=True)
         grads = [torch.autograd.grad(out, features, w, retain_graph=True)[0] for out, w in pairs]
-        return [*outs, *grads, torch.autograd.grad(outs[3], place, weights[3])[0]]
+        return [*outs, *grads, torch.autograd.grad(outs[1], place, weights[1])[0]]
 
     first, second = run(), run()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     exact = salient_points_reference(x.clean.double(), x.boxes.double(), x.points.double(), 7, x.valid)
     eager = salient_points_reference(x.clean, x.boxes, x.points, 7, x.valid)
-    assert_within_budget(first[3], eager, exact, sums=40)
+    assert_within_budget(first[1], eager, exact, sums=40)
     exact = roi_align_reference(x.clean.double(), x.boxes.double(), 7, x.valid)
     assert_within_budget(first[0], roi_align_reference(x.clean, x.boxes, 7, x.valid), exact, sums=40)
 
@@ -200,8 +167,7 @@ def test_ops_and_their_gradients_can_be_captured_in_a_cuda_graph():
     features, boxes, points = x.clean.cuda().requires_grad_(), x.boxes.cuda(), x.points.cuda().requires_grad_()
 
     def step() -> list[Tensor]:
-        pooled = roi_pool(features, boxes, mode="max")
-        outs = [roi_align(features, boxes), salient_points(features, boxes, points), pooled]
+        outs = [roi_align(features, boxes), salient_points(features, boxes, points)]
         upstream = [torch.ones_like(out) for out in outs]
         return [*outs, *torch.autograd.grad(outs, (features, points), upstream)]
 
@@ -228,7 +194,7 @@ def test_tf32_loses_no_more_than_its_operands_rounding():
     torch.set_float32_matmul_precision("high")
     try:
         out, sampled = (
-            roi_align_forward_triton(features, boxes)[0],
+            roi_align_forward_triton(features, boxes),
             salient_points_forward_triton(features, boxes, points),
         )
     finally:
@@ -255,15 +221,12 @@ def test_kernels_run_on_the_gpu_of_their_tensors():
 
 
 def run_kernels(x: Inputs, device: torch.device) -> dict[str, Tensor]:
-    """Every result and gradient of the three ops' kernels, with ones upstream."""
+    """Run the kernels of both ops; returns every result and gradient, with ones upstream."""
     features, boxes, points = (part.to(device) for part in (x.features, x.boxes, x.points))
     valid = None if x.valid is None else x.valid.to(device)
-    found: dict[str, Tensor] = {}
-    for mode in (BINS, MEAN, MAX):
-        out, index = roi_align_forward_triton(features, boxes, x.size, valid, mode)
-        upstream, height, width = torch.ones_like(out), features.shape[1], features.shape[2]
-        grad = roi_align_backward_triton(upstream, index, boxes, height, width, x.size, valid, mode)
-        found |= {f"roi {mode}": out, f"roi {mode} gradient": grad}
+    bins = roi_align_forward_triton(features, boxes, x.size, valid)
+    grad = roi_align_backward_triton(torch.ones_like(bins), boxes, *features.shape[1:3], valid)
+    found = {"roi bins": bins, "roi bins gradient": grad}
     out = salient_points_forward_triton(features, boxes, points, x.size, valid)
     grads = salient_points_backward_triton(torch.ones_like(out), features, boxes, points, x.size, valid)
     found |= {"points": out, "points gradient": grads[0], "points' own gradient": grads[1]}
@@ -271,22 +234,18 @@ def run_kernels(x: Inputs, device: torch.device) -> dict[str, Tensor]:
 
 
 def run_references(x: Inputs) -> dict[str, Tensor]:
-    """The same by the references; cells beyond the valid ones must not matter, so their garbage is left out."""
+    """Run the references; cells beyond the valid ones must not matter, so their garbage is left out."""
     map_size = x.clean.shape[1:3]
     bins = roi_align_reference(x.clean, x.boxes, x.size, x.valid)
     grad = roi_align_backward_reference(torch.ones_like(bins), x.boxes, *map_size, x.valid)
     found = {"roi bins": bins, "roi bins gradient": grad}
-    for mode in (MEAN, MAX):
-        out, index = pool_forward_reference(x.clean, x.boxes, x.size, x.valid, mode)
-        grad = pool_backward_reference(torch.ones_like(out), index, x.boxes, *map_size, x.size, x.valid, mode)
-        found |= {f"roi {mode}": out, f"roi {mode} gradient": grad}
     out = salient_points_reference(x.clean, x.boxes, x.points, x.size, x.valid)
     grads = salient_points_backward_reference(torch.ones_like(out), x.clean, x.boxes, x.points, x.size, x.valid)
     return found | {"points": out, "points gradient": grads[0], "points' own gradient": grads[1]}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal up to fp32 round-off, NaN where NaN is."""
+    """Assert equality up to fp32 round-off, NaN where NaN is."""
     assert found.keys() == expected.keys()
     for name, right in expected.items():
         assert torch.allclose(found[name], right, rtol=1e-4, atol=1e-4, equal_nan=True), name
@@ -304,7 +263,7 @@ def test_valid_sizes_beyond_the_map_are_clamped_and_nothing_else_is_read(sizes, 
         x.clean[image, rows:], x.clean[image, :, columns:] = 0, 0
     found = run_kernels(x, kernel_device)
     assert_same(found, run_references(x))
-    assert max(found["roi bins"].max(), found["roi max"].max(), found["points"].max()) < 1.0001
+    assert max(found["roi bins"].max(), found["points"].max()) < 1.0001
 
 
 @pytest.mark.parametrize("size", [(0, 6), (5, 0)])
@@ -322,15 +281,7 @@ def test_nan_features_show(kernel_device):
     found = run_kernels(x, kernel_device)
     hit = found["roi bins"].isnan().any(2).any(2)  # [B, N, C]
     assert hit[0, :, 5].any() and not hit[1].any() and not hit[0, :, :5].any()
-    for name in ("roi mean", "roi max"):
-        assert torch.equal(found[name].isnan(), hit), name
     assert found["points"][0, :, :, 5].isnan().any()
-    boxes, features = x.boxes.to(kernel_device), x.features.to(kernel_device)
-    _, index = roi_align_forward_triton(features, boxes, 7, None, MAX)
-    first = found["roi bins"].flatten(2, 3).isnan().to(torch.uint8).argmax(2)
-    assert torch.equal(index.cpu()[hit].long(), first[hit])
-    values, chosen = pool_forward_reference(x.features, x.boxes, 7, None, MAX)
-    assert values[hit].isnan().all() and chosen.min() >= 0 and chosen.max() < 49
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN):RuntimeWarning")

@@ -12,19 +12,18 @@ from torchvision.ops import roi_align as torchvision_roi_align
 from samdetr_kernels import (
     roi_align,
     roi_align_reference,
-    roi_pool,
-    roi_pool_reference,
     salient_points,
     salient_points_reference,
 )
-from samdetr_kernels.salient_points import salient_points_backward_reference, salient_points_backward_triton
+from samdetr_kernels.salient_points import salient_points_backward_reference
+from samdetr_kernels.salient_points_kernels import salient_points_backward_triton
 
 MODULE = sys.modules["samdetr_kernels.salient_points"]
 MAPS = [(1, 1), (7, 5), (25, 38)]
 
 
 def random_boxes(batch: int, count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Boxes within, across and outside the map, some of zero or negative size, one of the whole map."""
+    """Draw boxes within, across and outside the map, some of zero or negative size, one of the whole map."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.tensor([width, height], dtype=torch.float64)
     centre = (torch.rand(batch, count, 2, generator=generator, dtype=torch.float64) * 1.6 - 0.3) * size
@@ -40,7 +39,7 @@ def random_boxes(batch: int, count: int, height: int, width: int, seed: int = 0)
 
 
 def published_roi_align(features: Tensor, boxes: Tensor, size: int = 7) -> Tensor:
-    """torchvision's op on [B, H, W, C]; boxes without positive side are zero (torchvision leaves them to chance)."""
+    """Run torchvision's op on [B, H, W, C]; boxes without positive side give zero (there they are left to chance)."""
     out = torchvision_roi_align(
         features.permute(0, 3, 1, 2).contiguous(), list(boxes), size, aligned=True, sampling_ratio=-1
     )
@@ -50,7 +49,7 @@ def published_roi_align(features: Tensor, boxes: Tensor, size: int = 7) -> Tenso
 
 
 def published_points(features: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
-    """RoIAlign then grid_sample, as the paper composes them."""
+    """Run RoIAlign then grid_sample, as the paper composes them."""
     rois = published_roi_align(features, boxes).flatten(0, 1).permute(0, 3, 1, 2)
     grid = points.flatten(0, 1)[:, :, None]
     out = grid_sample(rois, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -98,27 +97,8 @@ def test_salient_points_equal_roi_align_then_grid_sample_with_gradients(size):
         assert (grad - reference_grad).abs().max() < 1e-11
 
 
-@pytest.mark.parametrize("mode", ["mean", "max"])
-@pytest.mark.parametrize("size", MAPS)
-def test_roi_pool_equals_torchvision_then_reduction_with_gradient(size, mode):
-    features, boxes, _ = inputs(*size)
-    features.requires_grad_()
-    bins = published_roi_align(features, boxes).flatten(2, 3)
-    expected = bins.mean(2) if mode == "mean" else bins.max(2).values
-    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (expected_grad,) = torch.autograd.grad(expected, features, upstream)
-    out = roi_pool(features, boxes, mode=mode)
-    (grad,) = torch.autograd.grad(out, features, upstream)
-    assert (out - expected).abs().max() < 1e-12
-    assert (roi_pool_reference(features, boxes, mode=mode) - expected).abs().max() < 1e-12
-    if mode == "mean" or size != (1, 1):  # bins of one cell are equal up to rounding: any may be the maximum
-        assert (grad - expected_grad).abs().max() < 1e-11
-    else:
-        assert (grad.sum() - expected_grad.sum()).abs() < 1e-9
-
-
 class _DividesAsCuda(TorchDispatchMode):
-    """CUDA divides by a number of the host by multiplying with its rounded inverse."""
+    """Mode that divides by a number of the host as CUDA does: multiplies with its rounded inverse."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.div.Tensor and not isinstance(args[1], Tensor):
@@ -152,8 +132,7 @@ def test_points_of_the_whole_image():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole_with_other_batches_and_maps(dynamic):
     def both(features: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
-        pooled = roi_pool(features, boxes, mode="mean").sum() + roi_pool(features, boxes, mode="max").sum()
-        return roi_align(features, boxes).sum() + salient_points(features, boxes, points).square().sum() + pooled
+        return roi_align(features, boxes).sum() + salient_points(features, boxes, points).square().sum()
 
     compiled = torch.compile(both, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for batch, height, width in ((2, 7, 5), (3, 9, 6), (1, 25, 38)):
@@ -227,8 +206,6 @@ def test_opcheck_compact_and_permuted(valid):
     for candidate in (features, permuted):
         candidate = candidate.detach().requires_grad_()
         torch.library.opcheck(torch.ops.samdetr.roi_align.default, (candidate, boxes, 7, valid))
-        for mode in ("mean", "max"):
-            torch.library.opcheck(torch.ops.samdetr.roi_pool.default, (candidate, boxes, 7, valid, mode))
         torch.library.opcheck(
             torch.ops.samdetr.salient_points.default,
             (candidate, boxes, points.detach().requires_grad_(), 7, valid),
@@ -244,8 +221,6 @@ def test_bad_shapes_are_named():
         roi_align(features, boxes[0])
     with pytest.raises(ValueError, match=r"features must be a floating \[B, H, W, C\]"):
         roi_align(features[0], boxes)
-    with pytest.raises(ValueError, match=r'mode must be "mean" or "max", got \'sum\''):
-        roi_pool(features, boxes, mode="sum")
     with pytest.raises(ValueError, match=r"output_size must be between 1 and 64, got 0"):
         roi_align(features, boxes, 0)
     with pytest.raises(ValueError, match=r"points must be a floating \[2, 60, P, 2\]"):
@@ -258,12 +233,12 @@ def test_bad_shapes_are_named():
         roi_align(features.to(torch.float8_e5m2), boxes)
     for dtype in (torch.bool, torch.complex64):
         with pytest.raises(ValueError, match=r"valid_sizes must be an integer \[2, 2\]"):
-            roi_pool(features, boxes, 7, torch.ones(2, 2).to(dtype))
+            roi_align(features, boxes, 7, torch.ones(2, 2).to(dtype))
 
 
 def test_a_tensor_on_another_device_is_named():
     features, boxes, points = inputs(7, 5)
-    for op in (roi_align, roi_pool, lambda *given: salient_points(*given[:2], points, *given[2:])):
+    for op in (roi_align, lambda *given: salient_points(*given[:2], points, *given[2:])):
         with pytest.raises(ValueError, match=r"boxes must be on cpu, got .* on meta"):
             op(features, boxes.to("meta"))
         with pytest.raises(ValueError, match=r"valid_sizes must be on cpu, got .* on meta"):

@@ -10,7 +10,6 @@ from samdetr_kernels import (
     deformable_attention,
     linear_assignment,
     roi_align,
-    roi_pool,
     salient_cross_attention,
     salient_points,
 )
@@ -39,7 +38,6 @@ def deformable(value: Tensor) -> Tensor:
 
 CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
     "roi_align": (lambda x: roi_align(x, boxes(), valid_sizes=VALID), [random(2, 7, 9, 16)]),
-    "roi_pool": (lambda x: roi_pool(x, boxes(), valid_sizes=VALID, mode="max"), [random(2, 7, 9, 16)]),
     "salient_points": (
         lambda x, points: salient_points(x, boxes(), points, valid_sizes=VALID),
         [random(2, 7, 9, 16), random(2, 6, 8, 2).tanh()],

@@ -25,7 +25,7 @@ from samdetr_kernels.deformable_attention import (
 from samdetr_kernels.launch import force_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-MODULE = sys.modules["samdetr_kernels.deformable_attention"]
+MODULE, KERNELS = (sys.modules[f"samdetr_kernels.deformable_attention{part}"] for part in ("", "_kernels"))
 
 
 class Inputs(NamedTuple):
@@ -56,7 +56,7 @@ class Case(NamedTuple):
     points: int
 
     def inputs(self, dtype: torch.dtype = torch.float64, locations_dtype: torch.dtype = torch.float64) -> Inputs:
-        """Locations within, around and far outside the maps; on borders; and, where floats hold them, on the kinks.
+        """Draw locations within, around and far outside the maps; on borders; where floats hold them, on the kinks.
 
         They are multiples of 2^-12, so that fp32 cell coordinates are exact and no rounding crosses a kink.
         """
@@ -231,7 +231,7 @@ def test_images_take_turns_when_the_fixed_point_sums_do_not_fit(images, kernel_d
     case = SMALL._replace(batch=3)
     inputs, upstream = case.inputs(torch.bfloat16, torch.float32), case.upstream(torch.bfloat16)
     together = backward(inputs, upstream, kernel_device, True)
-    monkeypatch.setattr(MODULE, "FIXED_POINT_BYTES", images * 8 * inputs.value[0].numel())
+    monkeypatch.setattr(KERNELS, "FIXED_POINT_BYTES", images * 8 * inputs.value[0].numel())
     apart = backward(inputs, upstream, kernel_device, True)
     assert all(torch.equal(one, other) for one, other in zip(together, apart, strict=True))
 
@@ -274,7 +274,7 @@ def test_samples_without_a_finite_location_count_zero(kernel_device):
 
 
 def permuted(part: Tensor) -> Tensor:
-    """The same numbers with the second axis innermost in memory."""
+    """Return the same numbers with the second axis innermost in memory."""
     return part.movedim(1, -1).contiguous().movedim(-1, 1)
 
 

@@ -1,4 +1,4 @@
-"""The settings that a launch takes from torch and hands to Triton."""
+"""Settings that a launch takes from torch and hands to Triton."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from samdetr_kernels.attention_dropout import dropout_mask
 from samdetr_kernels.launch import force_reference
 from samdetr_kernels.salient_cross_attention import salient_cross_attention, salient_cross_attention_reference
+from samdetr_kernels.salient_cross_attention_backward_kernels import salient_cross_attention_backward_triton
 from samdetr_kernels.salient_cross_attention_kernels import (
     MAX_CELLS,
-    _cells,
-    salient_cross_attention_backward_triton,
+    map_cells,
     salient_cross_attention_forward_triton,
 )
 
@@ -67,7 +67,7 @@ class Case(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The op's arguments in its order."""
+    """Return the op's arguments in its order."""
 
     query: Tensor
     key: Tensor
@@ -81,7 +81,7 @@ class Inputs(NamedTuple):
     seed: Tensor | None
 
     def leaves(self, dtype: torch.dtype | None = None) -> Inputs:
-        """The same with differentiable copies (in ``dtype``)."""
+        """Copy the inputs, differentiable (in ``dtype``)."""
         return Inputs(
             *(
                 part.detach().clone().to(dtype or part.dtype).requires_grad_()
@@ -128,7 +128,7 @@ SMALL = CASES[:5]
 
 
 def attend(inputs: Inputs) -> Tensor:
-    """The definition, head by head, in the dtype of the inputs: explicit mask, prior, softmax, dropout."""
+    """Compute the definition, head by head, in the dtype of the inputs: explicit mask, prior, softmax, dropout."""
     cells = inputs.key.shape[1]
     images = []
     for image, (height, width) in enumerate(inputs.valid_sizes.tolist()):
@@ -389,7 +389,7 @@ def test_dropout_generator_is_uniform_and_uncorrelated():
 
 
 def test_dropout_generator_bytes_are_uniform():
-    """How often the hash's top byte takes each value, found through the thresholds."""
+    """Count how often the hash's top byte takes each value, found through the thresholds."""
     seed, shape = torch.tensor([12345]), (1, 300, 950)
     above = [dropout_mask(seed, byte / 256, 0, *shape).sum() for byte in range(256)]
     frequencies = -torch.stack([*above, torch.tensor(0)]).diff()
@@ -401,7 +401,7 @@ def test_dropout_generator_bytes_are_uniform():
 @triton.jit
 def _cells_kernel(p_out, width, map_width, count, BLOCK: tl.constexpr):
     o_j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    o_s, b_x, b_y = _cells(o_j, width, map_width)
+    o_s, b_x, b_y = map_cells(o_j, width, map_width)
     tl.store(p_out + o_j, o_s, mask=o_j < count)
     tl.store(p_out + count + o_j, (b_x - 0.5).to(tl.int32), mask=o_j < count)
     tl.store(p_out + 2 * count + o_j, (b_y - 0.5).to(tl.int32), mask=o_j < count)
@@ -440,7 +440,7 @@ def test_opcheck_compact_and_permuted(case, dtype, compact):
 
 
 def permuted(inputs: Inputs) -> Inputs:
-    """The same numbers in other strides."""
+    """Return the same numbers in other strides."""
     return inputs._replace(
         query=inputs.query.transpose(1, 2).contiguous().transpose(1, 2),
         key=inputs.key.transpose(1, 2).contiguous().transpose(1, 2),

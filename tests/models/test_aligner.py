@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import roi_align
 
+import samdetr_kernels
 from samdetr.models import SAMDETR
-from samdetr.models.aligner import AlignedQueries, PooledAligner, SemanticAligner
+from samdetr.models.aligner import AlignedQueries, PooledAligner, SemanticAligner, regions_of
 from samdetr.models.position import MapGeometry, sine_points, valid_mask
 from samdetr.models.sam_detr import CrossAttention
 from samdetr.recipe import load_recipe
@@ -45,14 +48,61 @@ def aligner_of(*, points: int, reweighting: bool = False, whole_image: bool = Fa
 
 
 @pytest.mark.parametrize("mode", ["mean", "max"])
-def test_pooled_queries(mode: str) -> None:
+def test_pooled_queries(mode: Literal["mean", "max"]) -> None:
     inputs = Inputs()
-    found, bins = inputs.align(PooledAligner(mode)), inputs.bins(inputs.boxes, inputs.memory)
+    memory = inputs.memory.requires_grad_()
+    found, bins = inputs.align(PooledAligner(mode)), inputs.bins(inputs.boxes, memory)
     expected = bins.mean((-2, -1)) if mode == "mean" else bins.amax((-2, -1))
     torch.testing.assert_close(found.content[:, :, 0], expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = [torch.autograd.grad(out, memory, upstream)[0] for out in (found.content[:, :, 0], expected)]
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
     centres = inputs.boxes[..., :2]
     torch.testing.assert_close(found.position[:, :, 0], sine_points(centres, WIDTH).double(), rtol=0, atol=0)
     assert torch.equal(found.locations[:, :, 0], centres)
+
+
+def test_the_first_of_equal_bins_has_the_gradient_of_the_maximum() -> None:
+    inputs = Inputs()
+    inputs.memory = torch.zeros_like(inputs.memory).requires_grad_()
+    rois = regions_of(inputs.boxes, inputs.geometry)
+    content = inputs.align(PooledAligner("max")).content
+    (found,) = torch.autograd.grad(content.sum(), inputs.memory)
+    (expected,) = torch.autograd.grad(
+        samdetr_kernels.roi_align(inputs.memory, rois, 7, VALID)[:, :, 0, 0].sum(), inputs.memory
+    )
+    assert expected.any() and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["mean", "max"])
+def test_nan_shows_in_pooled_queries(mode: Literal["mean", "max"]) -> None:
+    inputs = Inputs()
+    rois = regions_of(inputs.boxes, inputs.geometry)
+    inputs.memory[0, 3, 2, 5] = torch.nan
+    hit = samdetr_kernels.roi_align(inputs.memory, rois, 7, VALID).isnan().any(2).any(2)  # [B, Q, C]
+    assert hit[0, :, 5].any() and not hit[1].any()
+    assert torch.equal(inputs.align(PooledAligner(mode)).content[:, :, 0].isnan(), hit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["mean", "max"])
+def test_pooled_queries_are_rounded_once_compiled_and_under_autocast_too(
+    mode: Literal["mean", "max"], dtype: torch.dtype
+) -> None:
+    inputs = Inputs()
+    inputs.x, inputs.boxes = inputs.x.float(), inputs.boxes.float()
+    inputs.memory = inputs.memory.to(dtype).requires_grad_()
+    aligner = PooledAligner(mode)
+    rounded = [inputs.align(aligner).content]
+    compiled = torch.compile(aligner, fullgraph=True, backend="aot_eager")
+    rounded.append(inputs.align(compiled).content)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded.append(inputs.align(aligner).content)
+    inputs.memory, memory = inputs.memory.float(), inputs.memory
+    exact = inputs.align(aligner).content
+    grads = [torch.autograd.grad(out.float().square().sum(), memory, retain_graph=True)[0] for out in rounded]
+    for found, grad in zip(rounded, grads, strict=True):
+        assert torch.equal(found, exact.to(dtype)) and torch.equal(grad, grads[0])
 
 
 @pytest.mark.parametrize("points", [1, 4])

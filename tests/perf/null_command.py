@@ -25,7 +25,7 @@ PROCESSES = 2  # at most
 
 
 def count_epochs() -> list[dict[str, int]]:
-    """Have the waits of each epoch's steps counted, by the call that waits; the list grows with them."""
+    """Count the waits of each epoch's steps, by the call that waits; the list grows with them."""
     waits: list[dict[str, int]] = []
     train_epoch = training.train_epoch
 
@@ -39,7 +39,7 @@ def count_epochs() -> list[dict[str, int]]:
 
 
 def share_the_device() -> None:
-    """Let several processes compute on the one device, and talk by gloo; each of them is this program too."""
+    """Let several processes compute on the one device and talk by gloo; each of them runs this program."""
     launch, make_group = launching.elastic_launch, dist.init_process_group
 
     def start(config: Any, program: str) -> Any:
@@ -59,7 +59,7 @@ def tell(epochs: list[dict[str, int]]) -> None:
 
 
 def main() -> None:
-    """Be ``samdetr``."""
+    """Run ``samdetr``."""
     torch.set_num_threads(1)
     if "--nproc" in sys.argv or "WORLD_SIZE" in os.environ:
         share_the_device()

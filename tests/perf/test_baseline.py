@@ -51,7 +51,7 @@ def small(name: str, *overrides: str) -> Recipe:
 
 
 def pair(recipe: Recipe, dtype: torch.dtype) -> tuple[SAMDETR, BaselineSAMDETR]:
-    """Our model and the baseline with the same weights, none of them at a start that hides a part (zero, equal)."""
+    """Build our model and the baseline with the same weights, none at a start that hides a part (zero, equal)."""
     torch.manual_seed(1)
     model = build_model(recipe.model)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_outputs_losses_and_gradients_agree(name: str, padded: bool) -> None:
 
 
 def with_gradients(model: SAMDETR) -> SAMDETR:
-    """The model with every parameter replaced by its gradient (zero where it has none)."""
+    """Replace every parameter of the model by its gradient (zero where it has none)."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)

@@ -17,7 +17,7 @@ QUICK = ["--images", "6", "--micro", "3", "--repeats", "1"]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pictures an eighth as high and wide as COCO's."""
+    """Make pictures an eighth as high and wide as COCO's."""
     before = torch.get_num_threads()
     monkeypatch.setattr(bench_data, "SIZES", ((60, 80), (80, 60), (53, 80)))
     yield

@@ -24,7 +24,7 @@ SETTINGS = (f"train.epochs={EPOCHS}", f"data.shapes.train_images={4 * STEPS}", "
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> str:
-    """The file of a small recipe for a GPU."""
+    """Write a small recipe for a GPU; returns its file."""
     file = tmp_path / "tiny.toml"
     folder = f"folder = {json.dumps(str(tmp_path / 'shapes'))}\n"
     file.write_text(
@@ -43,7 +43,7 @@ def samdetr(**environment: str) -> Samdetr:
 
 
 def counted(ended: Ended) -> list[dict[str, Any]]:
-    """Return what each process of a command says."""
+    """Return the report of each process of a command."""
     parts = ended.output.split(null_command.COUNTED)[1:]
     return [json.JSONDecoder().raw_decode(part)[0] for part in parts]
 

@@ -131,7 +131,7 @@ def test_a_size_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A source that is soon compiled, and a cache of its own."""
+    """Make a source that is soon compiled, and a cache of its own."""
     folder = tmp_path / "source"
     (folder / "nullcuda").mkdir(parents=True)
     (folder / null_library.SOURCE).write_text('extern "C" int nullcuda_reset() { return 0; }\n')
@@ -192,7 +192,7 @@ def test_a_process_is_started_anew_only_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def count(path: Path, *arguments: str, code: int = 0) -> Namespace:
-    """Run the command at a small size; returns its JSON and what it said."""
+    """Run the command at a small size; returns its JSON and its output."""
     command = [sys.executable, "perf/null_gpu.py", *arguments, "--batch", "2", "--size", "320x320", "--json", str(path)]
     done = subprocess.run(command, cwd=ROOT, env=from_checkout(), capture_output=True, text=True, timeout=1500)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]

@@ -43,7 +43,7 @@ BENCHES = (
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny operations on threads that wait for each other take a hundred times as long on a busy machine."""
+    """Use one thread: on a busy machine threads that wait for each other take a hundred times as long."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -209,7 +209,7 @@ def test_bench_runs_and_writes_its_json(op, tmp_path):
 
 
 def floors(bench: str, dtype: torch.dtype) -> tuple[Case, Work, Work]:
-    """The first case of a bench at the training shapes of a CPU, and its work in both directions."""
+    """Return the first case of a bench at the training shapes of a CPU, and its work in both directions."""
     options = read_options(bench, ["--device", "cpu", "--shapes", "cpu", "--dtypes", str(dtype).removeprefix("torch.")])
     case = next(iter(importlib.import_module(f"perf.bench_{bench}").cases(options)))
     return case, case.work[FORWARD], case.work[BOTH]

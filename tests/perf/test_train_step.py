@@ -1,4 +1,4 @@
-"""What perf/train_step.py measures: counts of known calls, phases that are the step, and the gate before any speed."""
+"""Measurements of perf/train_step.py: counts of known calls, phases that are the step, the gate before any speed."""
 
 from __future__ import annotations
 

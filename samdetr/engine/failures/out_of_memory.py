@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from samdetr.cost.flops import Memory, build_on_meta, training_memory
+from samdetr.cost.memory import Memory, training_memory
+from samdetr.cost.meta import build_on_meta
 from samdetr.engine.checkpoint.format import LAST
 from samdetr.engine.run.folder import CHECKPOINTS, resume_command
 from samdetr.errors import SamdetrError
