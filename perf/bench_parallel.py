@@ -23,7 +23,7 @@ from torch import Tensor
 
 from perf.report import Report, environment, table
 from perf.train_step import StepRow, wait
-from samdetr.data.prefetch import finish
+from samdetr.data.device import to_device
 from samdetr.engine.compute.activation_checkpoint import checkpoint_activations
 from samdetr.engine.compute.start_up import random_batch
 from samdetr.engine.distributed.parallel import wrap
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = load_recipe(given.recipe, ["model.backbone.weights=none"])
     report = Report("parallel", environment(given.device))
     print(" ".join(f"{key}={value}" for key, value in report.environment.items()) + "\n")
-    batch = finish(random_batch((given.height, given.width), given.batch, OBJECTS), device)
+    batch = to_device(random_batch((given.height, given.width), given.batch, OBJECTS), device)
     case = f"{given.recipe.stem} {given.batch} x {given.height} x {given.width}"
     with group_of_one(device):
         run(recipe, case, batch, device, given.repeats, report)

@@ -136,7 +136,6 @@ VARIANTS = {
     "random_published": Variant(
         "r50_12ep", CROP | CLASSES | TRANSFORMER | {"data.batching": "random", "data.pixels": "published"}
     ),
-    "resize_device": Variant("r50_12ep", DETR | {"data.resize": "device"}),
     "average_of_weights": Variant("r50_12ep", DETR | {"optim.ema_decay": 0.99}),
     "cosine": Variant("r50_12ep", DETR | {"optim.schedule": "cosine", "optim.warmup_steps": 2}),
     "drop": Variant(

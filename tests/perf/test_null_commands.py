@@ -80,7 +80,7 @@ def test_all_commands(recipe: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_all_commands_compiled_in_bf16(recipe: str, tmp_path: Path) -> None:
-    buckets = ("data.batching=buckets", "data.buckets=2", "data.pixels=fast", "data.resize=device")
+    buckets = ("data.batching=buckets", "data.buckets=2", "data.pixels=fast")
     compute = ("compute.precision=bf16", "compute.compile=on", "optim.ema_decay=0.99")
     ended, _ = try_all(recipe, "cuda", [*SETTINGS, *buckets, *compute], tmp_path, samdetr())
     check(ended)
