@@ -47,8 +47,10 @@ class Batch(NamedTuple):
         return self.with_step_tensors(tensor.to(device, non_blocking=True) for tensor in self.step_tensors())
 
     def pin_memory(self) -> Batch:
-        """Copy the `step_tensors` to page-locked memory, as a loader with ``pin_memory`` gives them."""
-        return self.with_step_tensors(tensor.pin_memory() for tensor in self.step_tensors())
+        """Copy all tensors to page-locked memory; torch's DataLoader calls it."""
+        pinned = self.with_step_tensors(tensor.pin_memory() for tensor in self.step_tensors())
+        image_ids, original_sizes = self.image_ids.pin_memory(), self.original_sizes.pin_memory()
+        return pinned._replace(image_ids=image_ids, original_sizes=original_sizes)
 
 
 class Proposals(NamedTuple):

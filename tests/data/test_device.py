@@ -12,7 +12,7 @@ from samdetr.data.batching import Sample, collate
 from samdetr.data.device import one_ahead, prefetch, to_device
 from samdetr.data.transforms import TrainTransform
 from samdetr.errors import DataError
-from samdetr.structures import Batch
+from samdetr.structures import Batch, Targets
 from tests.data.test_transforms import TRAIN, augmented, boxes_of, image_of
 
 CPU = torch.device("cpu")
@@ -70,6 +70,17 @@ def test_all_that_the_step_reads_moves_in_one_copy_each() -> None:
     for tensor in read:
         assert tensor.is_contiguous() or tensor is batch.images
         assert tensor.data_ptr() % 16 == 0
+
+
+def test_a_loader_pins_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of the targets, a tuple within the batch."""
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: pinned.append(tensor) or tensor.clone())
+    batch = batch_of(raw=True)
+    got = torch.utils.data._utils.pin_memory.pin_memory(batch)
+    assert [id(tensor) for tensor in pinned] == [id(tensor) for tensor in tensors(batch)]
+    assert type(got) is Batch and type(got.targets) is Targets
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(tensors(got), tensors(batch), strict=True))
 
 
 def test_prefetching_keeps_steps_and_order() -> None:
