@@ -108,10 +108,6 @@ class Categories:
     names: tuple[str, ...]
     indices: tuple[int, ...]  # the class logit of each category
 
-    def index_of(self, category_id: int) -> int:
-        """Return the class logit of a category id (KeyError if the id is unknown)."""
-        return dict(zip(self.ids, self.indices, strict=True))[category_id]
-
     def by_index(self) -> dict[int, tuple[int, str]]:
         """Return (category id, name) for each class logit that a category uses."""
         return {i: (c, n) for c, n, i in zip(self.ids, self.names, self.indices, strict=True)}
