@@ -1,4 +1,4 @@
-"""The data path on one core: from files to the padded batch that a loader process sends, published against fast.
+"""Time the data path on one core, published against fast: from files to the padded batch that a loader sends.
 
     OMP_NUM_THREADS=1 PYTHONPATH=.:kernels python perf/bench_data.py --out perf/records/<date>_cpu_data
 
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +24,12 @@ from torchvision.transforms.v2 import functional as F
 
 from perf.harness import measure
 from perf.report import Report, Row, environment
-from samdetr.data.batching import Sample, collate, sample_seed
+from samdetr.data.batching import Sample, collate
 from samdetr.data.buckets import BucketSampler, choose_buckets
 from samdetr.data.datasets import CocoData, DetectionDataset, make_categories
 from samdetr.data.decode import Pixels
-from samdetr.data.prefetch import finish
-from samdetr.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Plan, build_transform, resized_sides
+from samdetr.data.device import to_device
+from samdetr.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Plan, build_train_transform, resized_sides
 from samdetr.recipe import AugmentSection, DataSection
 from samdetr.structures import Batch, Categories
 
@@ -37,8 +37,7 @@ CPU = torch.device("cpu")
 SIZES = ((480, 640),) * 9 + ((427, 640),) * 4 + ((640, 480),) * 4 + ((640, 427),) * 2 + ((375, 500),)  # (h, w)
 SEED = 3
 PUBLISHED, PARITY, FAST = "published (PIL throughout)", 'data.pixels = "published"', 'data.pixels = "fast"'
-DEVICE = 'data.resize = "device": photos only'
-FINISHED = f"{FAST}, normalised on this core"
+NORMALISED = f"{FAST}, normalised on this core"
 
 
 class Files(NamedTuple):
@@ -49,7 +48,7 @@ class Files(NamedTuple):
 
 
 def texture(height: int, width: int, random: np.random.Generator) -> Image.Image:
-    """Draw noise of many scales, so that a JPEG of 640 x 480 at quality 90 takes about as much as COCO's photos."""
+    """Draw noise of many scales: a JPEG of 640 x 480 at quality 90 is about as large as COCO's photos."""
     pixels = random.normal(size=(height, width, 3)) * 3
     for cell in (2, 4, 8, 16, 32, 64, 128):
         for channel in range(3):
@@ -91,30 +90,31 @@ def generate(folder: Path, count: int) -> Files:
 
 
 def published_image(path: Path, plan: Plan, max_size: int) -> Tensor:
-    """Make a planned image as published: PIL decodes, flips, resizes and crops; then float, normalised."""
+    """Load a planned image as the published code does: PIL decodes, flips, resizes, crops; then float, normalised."""
     with Image.open(path) as file:
         image = file.convert("RGB")
     if plan.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if plan.first:
-        high, wide = resized_sides(image.height, image.width, plan.first, None)
-        image = image.resize((wide, high), Image.Resampling.BILINEAR)
+        image = _resized(image, plan.first, None)
         top, left, height, width = plan.region
         image = image.crop((left, top, left + width, top + height))
-    high, wide = resized_sides(image.height, image.width, plan.size, max_size)
-    image = image.resize((wide, high), Image.Resampling.BILINEAR)
+    image = _resized(image, plan.size, max_size)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
     return F.normalize(pixels, list(IMAGENET_MEAN), list(IMAGENET_STD))
 
 
+def _resized(image: Image.Image, size: int, max_size: int | None) -> Image.Image:
+    """Resize with PIL by the published size rule."""
+    high, wide = (int(side) for side in resized_sides(image.height, image.width, size, max_size))
+    return image.resize((wide, high), Image.Resampling.BILINEAR)
+
+
 def loads(files: Files, micro: int) -> dict[str, Callable[[int], Batch]]:
-    """Return, by variant, what makes the micro-batch of a turn as a loader process does."""
+    """Return for each variant the function that loads a turn's micro-batch, as a loader process does."""
     data, section = files.data, DataSection()
     categories = make_categories(data, "contiguous", 1)
-    parity, fast, photos = (
-        _dataset(data, categories, pixels, resize)
-        for pixels, resize in (("published", "worker"), ("fast", "worker"), ("fast", "device"))
-    )
+    parity, fast = _dataset(data, categories, "published"), _dataset(data, categories, "fast")
     transform = parity.train_transform()
     shapes = choose_buckets(transform, data.heights, data.widths, count=section.buckets, grid=section.bucket_grid)
     sampler = BucketSampler(parity.planned_sizes, len(parity), shapes, batch=micro, micro=micro, seed=SEED)
@@ -122,56 +122,48 @@ def loads(files: Files, micro: int) -> dict[str, Callable[[int], Batch]]:
 
     def ours(dataset: DetectionDataset, turn: int) -> Batch:
         chosen = batches[turn % len(batches)]
-        return collate([dataset[key] for key in chosen.keys], dataset.max_objects, chosen.shape)
+        return collate(dataset.load(chosen.keys), dataset.max_objects, chosen.shape)
 
     def published(turn: int) -> Batch:
         chosen, samples = batches[turn % len(batches)], []
-        for epoch, row in chosen.keys:
-            torch.manual_seed(sample_seed(SEED, epoch, row))
-            height, width = int(data.heights[row]), int(data.widths[row])
-            image = published_image(
-                data.image_root / data.file_names[row], transform.plan(height, width), transform.max_size
-            )
-            nothing = torch.zeros(0, dtype=torch.int64)
-            samples.append(Sample(image, torch.zeros(0, 4), nothing, row, (height, width)))
+        rows = [row for _, row in chosen.keys]
+        plans = parity.plan(chosen.keys[0][0], np.array(rows))
+        for place, row in enumerate(rows):
+            image = published_image(data.image_root / data.file_names[row], plans.row(place), transform.max_size)
+            nothing, size = torch.zeros(0, dtype=torch.int64), (int(data.heights[row]), int(data.widths[row]))
+            samples.append(Sample(image, torch.zeros(0, 4), nothing, row, size))
         return collate(samples, parity.max_objects, chosen.shape)
 
     return {
         PUBLISHED: published,
         PARITY: partial(ours, parity),
         FAST: partial(ours, fast),
-        DEVICE: partial(ours, photos),
-        FINISHED: lambda turn: finish(ours(fast, turn), CPU),
+        NORMALISED: lambda turn: to_device(ours(fast, turn), CPU),
     }
 
 
-def _dataset(
-    data: CocoData, categories: Categories, pixels: Pixels, resize: Literal["worker", "device"]
-) -> DetectionDataset:
+def _dataset(data: CocoData, categories: Categories, pixels: Pixels) -> DetectionDataset:
     return DetectionDataset(
         data,
         categories,
-        build_transform(AugmentSection(), training=True, raw=pixels == "fast"),
+        build_train_transform(AugmentSection(), raw=pixels == "fast"),
         seed=SEED,
         max_pixels=10**7,
-        training=True,
         pixels=pixels,
-        resize=resize,
     )
 
 
 def check(variants: dict[str, Callable[[int], Batch]], report: Report, turns: int) -> bool:
-    """Tell whether the fast batches have the published boxes and pixels within the limits; prints it."""
+    """Check, and print, that the fast batches have the published boxes, and pixels within the limits."""
     std = torch.tensor(IMAGENET_STD).reshape(3, 1, 1) * 255
     sound = True
     for name, other, limits in (
         (PUBLISHED, FAST, (3.0, 0.5)),
         (PARITY, FAST, (1.0, 0.02)),
-        (PARITY, DEVICE, (3.0, 0.5)),
     ):
         most, total, count = 0.0, 0.0, 0
         for turn in range(turns):
-            want, got = variants[name](turn), finish(variants[other](turn), CPU)
+            want, got = variants[name](turn), to_device(variants[other](turn), CPU)
             difference = (want.images - got.images).abs() * std
             most = max(most, float(difference.max()))
             total, count = total + float(difference.sum()), count + int(3 * want.image_sizes.prod(dim=1).sum())
@@ -214,13 +206,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _rows(variants: dict[str, Callable[[int], Batch]], case: str, given: argparse.Namespace) -> list[Row]:
-    """Measure the milliseconds of one image, by variant."""
+    """Time each variant: milliseconds of one image."""
     timings = measure(variants, CPU, given.repeats)
     rows = []
     for name, timing in timings.items():
         if isinstance(timing, str):
             raise RuntimeError(f"{name}: {timing}")
-        row = Row("data", case, "uint8" if name in (FAST, DEVICE) else "float32", "load", name, repeats=timing.repeats)
+        row = Row("data", case, "uint8" if name == FAST else "float32", "load", name, repeats=timing.repeats)
         row.ms, row.p20, row.p80 = (value / given.micro for value in timing[:3])
         rows.append(row)
     for row in rows:

@@ -117,7 +117,7 @@ CALLS: dict[int, tuple[Stage, ...]] = {
     2: (
         (
             _pytest("slow kernel tests", 70, 8, "-m", "slow", *KERNEL_TESTS),
-            _pytest("gpu tests", 70, 3, "-m", "gpu", *GPU_TESTS, "tests/data/test_prefetch.py"),
+            _pytest("gpu tests", 70, 3, "-m", "gpu", *GPU_TESTS, "tests/data/test_device.py"),
         ),
         (_bench("salient_cross_attention", 50, *BF16),),
         (_bench("roi_align", 25, *BF16), _bench("salient_points", 35, *BF16)),

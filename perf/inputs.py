@@ -131,4 +131,4 @@ def training_batch(images: int, height: int, width: int, *, classes: int, seed: 
         boxes=torch.cat((centres, sides), -1) * valid[..., None],
         counts=counts,
     )
-    return Batch.of(pixels, sizes, targets, image_ids=torch.arange(images), original_sizes=sizes.clone())
+    return Batch(pixels, sizes, targets, image_ids=torch.arange(images), original_sizes=sizes.clone())

@@ -84,7 +84,7 @@ def record_model(recipe: Recipe) -> None:
     from perf.inputs import MAX_TARGETS
     from perf.null_counts import grid_sample_without_cudnn
     from perf.sides import build_model_on
-    from samdetr.data.prefetch import finish
+    from samdetr.data.device import to_device
     from samdetr.engine.checkpoint.weights import choose_device
     from samdetr.engine.compute.start_up import random_batch
     from samdetr.engine.step import forward, forward_backward
@@ -96,7 +96,8 @@ def record_model(recipe: Recipe) -> None:
     for way in WAYS:
         torch.set_float32_matmul_precision(way.matmul)
         torch.use_deterministic_algorithms(way.deterministic, warn_only=True)
-        batch, precision = finish(random_batch(SIZE, way.images, most, least=1), device), getattr(torch, way.precision)
+        batch = to_device(random_batch(SIZE, way.images, most, least=1), device)
+        precision = getattr(torch, way.precision)
         with grid_sample_without_cudnn(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's ops that are not deterministic
             forward_backward(model.train(), criterion, batch, batch.targets.counts.sum(), precision=precision)

@@ -22,7 +22,7 @@ from perf.baseline import (
     build_baseline_optimizer,
     published_batch,
 )
-from samdetr.data.prefetch import finish
+from samdetr.data.device import to_device
 from samdetr.engine.compute.precision import EXACT, Compute
 from samdetr.engine.compute.start_up import prepare_step
 from samdetr.engine.optim import build_optimizer
@@ -70,7 +70,7 @@ def build_ours(
     compute: what `prepare_step` compiles and records; the batches have one shape. ``note`` hears what it says.
     """
     criterion, optimizer = build_criterion(recipe), build_optimizer(model, recipe.optim)
-    batches = [pinned(batch) if device.type == "cuda" else batch for batch in batches]
+    batches = [batch.pin_memory() if device.type == "cuda" else batch for batch in batches]
     clip_norm, precision = recipe.optim.clip_norm, compute.precision
     count, _, height, width = batches[0].images.shape
     graphs = prepare_step(
@@ -90,7 +90,7 @@ def build_ours(
     )
 
     def step(turn: int) -> Tensor:
-        batch = [finish(batches[turn % len(batches)], device)]
+        batch = [to_device(batches[turn % len(batches)], device)]
         return train_step(
             model, criterion, optimizer, batch, device=device, clip_norm=clip_norm, precision=precision, graphs=graphs
         ).values
@@ -100,7 +100,7 @@ def build_ours(
 
     def phases(turn: int, mark: Mark) -> None:
         optimizer.zero_grad(set_to_none=graphs is None)
-        moved = finish(batches[turn % len(batches)], device)
+        moved = to_device(batches[turn % len(batches)], device)
         mark("data")
         outputs = forward(model, criterion, moved, precision=precision)
         mark("forward")
@@ -156,14 +156,9 @@ def build_model_on(recipe: Recipe, device: torch.device) -> SAMDETR:
     return build_model(recipe.model).to(device).train()
 
 
-def pinned(batch: Batch) -> Batch:
-    """Copy the batch to page-locked memory, where the loader has it."""
-    return batch._replace(images=batch.images.pin_memory(), numbers=batch.numbers.pin_memory())
-
-
 def first_images(batch: Batch, count: int) -> Batch:
     """Return the first images of a batch."""
     targets = Targets(*(part[:count] for part in batch.targets))
-    return Batch.of(
+    return Batch(
         batch.images[:count], batch.image_sizes[:count], targets, batch.image_ids[:count], batch.original_sizes[:count]
     )

@@ -1,4 +1,4 @@
-"""The typed, fixed-shape values that flow between data, models, loss and engine.
+"""The typed, fixed-shape values that pass between data, models, loss and engine.
 
 Dimension names used across the project:
 B images in a batch, L decoder layers, Q object queries, K class logits, T padded targets of an image.
@@ -7,15 +7,12 @@ Boxes are (cx, cy, w, h) in [0, 1] of the *valid* image unless a name says ``xyx
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-GEOMETRY = 11  # numbers that say how a photo is augmented
-ALIGNED = 16  # int64 numbers; compiled code copies what does not begin at a multiple of 16 bytes
 
 
 class Targets(NamedTuple):
@@ -26,84 +23,38 @@ class Targets(NamedTuple):
     counts: Tensor  # [B] int64, number of valid rows
 
 
-class Resample(NamedTuple):
-    """Sizes of what is still to be done to a batch's photos: `samdetr.data.resample` makes and reads them."""
-
-    height: int  # padded, of the result
-    width: int
-    rows: int  # most that are left of an image by its crop
-    columns: int
-
-
 class Batch(NamedTuple):
-    """What the model sees of a few images in one forward pass. `Batch.of` makes one."""
+    """A few images with their ground truth, for one forward pass."""
 
     images: Tensor  # [B, 3, H, W] float32, normalised, zero-padded at the bottom and right; or, from a loader with
-    # data.pixels = "fast", uint8 pixels (strides channels-last) that `samdetr.data.prefetch.finish` makes into these
-    numbers: Tensor  # int64 [N]: all else that is read on the device, so that one copy moves it
-    max_objects: int  # T
+    # data.pixels = "fast", uint8 pixels (strides channels-last), which `samdetr.data.device.to_device` normalises
+    image_sizes: Tensor  # [B, 2] int64, (height, width) of the valid pixels
+    targets: Targets
     image_ids: Tensor  # [B] int64, the ids of the annotation file; stays on the host
     original_sizes: Tensor  # [B, 2] int64, (height, width) of the decoded photo, before augmentation; on the host
-    resample: Resample | None = None  # if set, ``images`` are whole photos, zero-padded, that `finish` augments first
 
-    @classmethod
-    def of(
-        cls,
-        images: Tensor,
-        image_sizes: Tensor,
-        targets: Targets,
-        image_ids: Tensor,
-        original_sizes: Tensor,
-        resample: Resample | None = None,
-        geometry: Tensor | None = None,
-    ) -> Batch:
-        """The batch of these parts, all on one device; they are described at the fields and properties."""
-        count, objects = targets.labels.shape
-        parts = [image_sizes, targets.counts, targets.labels, targets.boxes.float().contiguous().view(torch.int64)]
-        parts += [] if geometry is None else [geometry]
-        places = _places(count, objects)
-        numbers = images.new_zeros(places[len(parts) - 1].stop, dtype=torch.int64)
-        for place, part in zip(places, parts, strict=False):
-            numbers[place] = part.flatten()
-        return cls(images, numbers, objects, image_ids, original_sizes, resample)
+    def step_tensors(self) -> tuple[Tensor, ...]:
+        """Return what the model and the loss read: images, image sizes, labels, boxes and counts."""
+        return (self.images, self.image_sizes, *self.targets)
 
-    def _part(self, index: int) -> Tensor:
-        return self.numbers[_places(len(self.images), self.max_objects)[index]]
-
-    @property
-    def image_sizes(self) -> Tensor:
-        """[B, 2] int64, (height, width) of the valid pixels."""
-        return self._part(0).view(-1, 2)
-
-    @property
-    def targets(self) -> Targets:
-        """The ground truth."""
-        labels, boxes = self._part(2).view(-1, self.max_objects), self._part(3).view(torch.float32)
-        return Targets(labels, boxes.view(-1, self.max_objects, 4), self._part(1))
-
-    @property
-    def geometry(self) -> Tensor:
-        """[B, 11] int64, how each photo is augmented, where ``resample`` is set."""
-        return self._part(4).view(-1, GEOMETRY)
+    def with_step_tensors(self, tensors: Iterable[Tensor]) -> Batch:
+        """Return the batch with these in place of its `step_tensors`."""
+        images, image_sizes, *targets = tensors
+        return self._replace(images=images, image_sizes=image_sizes, targets=Targets(*targets))
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with what the model and the loss read on ``device``, in two copies."""
-        images, numbers = (part.to(device, non_blocking=True) for part in (self.images, self.numbers))
-        return self._replace(images=images, numbers=numbers)
+        """Copy the `step_tensors` to ``device``, without waiting where they are pinned."""
+        return self.with_step_tensors(tensor.to(device, non_blocking=True) for tensor in self.step_tensors())
 
-
-@cache
-def _places(images: int, objects: int) -> tuple[slice, ...]:
-    """Where in `Batch.numbers` sizes, counts, labels, boxes (two float32 each) and geometry are."""
-    places, start = [], 0
-    for width in (2, 1, objects, 2 * objects, GEOMETRY):
-        places.append(slice(start, start + images * width))
-        start += -(-images * width // ALIGNED) * ALIGNED
-    return tuple(places)
+    def pin_memory(self) -> Batch:
+        """Copy all tensors to page-locked memory; torch's DataLoader calls it."""
+        pinned = self.with_step_tensors(tensor.pin_memory() for tensor in self.step_tensors())
+        image_ids, original_sizes = self.image_ids.pin_memory(), self.original_sizes.pin_memory()
+        return pinned._replace(image_ids=image_ids, original_sizes=original_sizes)
 
 
 class Proposals(NamedTuple):
-    """Predictions of every one of S map cells, before the decoder; the first logit says whether there is an object."""
+    """Predictions of each of S map cells before the decoder; the first logit is that of any object."""
 
     logits: Tensor  # [B, S, K]
     boxes: Tensor  # [B, S, 4] as of Outputs
@@ -118,7 +69,7 @@ class Outputs(NamedTuple):
 
 
 class RegionLosses(NamedTuple):
-    """What Faster R-CNN's forward pass gives in training: scalars, means over what it draws of a micro-batch."""
+    """Losses of Faster R-CNN's forward pass in training: scalars, means over the samples drawn of a micro-batch."""
 
     loss_objectness: Tensor  # anchors: object or not
     loss_rpn_box_reg: Tensor  # anchors: boxes
@@ -157,21 +108,17 @@ class Categories:
     names: tuple[str, ...]
     indices: tuple[int, ...]  # the class logit of each category
 
-    def index_of(self, category_id: int) -> int:
-        """The class logit of a category id (KeyError if the id is unknown)."""
-        return dict(zip(self.ids, self.indices, strict=True))[category_id]
-
     def by_index(self) -> dict[int, tuple[int, str]]:
-        """Class logit -> (category id, name). Logits that no category uses are absent."""
+        """Return (category id, name) for each class logit that a category uses."""
         return {i: (c, n) for c, n, i in zip(self.ids, self.names, self.indices, strict=True)}
 
     def to_json(self) -> list[dict[str, object]]:
-        """A JSON value that `from_json` reads back."""
+        """Return a JSON value that `from_json` reads back."""
         return [{"id": c, "name": n, "index": i} for c, n, i in zip(self.ids, self.names, self.indices, strict=True)]
 
     @classmethod
     def from_json(cls, value: list[dict[str, object]]) -> Categories:
-        """The inverse of `to_json`."""
+        """Read the JSON value that `to_json` wrote."""
         return cls(
             ids=tuple(int(row["id"]) for row in value),  # type: ignore[call-overload]
             names=tuple(str(row["name"]) for row in value),

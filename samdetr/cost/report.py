@@ -87,7 +87,8 @@ class Report:
 def evaluation_sizes(recipe: Recipe) -> tuple[Size, ...]:
     """Return the sizes to which the recipe's evaluation brings photos of 640 x 480 and 640 x 426 pixels."""
     section = recipe.augment
-    return tuple(Size(*resized_sides(*photo, section.eval_size, section.eval_max_size)) for photo in PHOTOS)
+    sides = (resized_sides(*photo, section.eval_size, section.eval_max_size) for photo in PHOTOS)
+    return tuple(Size(int(height), int(width)) for height, width in sides)
 
 
 def make_reports(recipes: Mapping[Path, Recipe], sizes: Sequence[Size] = ()) -> list[Report]:

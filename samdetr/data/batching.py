@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from samdetr.data.resample import collect
 from samdetr.errors import DataError
 from samdetr.structures import Batch, Targets
 
@@ -20,7 +19,7 @@ Shape = tuple[int, int]  # padded (height, width) of a batch, pixels
 
 
 class MicroBatch(NamedTuple):
-    """The images of one forward pass, before they are loaded."""
+    """The images of one forward pass, not loaded yet."""
 
     keys: list[Key]
     shape: Shape | None  # what they are padded to; None: their own largest sides
@@ -34,33 +33,27 @@ class Sample(NamedTuple):
     labels: Tensor  # [n] int64, index of the class logit
     image_id: int
     original_size: tuple[int, int]  # (height, width) of the decoded photo
-    geometry: tuple[int, ...] | None = None  # if set, ``image`` is the photo itself: see `samdetr.data.resample`
 
 
 def collate(samples: Sequence[Sample], max_objects: int, shape: Shape | None = None) -> Batch:
     """Pad images with zeros at the bottom and right, and targets to T = ``max_objects``.
 
     Images become ``shape``, or as large as the largest of their sides. float32 images stay so; uint8 images are
-    padded as uint8 with channels-last strides. Photos that the device will augment are padded to their own largest
-    sides. No sample may have more than ``max_objects`` boxes or be larger than ``shape``.
+    padded as uint8 with channels-last strides. No sample may have more than ``max_objects`` boxes.
+
+    Raises:
+        DataError: an image is larger than ``shape``.
     """
-    geometries = [sample.geometry for sample in samples if sample.geometry]
-    if geometries:
-        sizes = [(geometry[5], geometry[10]) for geometry in geometries]
-    else:
-        sizes = [(sample.image.shape[1], sample.image.shape[2]) for sample in samples]
+    sizes = [(sample.image.shape[1], sample.image.shape[2]) for sample in samples]
     height, width = (max(sides) for sides in zip(*sizes, strict=True))
     if shape is not None:
         if height > shape[0] or width > shape[1]:
             raise DataError(
                 f"image ids {', '.join(str(sample.image_id) for sample in samples)}: {height} x {width} pixels were "
-                f"planned to fit {shape[0]} x {shape[1]}: this torch draws other random numbers than "
-                'samdetr.data.planning repeats; set data.batching = "random".'
+                f"planned to fit {shape[0]} x {shape[1]}, which is a fault of samdetr.data.planning: report it, and "
+                'set data.batching = "random" to go on without such plans.'
             )
         height, width = shape
-    todo = collect(geometries, (height, width)) if geometries else None
-    if todo is not None:
-        height, width = (max(sample.image.shape[axis] for sample in samples) for axis in (1, 2))
     if samples[0].image.dtype == torch.uint8:
         images = _zeros(len(samples) * height * width * 3).view(len(samples), height, width, 3).permute(0, 3, 1, 2)
     else:
@@ -72,36 +65,29 @@ def collate(samples: Sequence[Sample], max_objects: int, shape: Shape | None = N
         labels[row, : len(sample.labels)] = sample.labels
         boxes[row, : len(sample.boxes)] = sample.boxes
     counts = torch.tensor([len(sample.labels) for sample in samples], dtype=torch.int64)
-    return Batch.of(
+    return Batch(
         images=images,
         image_sizes=torch.tensor(sizes, dtype=torch.int64),
         targets=Targets(labels=labels, boxes=boxes, counts=counts),
         image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
         original_sizes=torch.tensor([sample.original_size for sample in samples], dtype=torch.int64),
-        resample=todo,
-        geometry=torch.tensor(geometries, dtype=torch.int64) if geometries else None,
     )
 
 
 def _zeros(count: int) -> Tensor:
-    """Bytes; a loader process takes them from shared memory, whose pages begin as zeros, and sends them uncopied."""
+    """Allocate zero bytes; a loader process takes them from shared memory (zero at first), and sends them uncopied."""
     if get_worker_info() is None:
         return torch.from_numpy(np.zeros(count, np.uint8))
     return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(count))
 
 
-def sample_seed(seed: int, epoch: int, row: int) -> int:
-    """The seed of a sample's augmentation: a function of these three alone, 64 bits."""
-    return int(np.random.SeedSequence([seed, epoch, row]).generate_state(1, np.uint64)[0])
-
-
-def split(keys: Sequence[Key], micro: int) -> list[list[Key]]:
+def cut_step(keys: Sequence[Key], micro: int) -> list[list[Key]]:
     """Cut the keys of one optimizer step into micro-batches of ``micro`` (the last may be smaller)."""
     return [list(keys[start : start + micro]) for start in range(0, len(keys), micro)]
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of the rows, int64 [num_images]: a function of (seed, epoch) alone.
+    """Return a permutation of the rows, int64 [num_images]: a function of (seed, epoch) alone.
 
     Sorting raw Philox output does not depend on the shuffling algorithm of a numpy version.
     """
@@ -110,7 +96,7 @@ def epoch_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 class EpochSampler:
-    """Batches of (epoch, row) keys. It keeps no state but the epoch and the first step.
+    """Batches of (epoch, row) keys, with no state but the epoch and the first step.
 
     With ``shuffle`` (training) the order is `epoch_order` and an incomplete last batch is left out, as
     published; without (evaluation) the rows come in order and the last batch may be smaller.
@@ -129,11 +115,11 @@ class EpochSampler:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose what the next iteration yields: the batches of ``epoch`` from ``start_step`` on."""
+        """Let the next iteration yield the batches of ``epoch`` from ``start_step`` on."""
         self.epoch, self.start_step = epoch, start_step
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Return the batches of a whole epoch."""
         return self.num_images // self.batch if self.shuffle else -(-self.num_images // self.batch)
 
     def __iter__(self) -> Iterator[list[Key]]:

@@ -1,4 +1,4 @@
-"""Batches of a few fixed shapes: which shapes, which images go together, and how much of them is padding.
+"""Batches of a few fixed shapes: the shapes, the images that go together, and the share of padding.
 
 The rule, a function of (seed, epoch) alone:
 1. The epoch has the images of the published batches: the first ``steps * total_batch`` of `epoch_order`. What is left
@@ -15,30 +15,22 @@ is the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from samdetr.data.batching import EpochSampler, MicroBatch, Shape, epoch_order
-from samdetr.data.planning import Ints, epoch_sizes
-from samdetr.data.transforms import TrainTransform
+from samdetr.data.planning import plan_images
+from samdetr.data.transforms import Ints, TrainTransform
 
 _SAMPLE = 20_000  # augmented sizes that the shapes are chosen from
 _ROUNDS = 20  # of exchanging shapes; it ends earlier where no exchange helps
 
 
-class Padding(NamedTuple):
-    """What an epoch's batches are made of."""
-
-    useful: float  # valid pixels over pixels
-    shapes: int  # different padded (height, width)
-
-
 def choose_buckets(
     transform: TrainTransform, heights: Ints, widths: Ints, *, count: int, grid: int
 ) -> tuple[Shape, ...]:
-    """At most ``count`` padded (height, width), multiples of ``grid``, with the least expected area; smallest first.
+    """Choose at most ``count`` padded (height, width), multiples of ``grid``, of least expected area; smallest first.
 
     heights, widths: [N] of the data set's images. Deterministic: sizes are drawn with a seed of its own. Two of the
     shapes (one, where images and crops are square) are those that hold every size the transform can give.
@@ -58,7 +50,7 @@ def choose_buckets(
 
 
 def _fewest_pixels(areas: NDArray[np.float64], weights: Ints, fixed: list[int], count: int) -> list[int]:
-    """Columns of ``areas`` [cells, candidates]: one more at a time, then exchanged one by one while it helps."""
+    """Choose columns of ``areas`` [cells, candidates]: one more at a time, then exchange one by one while it helps."""
     chosen = list(fixed)
     best = areas[:, chosen].min(axis=1)
     while len(chosen) < count:
@@ -80,16 +72,16 @@ def _fewest_pixels(areas: NDArray[np.float64], weights: Ints, fixed: list[int], 
 
 
 def _sampled_sizes(transform: TrainTransform, heights: Ints, widths: Ints) -> Ints:
-    """About ``_SAMPLE`` augmented (height, width), spread evenly over the images."""
+    """Plan about ``_SAMPLE`` augmented (height, width), spread evenly over the images: int64 [n, 2]."""
     rows = np.unique(np.linspace(0, len(heights) - 1, min(len(heights), _SAMPLE)).astype(np.int64))
     epochs = min(-(-_SAMPLE // len(rows)), 50)
     return np.concatenate(
-        [epoch_sizes(transform, heights, widths, seed=0, epoch=epoch, rows=rows) for epoch in range(epochs)]
+        [plan_images(transform, heights, widths, seed=0, epoch=epoch, rows=rows).shape for epoch in range(epochs)]
     )
 
 
 def _bounds(transform: TrainTransform, heights: Ints, widths: Ints) -> tuple[int, int, int]:
-    """The longest short side, height and width that the transform can give to any of the images."""
+    """Return the longest short side, height and width that the transform can give to any of the images."""
     short = max(transform.sizes)
     aspects = [(heights / widths).max(), (widths / heights).max()]
     if transform.crop:
@@ -100,8 +92,8 @@ def _bounds(transform: TrainTransform, heights: Ints, widths: Ints) -> tuple[int
     return short, tallest, widest
 
 
-def largest_random(transform: TrainTransform, heights: Ints, widths: Ints, images: int) -> Shape:
-    """The largest shape that a random batch of the given images can be padded to: one is high, another one wide."""
+def largest_random_shape(transform: TrainTransform, heights: Ints, widths: Ints, images: int) -> Shape:
+    """Return the largest shape that a random batch of so many images can have: one image is high, another one wide."""
     short, tallest, widest = _bounds(transform, heights, widths)
     if images > 1:
         return tallest, widest
@@ -113,7 +105,7 @@ def _on_grid(sides: Shape, grid: int) -> Shape:
 
 
 class BucketSampler:
-    """Micro-batches of ``shapes`` by the rule above. It keeps no state but the epoch and the first step.
+    """Micro-batches of ``shapes`` by the rule above, with no state but the epoch and the first step.
 
     sizes_of: (epoch, rows [n]) -> augmented (height, width), int64 [n, 2]. ``micro`` divides ``batch``. If an epoch's
     last images fit together in none of the shapes (only a data set of few images has that), they take one as high as
@@ -139,11 +131,11 @@ class BucketSampler:
         self._planned: tuple[int, list[tuple[Ints, Shape]]] = (-1, [])
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose what the next iteration yields: the micro-batches of ``epoch`` from ``start_step`` on."""
+        """Let the next iteration yield the micro-batches of ``epoch`` from ``start_step`` on."""
         self._steps.set_epoch(epoch, start_step)
 
     def __len__(self) -> int:
-        """Steps, of ``batch / micro`` micro-batches each, in a whole epoch."""
+        """Return the steps of a whole epoch, of ``batch / micro`` micro-batches each."""
         return len(self._steps)
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -152,7 +144,7 @@ class BucketSampler:
             yield MicroBatch([(epoch, row) for row in rows.tolist()], shape)
 
     def plan(self, epoch: int) -> list[tuple[Ints, Shape]]:
-        """Rows [micro] and shape of every micro-batch of an epoch; about a second for 118,000 images."""
+        """Return rows [micro] and shape of every micro-batch of an epoch; about two seconds for 118,000 images."""
         if self._planned[0] != epoch:
             rows = epoch_order(self.num_images, self.seed, epoch)[: len(self) * self.batch]
             groups = group_by_shape(self.sizes_of(epoch, rows), self.shapes, self.micro)
@@ -196,9 +188,11 @@ def group_by_shape(sizes: Ints, shapes: Sequence[Shape], micro: int) -> list[tup
     return groups
 
 
-def useful_pixels(sizes: Ints, shapes: Ints) -> Padding:
-    """Image sizes [batches * micro, 2] in the order of the batches, and the batches' padded shapes [batches, 2]."""
+def useful_pixels(sizes: Ints, shapes: Ints) -> float:
+    """Return the share of pixels that are no padding.
+
+    sizes: (height, width) of the images [batches * micro, 2], batch by batch. shapes: what the batches are padded to
+    [batches, 2].
+    """
     micro = len(sizes) // len(shapes)
-    return Padding(
-        float(sizes.prod(axis=1).sum() / (micro * shapes.prod(axis=1).sum())), len(np.unique(shapes, axis=0))
-    )
+    return float(sizes.prod(axis=1).sum() / (micro * shapes.prod(axis=1).sum()))

@@ -41,14 +41,7 @@ MEANINGS = {
     "box_clamped": "the box ends up to 1 pixel outside and is clamped",
     "too_many_objects": "more objects than queries: raise model.num_queries",
 }
-BOX_LEVEL = frozenset(
-    {
-        "box_not_finite",
-        "box_degenerate",
-        "box_negative",
-        "box_outside",
-    }
-)
+BOX_LEVEL = frozenset({"box_not_finite", "box_degenerate", "box_negative", "box_outside"})  # one box can be dropped
 
 _EXAMPLES = 10
 _TOLERANCE = 1.0  # pixels beyond the image that are clamped without an error
@@ -68,17 +61,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What the checks found in one split."""
+    """The findings of one split."""
 
     split: str
     findings: tuple[Finding, ...]
 
     def errors(self) -> int:
-        """How many single problems stop the training."""
+        """Count the single problems that stop the training."""
         return sum(finding.count for finding in self.findings if finding.severity == "error")
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Table rows: split, severity, count, meaning, examples."""
+        """Return table rows: split, severity, count, meaning, examples."""
         return [
             (self.split, f.severity, str(f.count), MEANINGS[f.kind], _shorten(f.examples, f.count))
             for f in self.findings
@@ -90,9 +83,8 @@ def check_data(
 ) -> tuple[CocoData, CheckReport]:
     """Check a split; with ``on_bad = "drop"`` the returned data lacks annotations with box-level findings.
 
-    ``against`` maps the category ids of the training split to their names when a validation split is checked. The
-    number of objects is held against ``num_queries``, if any, in the training split only. Nothing is raised for bad
-    data.
+    against: category id -> name of the training split, where a validation split is checked. num_queries: the most
+    objects that an image of the training split may have; None: any number. Bad data is reported, not raised.
     """
     masks = {**_reference_masks(data, against), **_box_masks(data)}
     findings = _image_findings(data)
@@ -136,7 +128,7 @@ def raise_for_errors(reports: Sequence[CheckReport]) -> None:
 
 
 def _reference_masks(data: CocoData, against: Mapping[int, str] | None) -> dict[str, _Mask]:
-    """Annotations whose ids are repeated or point nowhere."""
+    """Return masks [M] of annotations whose ids are repeated or point nowhere."""
     repeated = np.ones(len(data.ann_ids), dtype=np.bool_)
     repeated[np.unique(data.ann_ids, return_index=True)[1]] = False
     unknown = positions(data.category_ids, data.ann_category) < 0
@@ -151,7 +143,7 @@ def _reference_masks(data: CocoData, against: Mapping[int, str] | None) -> dict[
 
 
 def _renamed_categories(data: CocoData, against: Mapping[int, str]) -> list[Finding]:
-    """Categories with an id of the training split and another name."""
+    """Find categories with an id of the training split and another name."""
     renamed = [
         f"category id {number} of '{data.annotation_file.name}': {name!r}, in the training split {against[number]!r}"
         for number, name in zip(data.category_ids, data.category_names, strict=True)
@@ -161,7 +153,7 @@ def _renamed_categories(data: CocoData, against: Mapping[int, str]) -> list[Find
 
 
 def _box_masks(data: CocoData) -> dict[str, _Mask]:
-    """Annotations by what is wrong with their box; every annotation is in one mask at most."""
+    """Return masks [M] of annotations with a bad box; an annotation is in one of them at most."""
     left, top, box_width, box_height = data.ann_boxes.T
     with np.errstate(over="ignore", invalid="ignore"):
         right, bottom = left + box_width, top + box_height
@@ -186,7 +178,7 @@ def _box_masks(data: CocoData) -> dict[str, _Mask]:
 
 
 def _image_sides(data: CocoData) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Width and height of the image of each annotation; infinite where the file does not say."""
+    """Return width and height of each annotation's image [M]; infinite where the file does not give them."""
     if len(data.image_ids) == 0:
         return np.full(len(data.ann_ids), np.inf), np.full(len(data.ann_ids), np.inf)
     sound = (data.ann_image >= 0) & (data.widths > 0)[data.ann_image] & (data.heights > 0)[data.ann_image]
@@ -195,7 +187,7 @@ def _image_sides(data: CocoData) -> tuple[NDArray[np.float64], NDArray[np.float6
 
 
 def _image_findings(data: CocoData) -> list[Finding]:
-    """Problems of images, files and categories: all of them are errors."""
+    """Find problems of images, files and categories: all of them are errors."""
     first = np.unique(data.image_ids, return_index=True)[1]
     repeated = np.setdiff1d(np.arange(len(data.image_ids)), first)
     original = positions(data.image_ids, data.image_ids[repeated])
@@ -217,7 +209,7 @@ def _image_findings(data: CocoData) -> list[Finding]:
 
 
 def _file_problems(data: CocoData) -> tuple[list[int], list[int]]:
-    """Rows of images whose name leaves the folder, and whose file is missing. One listing a folder."""
+    """Return the rows of images whose name leaves the folder, and whose file is missing; each folder is listed once."""
     root = data.image_root.resolve()
     listings: dict[str, dict[str, bool] | None] = {}
     unsafe, missing = [], []
@@ -239,7 +231,7 @@ def _file_problems(data: CocoData) -> tuple[list[int], list[int]]:
 
 
 def _listing(folder: Path, root: Path) -> dict[str, bool] | None:
-    """The files of a folder -> whether each is a symbolic link; None if a link leads out of ``root``."""
+    """List a folder: for each file whether it is a symbolic link; None if the folder lies outside ``root``."""
     if not folder.resolve().is_relative_to(root):
         return None
     try:
@@ -250,7 +242,7 @@ def _listing(folder: Path, root: Path) -> dict[str, bool] | None:
 
 
 def is_unsafe_name(name: str) -> bool:
-    """Whether a file_name is no plain relative path: absolute, ``..``, ``~``, URL, backslash, NUL, ...
+    """Return whether a file_name is no plain relative path: absolute, ``..``, ``~``, URL, backslash, NUL, ...
 
     Characters that unicode calls equivalent to dots and slashes count as such; characters that change the
     writing direction are refused.
@@ -268,7 +260,7 @@ def is_unsafe_name(name: str) -> bool:
 
 
 def _crowded_images(data: CocoData, num_queries: int) -> Finding:
-    """Images with more objects than the model has queries, the fullest first."""
+    """Find images with more objects than the model has queries, the fullest first."""
     rows = data.ann_image[~data.ann_crowd & (data.ann_image >= 0)]
     counts = np.bincount(rows, minlength=len(data.image_ids))
     over = np.flatnonzero(counts > num_queries)
@@ -279,7 +271,7 @@ def _crowded_images(data: CocoData, num_queries: int) -> Finding:
 
 
 def _annotation(data: CocoData, row: int) -> str:
-    """An annotation as a person can find it in the file."""
+    """Describe an annotation so that a person finds it in the file."""
     image = data.ann_image[row]
     name = repr(data.file_names[image]) if image >= 0 else f"image id {data.ann_image_id[row]} (unknown)"
     size = f" ({data.widths[image]} x {data.heights[image]})" if image >= 0 else ""
@@ -289,7 +281,7 @@ def _annotation(data: CocoData, row: int) -> str:
 
 
 def _keep(data: CocoData, mask: _Mask) -> CocoData:
-    """The data with the annotations of a mask only."""
+    """Return the data with the annotations of a mask [M] only."""
     return replace(
         data,
         ann_ids=data.ann_ids[mask],
@@ -303,6 +295,6 @@ def _keep(data: CocoData, mask: _Mask) -> CocoData:
 
 
 def _shorten(examples: Sequence[str], count: int) -> str:
-    """All examples in one cell."""
+    """Join the examples into one cell."""
     more = f"; ... {count - len(examples)} more" if count > len(examples) else ""
     return "; ".join(examples) + more

@@ -1,10 +1,11 @@
-"""COCO-format files as columns, the class mapping, and the data set that decodes and augments."""
+"""COCO-format files as columns, the class of each category, and the data set that decodes and augments."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,18 +13,15 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from samdetr.data.batching import Key, Sample, sample_seed
+from samdetr.data.batching import Key, Sample
 from samdetr.data.decode import Pixels, decode_image
-from samdetr.data.planning import epoch_sizes
-from samdetr.data.resample import geometry_of
-from samdetr.data.transforms import TrainTransform, Transform
+from samdetr.data.planning import Plans, plan_images
+from samdetr.data.transforms import EvalTransform, Ints, TrainTransform, Transform
 from samdetr.errors import DataError
 from samdetr.structures import Categories
 
-Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Split = Literal["train", "val"]
 _Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -130,7 +128,7 @@ def read_coco(image_root: Path | str, annotation_file: Path | str, split: Split)
 
 
 def positions(known: Ints | Sequence[int], wanted: Ints) -> Ints:
-    """First position of each wanted id among the known ids, -1 where there is none, int64 [len(wanted)]."""
+    """Return the first position of each wanted id among the known ids, int64 [len(wanted)]; -1 where there is none."""
     known = np.asarray(known, dtype=np.int64)
     if len(known) == 0:
         return np.full(len(wanted), -1, dtype=np.int64)
@@ -143,9 +141,9 @@ def positions(known: Ints | Sequence[int], wanted: Ints) -> Ints:
 def make_categories(
     train: CocoData, class_index: Literal["category_id", "contiguous"], num_classes: int, *, no_object: bool = False
 ) -> Categories:
-    """The class logit of every category of the training split: its raw id, or its rank among the ids.
+    """Map every category of the training split to a class logit: its raw id, or its rank among the ids.
 
-    no_object: the last of the ``num_classes`` logits is no category's.
+    no_object: whether the last of the ``num_classes`` logits stands for no object.
 
     Raises:
         DataError: there are no categories, or they do not fit ``num_classes`` logits.
@@ -177,7 +175,8 @@ class DetectionDataset(Dataset[Sample]):
     """Decoded, augmented samples; all images are kept, also those without objects.
 
     Crowd regions are not objects and are no targets; evaluation reads them from `CocoData`. Boxes are clamped
-    to the image, and those without area are left out. A sample is a function of (seed, epoch, row) alone.
+    to the image, and those without area are left out. A sample is a function of (seed, epoch, row) alone; with an
+    `EvalTransform` of the row alone.
 
     Raises:
         DataError: when built: an annotation of an unknown image or category, or an image larger than
@@ -188,13 +187,11 @@ class DetectionDataset(Dataset[Sample]):
         self,
         data: CocoData,
         categories: Categories,
-        transform: Transform,
+        transform: TrainTransform | EvalTransform,
         *,
         seed: int,
         max_pixels: int,
-        training: bool,
         pixels: Pixels = "published",
-        resize: Literal["worker", "device"] = "worker",
     ) -> None:
         large = np.flatnonzero(data.widths.astype(np.float64) * data.heights > max_pixels)
         if len(large):
@@ -203,61 +200,59 @@ class DetectionDataset(Dataset[Sample]):
                 f"{path}: more than data.max_pixels = {max_pixels} pixels, as {len(large)} image(s) of the "
                 f"{data.split} split have: shrink them or raise data.max_pixels"
             )
-        self.transform, self.seed, self.training = transform, seed, training
+        self.transform, self.seed = transform, seed
         self.max_pixels, self.pixels = max_pixels, pixels
-        self._deferred = self.train_transform() if resize == "device" else None
         self.image_root, self.file_names = data.image_root, data.file_names
         self.image_ids, self.widths, self.heights = data.image_ids, data.widths, data.heights
         self._boxes, self._labels, self._starts = _objects_by_image(data, categories)
 
     @property
     def max_objects(self) -> int:
-        """The most objects in one image, at least 1: the T of the padded targets."""
+        """The most objects of an image, at least 1: the T of the padded targets."""
         return max(1, int(np.diff(self._starts).max()))
 
     def train_transform(self) -> TrainTransform:
-        """The training augmentation, whose sizes can be planned (TypeError: the transform is another)."""
+        """Return the training augmentation, which can be planned (TypeError: the transform is another)."""
         if not isinstance(self.transform, TrainTransform):
             raise TypeError(f"the sizes that {type(self.transform).__name__} gives cannot be planned")
         return self.transform
 
-    def planned_sizes(self, epoch: int, rows: Ints) -> Ints:
-        """(height, width) that the images ``rows`` [n] will have in an epoch, int64 [n, 2]; nothing is decoded."""
+    def plan(self, epoch: int, rows: Ints) -> Plans:
+        """Plan the augmentation of the images ``rows`` [n] in an epoch; nothing is decoded."""
         transform = self.train_transform()
-        return epoch_sizes(transform, self.heights, self.widths, seed=self.seed, epoch=epoch, rows=rows)
+        return plan_images(transform, self.heights, self.widths, seed=self.seed, epoch=epoch, rows=rows)
+
+    def planned_sizes(self, epoch: int, rows: Ints) -> Ints:
+        """Return the (height, width) that the images ``rows`` [n] will have in an epoch, int64 [n, 2]."""
+        return self.plan(epoch, rows).shape
 
     def __len__(self) -> int:
         return len(self.file_names)
 
     def __getitem__(self, key: Key) -> Sample:
-        epoch, row = key
+        return self.load([key])[0]
+
+    def load(self, keys: Sequence[Key]) -> list[Sample]:
+        """Decode and transform images of one epoch, planned together, which is faster than one by one."""
+        (epoch,), rows = {epoch for epoch, _ in keys}, [row for _, row in keys]
+        if isinstance(self.transform, EvalTransform):
+            return [self._sample(row, self.transform) for row in rows]
+        plans = self.plan(epoch, np.array(rows))
+        planned = [partial(self.transform.apply, plans.row(place)) for place in range(len(rows))]
+        return [self._sample(row, transform) for row, transform in zip(rows, planned, strict=True)]
+
+    def _sample(self, row: int, transform: Transform) -> Sample:
         height, width = int(self.heights[row]), int(self.widths[row])
         path = self.image_root / self.file_names[row]
         image = decode_image(path, width=width, height=height, max_pixels=self.max_pixels, pixels=self.pixels)
         objects = slice(self._starts[row], self._starts[row + 1])
         boxes, labels = torch.from_numpy(self._boxes[objects]), torch.from_numpy(self._labels[objects])
-        if self.training:
-            with torch.random.fork_rng(devices=[]):
-                # torch.manual_seed would also reseed the accelerator's generator, which dropout uses.
-                torch.default_generator.manual_seed(sample_seed(self.seed, epoch, row))
-                if self._deferred is not None:
-                    return self._photo(self._deferred, image, boxes, labels, row)
-                image, boxes, labels = self.transform(image, boxes, labels)
-        else:
-            image, boxes, labels = self.transform(image, boxes, labels)
+        image, boxes, labels = transform(image, boxes, labels)
         return Sample(image, boxes, labels, int(self.image_ids[row]), (height, width))
-
-    def _photo(self, transform: TrainTransform, image: Tensor, boxes: Tensor, labels: Tensor, row: int) -> Sample:
-        """The photo as it is, with the boxes that it will have; a meta tensor stands for its pixels."""
-        height, width = image.shape[-2:]
-        plan = transform.plan(height, width)
-        _, boxes, labels = transform.apply(plan, image.to("meta"), boxes, labels)
-        number = int(self.image_ids[row])
-        return Sample(image, boxes, labels, number, (height, width), geometry_of(plan, height, width))
 
 
 def _objects_by_image(data: CocoData, categories: Categories) -> tuple[Floats, Ints, Ints]:
-    """Boxes [n, 4] xyxy pixels inside the image, labels [n], and the first object of each image [N + 1]."""
+    """Return boxes [n, 4] xyxy pixels inside the image, labels [n], and the first object of each image [N + 1]."""
     kept = np.flatnonzero(~data.ann_crowd)
     image, place = data.ann_image[kept], positions(categories.ids, data.ann_category[kept])
     bad = np.flatnonzero((image < 0) | (place < 0))
@@ -284,7 +279,7 @@ def _ints(values: list[int]) -> Ints:
 
 
 def _parse(file: Path, split: str) -> _File:
-    """The typed content of an annotation file, or a DataError that names the file and the place."""
+    """Read an annotation file (DataError: it is missing or broken; names the file and the place)."""
     try:
         raw = file.read_bytes()
     except FileNotFoundError as error:
@@ -305,7 +300,7 @@ def _parse(file: Path, split: str) -> _File:
 
 
 def _entry_name(raw: bytes, message: str) -> str:
-    """`` (annotation id 7)`` for a message that points at `$.annotations[...]`, if the id can be read."""
+    """Return `` (annotation id 7)`` for a message that points at `$.annotations[...]`, if the id can be read."""
     match = re.search(r"\$\.(images|annotations|categories)\[(\d+)\]", message)
     if match is None:
         return ""
@@ -319,7 +314,7 @@ def _entry_name(raw: bytes, message: str) -> str:
 
 
 def _surroundings(raw: bytes, message: str) -> str:
-    """The line and the text around the byte that a message names, and whose NaN or infinity it is."""
+    """Describe the byte that a message names: its line, the text around it, and the entry of a NaN or infinity."""
     match = re.search(r"\(byte (\d+)\)", message)
     if match is None:
         return ""

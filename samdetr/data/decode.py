@@ -1,4 +1,4 @@
-"""The one function that turns an image file into pixels."""
+"""Decoding of image files: `decode_image` is the only way from a file to pixels."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def decode_image(
     180 degrees), and where no sides are given, it is applied, as annotation tools and browsers do.
     Transparency is discarded; 16-bit values v become v / 257.
 
-    pixels: "published": PIL decodes; "fast": libjpeg-turbo without PIL decodes sound grey and RGB JPEGs to the same
-    pixels (within a level, should PIL bring another libjpeg), and PIL the rest, so that it judges what is damaged.
+    pixels: "published": PIL decodes; "fast": libjpeg-turbo decodes sound grey and RGB JPEGs to the same pixels (within
+    one level, should PIL bring another libjpeg), and PIL the rest, so that PIL alone judges what is damaged.
 
     Raises:
         DataError: the file is missing, of another format, damaged, larger than ``max_pixels`` pixels
@@ -71,7 +71,7 @@ def decode_image(
 def _decode(
     image: Image.Image, path: Path | str, width: int | None, height: int | None, max_pixels: int, pixels: Pixels
 ) -> Tensor:
-    """The pixels of an opened file whose header has been read and nothing else."""
+    """Decode an opened file of which only the header has been read."""
     if image.width * image.height > max_pixels:
         raise DataError(
             f"{path}: {image.width} x {image.height} pixels are more than data.max_pixels = {max_pixels}: "
@@ -79,19 +79,19 @@ def _decode(
         )
     try:
         orientation = _orientation(image)
-        rgb = _turbo(image, path) if pixels == "fast" else None
+        rgb = _decode_turbo(image, path) if pixels == "fast" else None
         if rgb is None:
             image.load()
             rgb = np.array(_to_rgb(image))
     except (*_BROKEN, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: the image is damaged or cut off ({error}): replace or remove it") from error
-    if _use_upright(rgb.shape[1::-1], orientation, width, height, path):
+    if _applies_orientation(rgb.shape[1::-1], orientation, width, height, path):
         rgb = np.array(Image.fromarray(rgb).transpose(_UPRIGHT[orientation]))
     return torch.from_numpy(rgb).permute(2, 0, 1)
 
 
-def _turbo(image: Image.Image, path: Path | str) -> NDArray[np.uint8] | None:
-    """The pixels [H, W, 3] of a grey or RGB JPEG; None for other files and whatever libjpeg warns about."""
+def _decode_turbo(image: Image.Image, path: Path | str) -> NDArray[np.uint8] | None:
+    """Decode a grey or RGB JPEG to [H, W, 3]; None for other files and where libjpeg warns."""
     if image.format != "JPEG" or image.mode not in ("L", "RGB"):
         return None
     try:
@@ -102,7 +102,7 @@ def _turbo(image: Image.Image, path: Path | str) -> NDArray[np.uint8] | None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (as stored) to 8; 1 where EXIF is absent or unreadable."""
+    """Return the EXIF orientation, 1 (as stored) to 8; 1 where EXIF is absent or unreadable."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except _BROKEN:
@@ -110,10 +110,10 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _UPRIGHT else 1
 
 
-def _use_upright(
+def _applies_orientation(
     stored: tuple[int, int], orientation: int, width: int | None, height: int | None, path: Path | str
 ) -> bool:
-    """Whether to apply the EXIF orientation to a picture of (width, height) = ``stored``."""
+    """Decide whether to apply the EXIF orientation to a picture of (width, height) = ``stored``."""
     upright = stored[::-1] if orientation in _SWAPS_SIDES else stored
     if width is None or height is None or upright == (width, height):
         return orientation != 1
@@ -127,7 +127,7 @@ def _use_upright(
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of the allowed formats as 8-bit RGB."""
+    """Convert any mode of the allowed formats to 8-bit RGB."""
     if image.mode.startswith("I"):
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")

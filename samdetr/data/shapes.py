@@ -1,4 +1,4 @@
-"""The embedded data set: pictures of textured shapes, written as an ordinary COCO folder on first use.
+"""The synthetic data set: pictures of textured shapes, written as an ordinary COCO folder on first use.
 
 Picture i of a split is a pure function of (seed, split, i, image_size, max_objects). Only exactly rounded
 arithmetic (no BLAS, no drawing library) makes the pixels, so they do not depend on the machine.
@@ -111,7 +111,7 @@ CLASS_NAMES = tuple(name for name, _ in _OUTLINES)
 
 
 def _cos_sin(angle: float) -> tuple[float, float]:
-    """Cosine and sine, rounded so that the last bit of the C library does not matter."""
+    """Return cosine and sine, rounded so that the last bit of the C library does not matter."""
     return round(math.cos(angle), 9), round(math.sin(angle), 9)
 
 
@@ -120,12 +120,12 @@ def _between(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def _pick(rng: np.random.Generator, count: int) -> int:
-    """An integer in [0, count). From ``random``, whose stream numpy does not change."""
+    """Draw an integer in [0, count), from ``random``, whose stream numpy does not change."""
     return min(int(rng.random() * count), count - 1)
 
 
 def _value_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> Array:
-    """Random values every ``cell`` pixels, linearly interpolated: float32 [height, width] in [0, 1]."""
+    """Draw values every ``cell`` pixels and interpolate linearly: float32 [height, width] in [0, 1]."""
     rows, columns = int(height / cell) + 2, int(width / cell) + 2
     grid = rng.random((rows, columns)).astype(np.float32)
     y = np.arange(height, dtype=np.float32) / np.float32(cell)
@@ -138,7 +138,7 @@ def _value_noise(rng: np.random.Generator, height: int, width: int, cell: float)
 
 
 def _wave(rng: np.random.Generator, height: int, width: int, period: float, angle: float) -> Array:
-    """A triangle wave of ``period`` pixels along ``angle``, float32 [height, width] in [0, 1]."""
+    """Draw a triangle wave of ``period`` pixels along ``angle``, float32 [height, width] in [0, 1]."""
     c, s = _cos_sin(angle)
     y = np.arange(height, dtype=np.float32)[:, None] * np.float32(s / period)
     x = np.arange(width, dtype=np.float32)[None, :] * np.float32(c / period)
@@ -148,13 +148,13 @@ def _wave(rng: np.random.Generator, height: int, width: int, period: float, angl
 
 
 def _steep(wave: Array) -> Array:
-    """The wave with short ramps between its two values."""
+    """Flatten a wave to two values with short ramps between them."""
     ramps: Array = np.clip((wave - np.float32(0.5)) * np.float32(4) + np.float32(0.5), 0, 1)
     return ramps
 
 
 def _texture(rng: np.random.Generator, height: int, width: int, unit: float) -> Array:
-    """A pattern whose details are about ``unit`` pixels, float32 [height, width] in [0, 1]."""
+    """Draw a pattern whose details are about ``unit`` pixels, float32 [height, width] in [0, 1]."""
     kind = _pick(rng, 6)
     angle = _between(rng, 0.0, math.pi)
     if kind == 0:
@@ -182,13 +182,13 @@ def _colour(rng: np.random.Generator) -> Array:
 
 
 def _paint(rng: np.random.Generator, texture: Array, colour: Array, depth: float) -> Array:
-    """The texture in two colours, ``colour`` +- at most ``depth`` a channel, float32 [h, w, 3]."""
+    """Paint a texture in two colours, ``colour`` +- at most ``depth`` a channel: float32 [h, w, 3]."""
     swing = (rng.random(3).astype(np.float32) * 2 - 1) * np.float32(depth)
     return colour + (texture - np.float32(0.5))[:, :, None] * (2 * swing)
 
 
 def _distinct_colour(rng: np.random.Generator, under: Array) -> Array:
-    """A colour at least MIN_CONTRAST from ``under`` [3]; the farthest of the tries if chance gives none."""
+    """Draw a colour at least MIN_CONTRAST from ``under`` [3]; the farthest of eight if none is."""
     tries = [_colour(rng) for _ in range(8)]
     gaps = [math.sqrt(sum(float(a - b) ** 2 for a, b in zip(colour, under, strict=True))) for colour in tries]
     for colour, gap in zip(tries, gaps, strict=True):
@@ -208,7 +208,7 @@ class _Window(NamedTuple):
 
 
 def _place(rng: np.random.Generator, label: int, side: float, height: int, width: int) -> _Window:
-    """The shape at a random position and rotation, cut at the picture's border."""
+    """Place a shape at a random position and rotation, cut at the picture's border."""
     radius = 0.5 * side
     margin = 0.3 * side
     cx, cy = _between(rng, margin, width - margin), _between(rng, margin, height - margin)
@@ -226,7 +226,7 @@ def _place(rng: np.random.Generator, label: int, side: float, height: int, width
 
 
 def _hides_too_much(window: _Window, visible: list[Mask], wholes: list[int]) -> bool:
-    """Whether the object, or one that it would cover, keeps less than MIN_VISIBLE of its pixels."""
+    """Return whether the object, or one that it would cover, keeps less than MIN_VISIBLE of its pixels."""
     if np.count_nonzero(window.inside) < MIN_VISIBLE * window.whole:
         return True
     for mask, whole in zip(visible, wholes, strict=True):
@@ -291,13 +291,13 @@ def draw_scene(rng: np.random.Generator, image_size: int, max_objects: int) -> S
 
 
 def scene_at(*, seed: int, split: str, index: int, image_size: int, max_objects: int) -> Scene:
-    """Picture ``index`` (from 0) of a split, the same whatever the number of pictures."""
+    """Draw picture ``index`` (from 0) of a split, the same whatever the number of pictures."""
     bits = np.random.PCG64(np.random.SeedSequence((seed, SPLITS.index(split), index)))
     return draw_scene(np.random.Generator(bits), image_size, max_objects)
 
 
 def tight_box(mask: Mask) -> tuple[int, int, int, int]:
-    """COCO box (x, y, width, height) in pixels around the true pixels of ``mask`` [H, W] (at least one)."""
+    """Return the COCO box (x, y, width, height) in pixels around the true pixels of ``mask`` [H, W] (at least one)."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     x, y = int(columns[0]), int(rows[0])
     return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
@@ -350,7 +350,7 @@ def _publish(building: Path, target: Path) -> None:
 def ensure_shapes(
     *, folder: str, train_images: int, val_images: int, image_size: int, max_objects: int, seed: int
 ) -> ShapesPaths:
-    """The data set with these parameters: made on first use, then taken from the cache.
+    """Return the data set with these parameters: generated on first use, then taken from the cache.
 
     Args:
         folder: the cache folder; empty means ``~/.cache/samdetr/shapes``.

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samdetr.data.batching import Shape
-from samdetr.data.buckets import choose_buckets, largest_random
+from samdetr.data.buckets import choose_buckets, largest_random_shape
 from samdetr.data.checks import CheckReport, check_data
 from samdetr.data.datasets import CocoData, DetectionDataset, Split, make_categories, read_coco
 from samdetr.data.shapes import ensure_shapes
-from samdetr.data.transforms import build_transform
+from samdetr.data.transforms import build_eval_transform, build_train_transform
 from samdetr.errors import DataError
 from samdetr.structures import Categories
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set ready for training and evaluation, and what its checks found."""
+    """A data set ready for training and evaluation, with the findings of its checks."""
 
     train: CocoData
     val: CocoData
@@ -32,7 +32,7 @@ class Splits:
     reports: tuple[CheckReport, CheckReport]
 
     def fingerprint(self) -> str:
-        """A hash of the classes, and of the training split's images and boxes: the data a run may continue on."""
+        """Hash the classes and the training split's images and boxes: a run continues on data of the same hash only."""
         content = hashlib.sha256(repr(self.categories).encode())
         for column in (self.train.image_ids, self.train.ann_image, self.train.ann_category, self.train.ann_boxes):
             content.update(column.tobytes())
@@ -40,10 +40,12 @@ class Splits:
 
 
 def load_splits(section: DataSection, *, num_queries: int | None, num_classes: int, no_object: bool = False) -> Splits:
-    """Read and check the train and val split, generating the shapes data set on first use.
+    """Read and check the train and val split; the shapes data set is generated on first use.
 
     Findings are in ``reports``; `samdetr.data.checks.raise_for_errors` turns errors among them into a DataError.
-    Raises DataError for what cannot be read, or categories that do not fit ``num_classes`` (see `make_categories`).
+
+    Raises:
+        DataError: a file cannot be read, or the categories do not fit ``num_classes`` (see `make_categories`).
     """
     _require_paths(section, "train", "val")
     train = read_split(section, "train")
@@ -60,7 +62,7 @@ def load_splits(section: DataSection, *, num_queries: int | None, num_classes: i
 
 
 def read_split(section: DataSection, split: Split) -> CocoData:
-    """One split as it stands in its file, unchecked. Raises DataError when it cannot be read."""
+    """Read one split as it stands in its file, unchecked (DataError: it cannot be read)."""
     if section.format == "shapes":
         shapes = section.shapes
         paths = ensure_shapes(
@@ -79,7 +81,7 @@ def read_split(section: DataSection, split: Split) -> CocoData:
 
 
 def _require_paths(section: DataSection, *splits: Split) -> None:
-    """Raises DataError naming all paths of the splits that are not set or not there."""
+    """Raise one DataError that names all paths of the splits that are not set or not there."""
     if section.format == "shapes":
         return
     missing = []
@@ -107,20 +109,20 @@ def build_dataset(
     seed: int,
     training: bool,
 ) -> DetectionDataset:
-    """The samples of a split, augmented as the recipe says for training or evaluation."""
+    """Build the samples of a split, augmented as the recipe says for training or evaluation."""
+    build_transform = build_train_transform if training else build_eval_transform
     return DetectionDataset(
         data,
         categories,
-        build_transform(augment, training, raw=section.pixels == "fast"),
+        build_transform(augment, raw=section.pixels == "fast"),
         seed=seed,
         max_pixels=section.max_pixels,
-        training=training,
         pixels=section.pixels,
     )
 
 
-def batch_shapes(dataset: DetectionDataset, section: DataSection) -> tuple[Shape, ...] | None:
-    """The padded shapes of the training batches that a recipe asks for; None for random batches."""
+def bucket_shapes(dataset: DetectionDataset, section: DataSection) -> tuple[Shape, ...] | None:
+    """Choose the padded shapes of a recipe's training batches; None for random batches."""
     if section.batching == "random":
         return None
     return choose_buckets(
@@ -133,8 +135,8 @@ def batch_shapes(dataset: DetectionDataset, section: DataSection) -> tuple[Shape
 
 
 def largest_shape(dataset: DetectionDataset, section: DataSection, images: int) -> Shape:
-    """The padded shape with the most pixels that a training batch of so many images can have."""
-    shapes = batch_shapes(dataset, section)
+    """Return the padded shape with the most pixels that a training batch of so many images can have."""
+    shapes = bucket_shapes(dataset, section)
     if shapes is None:
-        return largest_random(dataset.train_transform(), dataset.heights, dataset.widths, images)
+        return largest_random_shape(dataset.train_transform(), dataset.heights, dataset.widths, images)
     return max(shapes, key=math.prod)

@@ -1,23 +1,27 @@
-"""The published augmentation and the evaluation resize. Box arithmetic is float64; draws use torch's CPU RNG.
+"""The published augmentation and the evaluation resize, of pixels and boxes. Box arithmetic is float64.
 
 A transform maps (image uint8 [3, H, W], boxes float [n, 4] xyxy pixels, labels int64 [n]) to
 (image float32 [3, H', W'] normalised, boxes float32 [m, 4] (cx, cy, w, h) in [0, 1], labels int64 [m]).
-With ``raw`` the image stays uint8 (strides channels-last): `samdetr.data.prefetch.finish` normalises it later.
+With ``raw`` the image stays uint8 (strides channels-last): `samdetr.data.device.to_device` normalises it later.
 Boxes that have no area after the crop are left out together with their labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 if TYPE_CHECKING:
     from samdetr.recipe import AugmentSection
+
+Ints = NDArray[np.int64]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -26,7 +30,7 @@ Transform = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class Plan(NamedTuple):
-    """What is done to one image, decided before it is decoded. Pixels."""
+    """The augmentation of one image, decided before it is decoded. Pixels."""
 
     flip: bool
     first: int  # short side of the resize before the crop, 0 where nothing is cropped
@@ -40,6 +44,7 @@ class TrainTransform:
     """Flip, then a resize, or with probability ``crop`` a resize, a random crop and the resize.
 
     Sizes are short sides in pixels. ``max_size`` bounds the long side of the last resize only (published).
+    `samdetr.data.planning` draws the plan of each image.
     """
 
     flip: float
@@ -52,25 +57,8 @@ class TrainTransform:
 
     raw: bool = False
 
-    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.apply(self.plan(*image.shape[-2:]), image, boxes, labels)
-
-    def plan(self, height: int, width: int) -> Plan:
-        """The draws for an image of these sides. `samdetr.data.planning.epoch_sizes` repeats them for many."""
-        mirrored, cropped = _uniform() < self.flip, _uniform() < self.crop
-        first, region = 0, (0, 0, height, width)
-        if cropped:
-            first = _choice(self.crop_resize_sizes)
-            rows, columns = resized_sides(height, width, first, None)
-            width = _integer(min(self.crop_min, columns), min(self.crop_max, columns))
-            height = _integer(min(self.crop_min, rows), min(self.crop_max, rows))
-            top, left = _integer(0, rows - height), _integer(0, columns - width)
-            region = (top, left, height, width)
-        size = _choice(self.sizes)
-        return Plan(mirrored, first, region, size, resized_sides(height, width, size, self.max_size))
-
     def apply(self, plan: Plan, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The planned changes, of an image of the planned sides."""
+        """Augment an image of the planned sides."""
         boxes = boxes.to(torch.float64)
         if plan.flip:
             image, boxes = flip(image, boxes)
@@ -96,10 +84,8 @@ class EvalTransform:
         return relative(image, boxes, labels) if self.raw else normalise(image, boxes, labels)
 
 
-def build_transform(section: AugmentSection, training: bool, *, raw: bool = False) -> TrainTransform | EvalTransform:
-    """The transform that a recipe asks for."""
-    if not training:
-        return EvalTransform(size=section.eval_size, max_size=section.eval_max_size, raw=raw)
+def build_train_transform(section: AugmentSection, *, raw: bool = False) -> TrainTransform:
+    """Build the augmentation of a recipe's training images."""
     return TrainTransform(
         flip=section.flip,
         sizes=section.train_sizes,
@@ -112,33 +98,37 @@ def build_transform(section: AugmentSection, training: bool, *, raw: bool = Fals
     )
 
 
-def resized_sides(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
-    """(height, width) after bringing the short side to ``size``, by the published rounding rule.
+def build_eval_transform(section: AugmentSection, *, raw: bool = False) -> EvalTransform:
+    """Build the resize of a recipe's evaluation images."""
+    return EvalTransform(size=section.eval_size, max_size=section.eval_max_size, raw=raw)
 
-    Where the long side would exceed ``max_size``, the short side is ``max_size * short / long`` rounded.
+
+def resized_sides(height: Ints | int, width: Ints | int, size: Ints | int, max_size: int | None) -> tuple[Ints, Ints]:
+    """Return (height, width) after bringing the short side to ``size``, by the published rounding rule.
+
+    Of one image or of arrays of them, pixels. Where the long side would exceed ``max_size``, the short side becomes
+    ``max_size * short / long`` rounded.
     """
-    short, long = min(height, width), max(height, width)
-    if max_size is not None and long / short * size > max_size:
-        size = round(max_size * short / long)
-        if size == 0:
-            return (1, max_size) if height < width else (max_size, 1)
-    if short == size:
-        return height, width
-    long = int(size * long / short)
-    return (long, size) if width < height else (size, long)
+    short, long = np.minimum(height, width), np.maximum(height, width)
+    if max_size is not None:
+        size = np.where(long / short * size > max_size, np.rint(max_size * short / long).astype(np.int64), size)
+    scaled = np.where(short == size, long, (size * long / short).astype(np.int64))
+    if max_size is not None:
+        scaled, size = np.where(size == 0, max_size, scaled), np.maximum(size, 1)
+    return np.where(width < height, scaled, size), np.where(width < height, size, scaled)
 
 
 def resize(image: Tensor, boxes: Tensor, size: int, max_size: int | None) -> tuple[Tensor, Tensor]:
-    """Antialiased bilinear resize; boxes scale by the exact ratio of the sides."""
+    """Resize an image (antialiased bilinear) and its boxes, which scale by the exact ratio of the sides."""
     height, width = image.shape[-2:]
-    new_height, new_width = resized_sides(height, width, size, max_size)
+    new_height, new_width = (int(side) for side in resized_sides(height, width, size, max_size))
     ratio_x, ratio_y = new_width / width, new_height / height
     image = F.resize(image, [new_height, new_width], antialias=True)
     return image, boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
 
 
 def flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Mirror left and right."""
+    """Mirror an image and its boxes left and right."""
     left, top, right, bottom = boxes.unbind(-1)
     width = image.shape[-1]
     return F.horizontal_flip(image), torch.stack([width - right, top, width - left, bottom], dim=-1)
@@ -155,31 +145,17 @@ def crop(
 
 
 def normalise(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ImageNet normalisation of the pixels; boxes and labels as `relative` has them."""
+    """Normalise the pixels with ImageNet's mean and deviation, and the boxes as `relative` does."""
     image, boxes, labels = relative(image, boxes, labels)
     image = F.normalize(F.to_dtype(image, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD))
     return image, boxes, labels
 
 
 def relative(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes xyxy pixels -> float32 (cx, cy, w, h) in [0, 1] of the image; those without area are left out."""
+    """Convert boxes from xyxy pixels to float32 (cx, cy, w, h) in [0, 1] of the image, without those of no area."""
     height, width = image.shape[-2:]
     corners, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     boxes = torch.cat([corners + sides / 2, sides], dim=-1)
     boxes = (boxes / boxes.new_tensor([width, height, width, height])).to(torch.float32)
     keep = (boxes[:, 2:] > 0).all(dim=-1)
     return image, boxes[keep], labels[keep]
-
-
-def _uniform() -> float:
-    """A number in [0, 1)."""
-    return float(torch.rand(()))
-
-
-def _integer(low: int, high: int) -> int:
-    """An integer in [low, high]."""
-    return int(torch.randint(low, high + 1, ()))
-
-
-def _choice(values: Sequence[int]) -> int:
-    return values[_integer(0, len(values) - 1)]

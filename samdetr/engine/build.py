@@ -13,8 +13,8 @@ from rich.console import Console
 from torch import nn
 
 from samdetr.data.checks import raise_for_errors
-from samdetr.data.loader import EvalLoader, Shard, TrainLoader, build_eval_loader, build_train_loader
-from samdetr.data.splits import Splits, batch_shapes, build_dataset, load_splits
+from samdetr.data.loader import EvalLoader, Shard, TrainLoader
+from samdetr.data.splits import Splits, bucket_shapes, build_dataset, load_splits
 from samdetr.engine.checkpoint.folder import load_newest
 from samdetr.engine.checkpoint.format import (
     AVERAGE,
@@ -308,17 +308,17 @@ def build_loaders(recipe: Recipe, splits: Splits, device: torch.device, world: W
         build_dataset(data, categories, recipe.data, recipe.augment, seed=seed, training=training)
         for data, training in ((splits.train, True), (splits.val, False))
     )
-    train_loader = build_train_loader(
+    train_loader = TrainLoader(
         train_set,
         total_batch=recipe.train.total_batch,
         micro_batch=recipe.train.images,
         workers=recipe.data.workers,
         seed=seed,
         pin_memory=pin_memory,
-        shapes=batch_shapes(train_set, recipe.data),
+        bucket_shapes=bucket_shapes(train_set, recipe.data),
         shard=shard,
     )
-    val_loader = build_eval_loader(
+    val_loader = EvalLoader(
         val_set, batch=recipe.eval.batch, workers=recipe.data.workers, pin_memory=pin_memory, shard=shard
     )
     return train_loader, val_loader

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from samdetr.data.checks import check_data, raise_for_errors
 from samdetr.data.datasets import CocoData, make_categories, positions
-from samdetr.data.loader import EvalLoader, build_eval_loader
-from samdetr.data.prefetch import prefetch
+from samdetr.data.device import prefetch
+from samdetr.data.loader import EvalLoader
 from samdetr.data.splits import build_dataset, read_split
 from samdetr.engine.checkpoint.weights import choose_device, load_trained
 from samdetr.engine.coco import CocoDetections, choose_evaluator, coco_detections, coco_evaluate
@@ -157,9 +157,7 @@ def _evaluate_and_print(model: Detector, recipe: Recipe, raw: CocoData, categori
     print_findings(console, report.rows())
     raise_for_errors([report])
     dataset = build_dataset(data, categories, recipe.data, recipe.augment, seed=recipe.run.seed, training=False)
-    loader = build_eval_loader(
-        dataset, batch=recipe.eval.batch, workers=recipe.data.workers, pin_memory=device.type == "cuda"
-    )
+    loader = EvalLoader(dataset, batch=recipe.eval.batch, workers=recipe.data.workers, pin_memory=device.type == "cuda")
     with placing(device, START_UP):
         model.to(device)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar, evaluating(recipe, device):

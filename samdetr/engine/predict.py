@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from samdetr.data.decode import decode_image
-from samdetr.data.transforms import build_transform
+from samdetr.data.transforms import build_eval_transform
 from samdetr.engine.checkpoint.weights import choose_device, load_trained
 from samdetr.engine.coco import CocoDetections, coco_detections
 from samdetr.engine.compute.precision import autocast, choose_precision
@@ -45,7 +45,7 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
     with placing(device, START_UP):
         model.to(device).eval()
     precision = choose_precision(recipe.compute.precision, device)
-    transform = build_transform(recipe.augment, training=False)
+    transform = build_eval_transform(recipe.augment)
     by_id = dict(zip(categories.ids, categories.names, strict=True))
     console = Console()
     images: list[dict[str, object]] = []

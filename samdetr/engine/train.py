@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from samdetr.data.prefetch import prefetch
+from samdetr.data.device import prefetch
 from samdetr.engine.build import Training, build_training
 from samdetr.engine.checkpoint.weights import choose_device
 from samdetr.engine.coco import CocoDetections, coco_evaluate
@@ -150,7 +150,7 @@ def start_step(training: Training, log: RunLog) -> StepGraphs | None:
         partial(update, optimizer, training.recipe.optim.clip_norm),
         compute=training.compute,
         on_failure=training.recipe.compute.on_failure,
-        shapes=training.train_loader.shapes or (),
+        shapes=training.train_loader.bucket_shapes or (),
         micro_batch=training.recipe.train.images,
         max_objects=training.train_loader.max_objects,
         device=training.device,

@@ -1,4 +1,4 @@
-"""Losses and matching. `build_criterion` makes the criterion of a recipe."""
+"""Losses and matching. `build_criterion` builds the criterion of a recipe."""
 
 from samdetr.loss.criterion import Criterion, RegionCriterion, SetCriterion, build_criterion
 

@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """(cx, cy, w, h) -> (x0, y0, x1, y1): [..., 4] -> [..., 4]."""
+    """Convert (cx, cy, w, h) to (x0, y0, x1, y1): [..., 4] -> [..., 4]."""
     centre, size = boxes[..., :2], boxes[..., 2:]
     return torch.cat((centre - 0.5 * size, centre + 0.5 * size), dim=-1)
 
 
 def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Generalised IoU in [-1, 1] (Rezatofighi et al., CVPR 2019) of (x0, y0, x1, y1) boxes.
+    """Compute the generalised IoU in [-1, 1] (Rezatofighi et al., CVPR 2019) of (x0, y0, x1, y1) boxes.
 
     [..., 4] and [..., 4], broadcast against each other -> [...]. Boxes of positive area are expected; two boxes
     that are the same point give NaN.

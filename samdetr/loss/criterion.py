@@ -21,18 +21,14 @@ if TYPE_CHECKING:
 
 
 class SetCriterion(nn.Module):
-    """Matches every layer on its own and sums the three losses over all layers.
+    """The sum over all layers of class, L1 and generalised IoU loss, each layer matched on its own (DETR).
 
     Weights and costs are those of the recipe's loss section. classification: "focal", a sigmoid for each class with
-    alpha and gamma (Lin et al., ICCV 2017), or "softmax" over the classes and, the last logit, no object, which
-    weighs no_object_weight (DETR). step_images: images of an optimizer step, over all its micro-batches and devices.
+    alpha and gamma (Lin et al., ICCV 2017), or "softmax" over the classes and the last logit, no object, of weight
+    no_object_weight (DETR). step_images: images of an optimizer step, over all its micro-batches and devices.
     """
 
-    logged = (
-        "loss_ce",
-        "loss_bbox",
-        "loss_giou",
-    )  # reported terms; a step's are the sums of its micro-batches
+    logged = ("loss_ce", "loss_bbox", "loss_giou")  # terms of the log; a step's are the sums of its micro-batches
 
     def __init__(
         self,
@@ -56,16 +52,17 @@ class SetCriterion(nn.Module):
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
 
     def model_targets(self, targets: Targets) -> tuple[Targets, ...]:
-        """What the model takes in training after images and sizes: nothing."""
+        """Return what the model takes in training after images and sizes: nothing."""
         return ()
 
     def forward(self, outputs: Outputs, targets: Targets, num_boxes: Tensor | None = None) -> Losses:
-        """num_boxes: what the sums are divided by (at least 1); default: the boxes of these targets.
+        """Match the predictions and compute the losses.
 
-        An optimizer step over several micro-batches or devices passes the number of boxes of all of them. The softmax
-        loss is divided by the weights of all queries instead, then of ``step_images`` images.
+        num_boxes: scalar that the sums are divided by (at least 1); default: the boxes of these targets. An optimizer
+        step over several micro-batches or devices passes the boxes of all of them. The softmax loss is divided by the
+        weights of all queries instead, those of ``step_images`` images where num_boxes is given.
         Proposals of a first stage are matched and weighed as one more layer, in which every target has the label 0.
-        The total is NaN when a matching cost is NaN or infinite: reading it is up to the caller, nothing waits here.
+        The total is NaN when a matching cost is NaN or infinite: the caller reads it, nothing here waits for it.
         """
         losses = self.layer_losses(outputs, targets, num_boxes)
         if outputs.proposals is None:
@@ -77,7 +74,7 @@ class SetCriterion(nn.Module):
         return Losses(losses.total + total, losses.terms | terms)
 
     def layer_losses(self, outputs: Outputs, targets: Targets, num_boxes: Tensor | None) -> Losses:
-        """Of the layers of ``outputs`` alone."""
+        """Compute the losses of the decoder layers in ``outputs``, without its proposals."""
         indices, bad = self.match(outputs, targets)
         boxes = targets.counts.sum() if num_boxes is None else num_boxes
         boxes = boxes.to(outputs.boxes.dtype)
@@ -108,7 +105,7 @@ class SetCriterion(nn.Module):
         return Losses(total, terms)
 
     def match(self, outputs: Outputs, targets: Targets) -> tuple[Tensor, Tensor]:
-        """The query of each target, [L, B, T] int64, -1 where there is none; where a cost is not finite, [L, B]."""
+        """Return each target's query, [L, B, T] int64, -1 for none; and where a cost is not finite, [L, B] bool."""
         class_term: Callable[[Tensor, Tensor], Tensor] = softmax_cost
         if self.classification == "focal":
             class_term = partial(focal_cost, alpha=self.focal_alpha, gamma=self.focal_gamma)
@@ -116,7 +113,7 @@ class SetCriterion(nn.Module):
         return match(matching_cost(outputs, targets, class_term, **weights), targets.counts)
 
     def softmax_loss(self, logits: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-        """Weighted cross-entropy summed over images and queries: [L]."""
+        """Compute the weighted cross-entropy summed over images and queries: [L]."""
         layers, batch, queries, classes = logits.shape
         # one more column takes the labels of targets without a query
         target = labels.new_full((layers, batch, queries + 1), classes - 1)
@@ -127,7 +124,7 @@ class SetCriterion(nn.Module):
         return -(weight * log_probability).sum((1, 2))
 
     def focal_loss(self, logits: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-        """Sigmoid focal loss summed over images, queries and classes: [L]."""
+        """Compute the sigmoid focal loss summed over images, queries and classes: [L]."""
         layers, batch, queries, classes = logits.shape
         matched = (indices != UNMATCHED).to(logits.dtype)
         flat_index = indices.clamp(min=0) * classes + labels
@@ -140,7 +137,7 @@ class SetCriterion(nn.Module):
         return (alpha * wrong**self.focal_gamma * cross_entropy).sum((1, 2, 3))
 
     def box_losses(self, boxes: Tensor, wanted: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """L1 and 1 - generalised IoU of matched pairs, summed over images and targets: [L] each."""
+        """Compute L1 and 1 - generalised IoU of matched pairs, summed over images and targets: [L] each."""
         predicted = boxes.gather(2, indices.clamp(min=0)[..., None].expand(-1, -1, -1, 4))
         matched = indices != UNMATCHED
         # a padded pair is compared with itself as a unit box, so that no gradient of it is NaN
@@ -153,7 +150,7 @@ class SetCriterion(nn.Module):
 
     @staticmethod
     def class_error(logits: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-        """Percentage of matched queries [B, T] whose best logit of [B, Q, K] is not the target's."""
+        """Compute the percentage of matched queries [B, T] whose best logit of [B, Q, K] is not the target's."""
         matched = indices != UNMATCHED
         best = logits.argmax(-1).gather(1, indices.clamp(min=0))
         correct = ((best == labels) & matched).sum()
@@ -161,7 +158,7 @@ class SetCriterion(nn.Module):
 
     @staticmethod
     def cardinality_error(logits: Tensor, counts: Tensor) -> Tensor:
-        """Published log value: |queries whose best logit is not the last - targets|, mean over images: [L]."""
+        """Compute |queries whose best logit is not the last - targets|, mean over images (published log): [L]."""
         predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
         return (predicted - counts).abs().float().mean(-1)
 
@@ -169,8 +166,8 @@ class SetCriterion(nn.Module):
 class RegionCriterion(nn.Module):
     """The sum of the four losses that Faster R-CNN's forward pass gives, each of weight 1.
 
-    They are torchvision's: means over what was drawn of a micro-batch. An optimizer step has their mean over its
-    images, so that, other than `SetCriterion`'s, its loss depends on how the step is split into micro-batches.
+    They are torchvision's: means over the samples drawn of a micro-batch. An optimizer step has their mean over its
+    images. Unlike `SetCriterion`'s, its loss depends on how the step is split into micro-batches.
     step_images: images of an optimizer step, over all its micro-batches and devices.
     """
 
@@ -181,11 +178,11 @@ class RegionCriterion(nn.Module):
         self.step_images = step_images
 
     def model_targets(self, targets: Targets) -> tuple[Targets, ...]:
-        """What the model takes in training after images and sizes: the targets."""
+        """Return what the model takes in training after images and sizes: the targets."""
         return (targets,)
 
     def forward(self, outputs: RegionLosses, targets: Targets, num_boxes: Tensor | None = None) -> Losses:
-        """num_boxes: None where these images are the whole step; its value is not used."""
+        """Sum the losses. num_boxes: None where these images are the whole step; its value is not used."""
         share = 1.0 if num_boxes is None else len(targets.counts) / self.step_images
         losses = [share * loss for loss in outputs[:-1]]
         terms = dict(zip(self.logged, (loss.detach() for loss in losses), strict=True))
@@ -196,7 +193,7 @@ Criterion = SetCriterion | RegionCriterion
 
 
 def build_criterion(recipe: Recipe) -> Criterion:
-    """The criterion of a recipe's system and loss section."""
+    """Build the criterion of a recipe's system and loss section."""
     if not recipe.model.matches_queries:
         return RegionCriterion(step_images=recipe.train.total_batch)
     section = recipe.loss

@@ -12,14 +12,14 @@ from samdetr.structures import Outputs, Targets
 from samdetr_kernels import linear_assignment
 
 UNMATCHED = -1
-MAX_QUERIES = 4096  # of one assignment; of more, such as the proposals of a first stage, the cheapest
+MAX_QUERIES = 4096  # of one assignment; of more (proposals of a first stage) the cheapest are taken
 LOG_EPSILON = 1e-8
 
 
 def focal_cost(logits: Tensor, labels: Tensor, *, alpha: float, gamma: float) -> Tensor:
-    """Focal loss of the target's class as a positive minus as a negative (Deformable-DETR): [L, B, Q, T].
+    """Compute the focal loss of the target's class as a positive minus that as a negative: [L, B, Q, T].
 
-    logits [L, B, Q, K], labels [L, B, Q, T].
+    logits [L, B, Q, K], labels [L, B, Q, T]. The class cost of Deformable-DETR.
     """
     probability = logits.float().gather(-1, labels).sigmoid()
     positive = alpha * (1 - probability) ** gamma * -(probability + LOG_EPSILON).log()
@@ -28,7 +28,7 @@ def focal_cost(logits: Tensor, labels: Tensor, *, alpha: float, gamma: float) ->
 
 
 def softmax_cost(logits: Tensor, labels: Tensor) -> Tensor:
-    """Minus the probability of the target's class (DETR): shapes as of `focal_cost`."""
+    """Compute minus the probability of the target's class (DETR); shapes as of `focal_cost`."""
     return -logits.float().softmax(-1).gather(-1, labels)
 
 
@@ -42,7 +42,7 @@ def matching_cost(
     l1_cost: float,
     giou_cost: float,
 ) -> Tensor:
-    """Cost of giving target t to query q: [L, B, Q, T] float32. Columns at or beyond ``counts`` mean nothing.
+    """Compute the cost of giving target t to query q: [L, B, Q, T] float32; columns from ``counts`` on mean nothing.
 
     class_term: logits [L, B, Q, K] and labels [L, B, Q, T] -> the class cost before its weight.
     """
@@ -54,10 +54,10 @@ def matching_cost(
 
 
 def match(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The cheapest one-to-one assignment of every layer and image, without leaving the device.
+    """Find the cheapest one-to-one assignment of every layer and image, without leaving the device.
 
-    cost [L, B, Q, T], counts [B] targets of each image. Returns the query of each target, [L, B, T] int64, -1 beyond
-    ``counts`` and for targets that more queries than Q would be needed for; and whether a cost is NaN or infinite,
+    cost [L, B, Q, T], counts [B] targets of each image. Returns the query of each target, [L, B, T] int64, which is -1
+    beyond ``counts`` and for the targets left over where there are more than Q; and whether a cost is NaN or infinite,
     [L, B] bool: that image has no match in that layer.
     """
     layers, batch, queries, padded = cost.shape
@@ -73,11 +73,11 @@ def match(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def candidates(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The MAX_QUERIES queries that an assignment may need, ascending, and where a cost is NaN or infinite.
+    """Choose the MAX_QUERIES queries that an assignment may need, ascending; and find costs that are not finite.
 
-    cost [P, Q, T], counts [P] -> [P, MAX_QUERIES] int64 and [P] bool. Of n targets none needs more than its n cheapest
-    queries, for the others take n - 1 of these at most. The n lists are all there up to 64 targets, and beyond if they
-    share queries; else the lists lose their last places, but not the first MAX_QUERIES / n.
+    cost [P, Q, T], counts [P] -> [P, MAX_QUERIES] int64 and [P] bool. A target among n needs no query beyond its n
+    cheapest, since the others take n - 1 of these at most. All n lists fit up to 64 targets, and for more if they share
+    queries; else the lists are cut, but not within their first MAX_QUERIES / n places.
     """
     problems, queries, padded = cost.shape
     present = torch.arange(padded, device=cost.device) < counts[:, None]

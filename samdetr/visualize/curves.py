@@ -36,7 +36,7 @@ AP_SIZES = (("APs", "small"), ("APm", "medium"), ("APl", "large"))
 
 
 def _read(path: Path) -> dict[str, Rows]:
-    """The rows of each kind. A line that was cut off is skipped; after a resume the newer line counts."""
+    """Read the rows of each kind. A line that was cut off is skipped; after a resume the newer line counts."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
@@ -56,7 +56,7 @@ def _read(path: Path) -> dict[str, Rows]:
 
 
 def _number(value: object) -> float:
-    """A number as float; null and anything else as NaN, which leaves a gap in a line."""
+    """Convert a number to float; null and anything else to NaN, which leaves a gap in a line."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 
@@ -110,7 +110,7 @@ def _plot_ap(axes: Axes, rows: Rows, lines: tuple[tuple[str, str], ...], title: 
 
 
 def draw_curves(metrics_jsonl: Path) -> Figure:
-    """The figure that `plot_curves` saves: four loss panels (of Faster R-CNN five) and two AP panels.
+    """Draw the figure that `plot_curves` saves: four loss panels (of Faster R-CNN five) and two AP panels.
 
     Raises:
         SamdetrError: the file cannot be read.

@@ -42,7 +42,7 @@ class GridItem(NamedTuple):
 
 
 def class_colours(names: Iterable[str]) -> dict[str, Colour]:
-    """A bright colour for each name: hues spread evenly over the distinct names, in their order."""
+    """Choose a bright colour for each name: hues spread evenly over the distinct names, in their order."""
     distinct = list(dict.fromkeys(names))
     colours = {}
     for k, name in enumerate(distinct):
@@ -53,12 +53,12 @@ def class_colours(names: Iterable[str]) -> dict[str, Colour]:
 
 
 def _readable_scale(height: int, width: int) -> float:
-    """The factor that makes labels readable; 1 if the photo is large enough as it is."""
+    """Return the factor that makes labels readable; 1 if the photo is large enough as it is."""
     return max(1.0, min(READABLE_SIDE / min(height, width), LARGEST_SIDE / max(height, width)))
 
 
 def _scaled(image: Tensor, scale: float) -> Tensor:
-    """``image`` [3, H, W] with both sides times ``scale``, at least one pixel."""
+    """Scale both sides of ``image`` [3, H, W], to at least one pixel."""
     if scale == 1.0:
         return image.clone()
     size = [max(1, round(scale * side)) for side in image.shape[-2:]]
@@ -67,7 +67,7 @@ def _scaled(image: Tensor, scale: float) -> Tensor:
 
 
 def _pixel_corners(boxes_xyxy: Tensor, scale: float, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """First and last pixel of each scaled box inside the picture, int64 [m, 4], and which boxes they are [m].
+    """Return the first and last pixel of each scaled box inside the picture, int64 [m, 4], and the boxes' rows [m].
 
     Boxes that are not finite, empty, or outside the picture are left out.
     """
@@ -82,7 +82,7 @@ def _pixel_corners(boxes_xyxy: Tensor, scale: float, height: int, width: int) ->
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font that comes with matplotlib, or Pillow's own (fewer letters) where it was removed."""
+    """Load the font that comes with matplotlib, or Pillow's own (fewer letters) where it was removed."""
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     return ImageFont.truetype(str(path), size) if path.is_file() else ImageFont.load_default(size)
 
@@ -157,7 +157,7 @@ def draw_detections(
 
 
 def _draw_dashed(canvas: Tensor, corners: Tensor, thickness: int = 2, dash: int = 6) -> None:
-    """Black and white dashes along the boxes ``corners`` [m, 4] (first and last pixel), in place."""
+    """Draw black and white dashes along the boxes ``corners`` [m, 4] (first and last pixel), in place."""
     height, width = canvas.shape[-2:]
     along_x = ((torch.arange(width) // dash) % 2 * 255).to(canvas.dtype)
     along_y = ((torch.arange(height) // dash) % 2 * 255).to(canvas.dtype)
@@ -169,7 +169,7 @@ def _draw_dashed(canvas: Tensor, corners: Tensor, thickness: int = 2, dash: int 
 
 
 def _tile(item: GridItem, min_score: float, colours: Mapping[str, Colour]) -> Tensor:
-    """One photo scaled into a white square, uint8 [3, TILE, TILE]."""
+    """Draw one photo, scaled, in a white square: uint8 [3, TILE, TILE]."""
     scale = TILE / max(item.image.shape[-2:])
     image = _scaled(item.image.detach().cpu(), scale)
     height, width = image.shape[-2:]
@@ -218,7 +218,7 @@ def prediction_grid(path: Path, items: Sequence[GridItem], *, min_score: float =
 
 
 def _captioned(grid: Tensor, text: str) -> Tensor:
-    """The grid with the text in its last CAPTION rows."""
+    """Write the text into the last CAPTION rows of the grid."""
     picture = Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy())
     place = (GAP, picture.height - CAPTION // 2 - GAP // 2)
     ImageDraw.Draw(picture).text(place, text, fill="black", font=_font(13), anchor="lm")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from samdetr.data.batching import EpochSampler, Sample, collate, epoch_order, sample_seed, split
+from samdetr.data.batching import EpochSampler, Sample, collate, cut_step, epoch_order
 from samdetr.errors import DataError
 
 
@@ -85,10 +85,6 @@ def test_too_few_images_is_an_error() -> None:
     assert len(EpochSampler(4, 4, 0, shuffle=True)) == 1
 
 
-def test_the_seed_of_a_sample_never_changes_between_versions() -> None:
-    assert sample_seed(42, 3, 7) == 5122231805094739018
-
-
-def test_split_into_micro_batches() -> None:
+def test_a_step_is_cut_into_micro_batches() -> None:
     keys = [(0, row) for row in range(5)]
-    assert split(keys, 2) == [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4)]]
+    assert cut_step(keys, 2) == [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4)]]

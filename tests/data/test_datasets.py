@@ -190,7 +190,7 @@ def test_sample_has_clamped_boxes_without_crowds(make_coco) -> None:
         crowds=(5,),
     )
     categories = make_categories(data, "contiguous", 2)
-    dataset = DetectionDataset(data, categories, EVAL, seed=0, max_pixels=1000, training=False)
+    dataset = DetectionDataset(data, categories, EVAL, seed=0, max_pixels=1000)
     assert (len(dataset), dataset.max_objects) == (3, 2)
     first, second, third = (dataset[0, row] for row in range(3))
     assert (first.image_id, first.original_size, first.image.shape) == (11, (20, 40), (3, 20, 40))
@@ -203,13 +203,13 @@ def test_sample_has_clamped_boxes_without_crowds(make_coco) -> None:
 def test_without_any_object_one_target_row_remains(make_coco) -> None:
     data = make_coco([(1, "a.png", 8, 8)])
     categories = make_categories(data, "category_id", 3)
-    assert DetectionDataset(data, categories, EVAL, seed=0, max_pixels=100, training=True).max_objects == 1
+    assert DetectionDataset(data, categories, EVAL, seed=0, max_pixels=100).max_objects == 1
 
 
 def test_sample_depends_on_seed_epoch_and_row_alone(make_coco) -> None:
     data = make_coco([(i, f"{i}.png", 40, 30) for i in range(3)], [(1, 0, 1, (2, 3, 20, 20))])
     categories = make_categories(data, "category_id", 3)
-    make = {s: DetectionDataset(data, categories, TRAIN, seed=s, max_pixels=10_000, training=True) for s in (0, 1)}
+    make = {s: DetectionDataset(data, categories, TRAIN, seed=s, max_pixels=10_000) for s in (0, 1)}
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = make[0][4, 2].image
@@ -226,6 +226,6 @@ def test_bad_input_is_refused_when_built(make_coco) -> None:
     data = make_coco([(1, "a.png", 40, 30)], [(8, 1, 7, (0, 0, 5, 5))])
     categories = make_categories(data, "category_id", 3)
     with pytest.raises(DataError, match=r"annotation 8 .*category id 7"):
-        DetectionDataset(data, categories, EVAL, seed=0, max_pixels=10_000, training=True)
+        DetectionDataset(data, categories, EVAL, seed=0, max_pixels=10_000)
     with pytest.raises(DataError, match=r"a\.png.*data\.max_pixels = 1199"):
-        DetectionDataset(data, categories, EVAL, seed=0, max_pixels=1199, training=True)
+        DetectionDataset(data, categories, EVAL, seed=0, max_pixels=1199)

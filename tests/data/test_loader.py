@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -22,8 +21,8 @@ from samdetr.data.batching import Shape, epoch_order
 from samdetr.data.buckets import choose_buckets
 from samdetr.data.datasets import CocoData, DetectionDataset, make_categories
 from samdetr.data.decode import Pixels
-from samdetr.data.loader import TrainLoader, build_eval_loader, build_train_loader
-from samdetr.data.prefetch import prefetch
+from samdetr.data.device import prefetch
+from samdetr.data.loader import EvalLoader, TrainLoader
 from samdetr.data.transforms import EvalTransform, TrainTransform
 from samdetr.errors import DataError
 from samdetr.structures import Batch
@@ -44,14 +43,11 @@ def dataset_of(
     data: CocoData,
     training: bool = True,
     pixels: Pixels = "published",
-    resize: Literal["worker", "device"] = "worker",
 ) -> DetectionDataset:
     raw = pixels == "fast"
     transform = dataclasses.replace(TRAIN, raw=raw) if training else EvalTransform(size=20, max_size=40, raw=raw)
     categories = make_categories(data, "category_id", 3)
-    return DetectionDataset(
-        data, categories, transform, seed=3, max_pixels=10_000, training=training, pixels=pixels, resize=resize
-    )
+    return DetectionDataset(data, categories, transform, seed=3, max_pixels=10_000, pixels=pixels)
 
 
 @contextmanager
@@ -60,18 +56,17 @@ def train_loader(
     workers: int,
     total: int = 4,
     micro: int = 2,
-    shapes: Sequence[Shape] | None = None,
+    bucket_shapes: Sequence[Shape] | None = None,
     pixels: Pixels = "published",
-    resize: Literal["worker", "device"] = "worker",
 ) -> Iterator[TrainLoader]:
-    loader = build_train_loader(
-        dataset_of(data, pixels=pixels, resize=resize),
+    loader = TrainLoader(
+        dataset_of(data, pixels=pixels),
         total_batch=total,
         micro_batch=micro,
         workers=workers,
         seed=1,
         pin_memory=False,
-        shapes=shapes,
+        bucket_shapes=bucket_shapes,
     )
     try:
         yield loader
@@ -135,10 +130,10 @@ def test_loading_leaves_the_callers_random_numbers_alone(data: CocoData, workers
 def test_buckets_give_the_same_batches_whatever_the_workers(data: CocoData, pixels: Pixels) -> None:
     shapes = choose_buckets(TRAIN, data.heights, data.widths, count=4, grid=8)
     with (
-        train_loader(data, 0, shapes=shapes, pixels=pixels) as plain,
-        train_loader(data, 2, shapes=shapes, pixels=pixels) as parallel,
+        train_loader(data, 0, bucket_shapes=shapes, pixels=pixels) as plain,
+        train_loader(data, 2, bucket_shapes=shapes, pixels=pixels) as parallel,
     ):
-        assert plain.shapes == shapes and plain.steps_per_epoch == 2
+        assert plain.bucket_shapes == shapes and plain.steps_per_epoch == 2
         for epoch in (0, 1):
             steps = list(plain.epoch(epoch))
             assert [[len(micro.image_ids) for micro in step] for step in steps] == [[2, 2], [2, 2]]
@@ -153,36 +148,20 @@ def test_buckets_give_the_same_batches_whatever_the_workers(data: CocoData, pixe
 
 def test_fast_pixels_are_finished_to_the_published_batches(data: CocoData) -> None:
     with train_loader(data, 0) as published, train_loader(data, 2, pixels="fast") as fast:
-        assert published.shapes is None
+        assert published.bucket_shapes is None
         steps = list(fast.epoch(0))
         assert {micro.images.dtype for step in steps for micro in step} == {torch.uint8}
         assert same(list(prefetch(steps, torch.device("cpu"))), list(published.epoch(0)))
     loaders = [
-        build_eval_loader(dataset_of(data, False, pixels), batch=4, workers=0, pin_memory=False)
+        EvalLoader(dataset_of(data, False, pixels), batch=4, workers=0, pin_memory=False)
         for pixels in ("published", "fast")
     ]
     assert same([list(loaders[0])], list(prefetch([list(loaders[1])], torch.device("cpu"))))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_photos_for_the_device_bring_the_published_boxes(data: CocoData, workers: int) -> None:
-    shapes = choose_buckets(TRAIN, data.heights, data.widths, count=4, grid=8)
-    cpu = torch.device("cpu")
-    with (
-        train_loader(data, 0, shapes=shapes) as published,
-        train_loader(data, workers, shapes=shapes, pixels="fast", resize="device") as device,
-    ):
-        for want, photos in zip(published.epoch(1), device.epoch(1), strict=True):
-            assert all(micro.images.dtype == torch.uint8 and micro.resample is not None for micro in photos)
-            for one, other in zip(want, next(prefetch([photos], cpu)), strict=True):
-                assert all(torch.equal(a, b) for a, b in zip(tensors(one)[1:], tensors(other)[1:], strict=True))
-                assert one.images.shape == other.images.shape
-                assert (one.images - other.images).abs().max() < 2.01 / 255 / 0.224
-
-
 def test_batches_are_described_before_they_are_loaded(data: CocoData) -> None:
     shapes = choose_buckets(TRAIN, data.heights, data.widths, count=4, grid=8)
-    with train_loader(data, 0, shapes=shapes) as buckets, train_loader(data, 0, total=2) as random:
+    with train_loader(data, 0, bucket_shapes=shapes) as buckets, train_loader(data, 0, total=2) as random:
         found, shares = [], []
         for loader in (buckets, random):
             batches = [micro for step in loader.epoch(0) for micro in step]
@@ -203,7 +182,7 @@ def test_shapes_need_a_transform_that_can_be_planned(data: CocoData) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_visits_all_images_in_order(data: CocoData, workers: int) -> None:
-    loader = build_eval_loader(dataset_of(data, False), batch=4, workers=workers, pin_memory=False)
+    loader = EvalLoader(dataset_of(data, False), batch=4, workers=workers, pin_memory=False)
     batches = list(loader)
     assert len(batches) == len(loader) == 3
     assert torch.cat([batch.image_ids for batch in batches]).tolist() == [100 + i for i in range(11)]
@@ -264,7 +243,7 @@ SCRIPT = """
 import multiprocessing, os, signal, sys, torch
 from pathlib import Path
 from samdetr.data.datasets import DetectionDataset, make_categories, read_coco
-from samdetr.data.loader import build_train_loader
+from samdetr.data.loader import TrainLoader
 from samdetr.data.transforms import TrainTransform
 
 if __name__ == "__main__":
@@ -275,9 +254,9 @@ if __name__ == "__main__":
         flip=0.5, sizes=(16, 20), max_size=40, crop=0.5, crop_resize_sizes=(20,), crop_min=10, crop_max=20
     )
     categories = make_categories(data, "category_id", 3)
-    dataset = DetectionDataset(data, categories, transform, seed=3, max_pixels=10_000, training=True)
+    dataset = DetectionDataset(data, categories, transform, seed=3, max_pixels=10_000)
     plain, parallel, other = (
-        build_train_loader(dataset, total_batch=4, micro_batch=2, workers=n, seed=1, pin_memory=False)
+        TrainLoader(dataset, total_batch=4, micro_batch=2, workers=n, seed=1, pin_memory=False)
         for n in (0, 1, 1)
     )
     next(other.epoch(0))
@@ -301,7 +280,7 @@ def test_workers_end_with_the_process(data: CocoData, tmp_path: Path, method: st
     assert end == "killed" or done.stderr == ""
 
 
-class _DiesAtOnce:
+class _DiesAtOnce(EvalTransform):
     """A transform whose process is killed, as the kernel does when memory runs out."""
 
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -311,8 +290,8 @@ class _DiesAtOnce:
 
 def test_a_killed_worker_is_a_sentence(data: CocoData) -> None:
     categories = make_categories(data, "category_id", 3)
-    dataset = DetectionDataset(data, categories, _DiesAtOnce(), seed=3, max_pixels=10_000, training=True)
-    loader = build_train_loader(dataset, total_batch=4, micro_batch=2, workers=1, seed=1, pin_memory=False)
+    dataset = DetectionDataset(data, categories, _DiesAtOnce(size=20, max_size=40), seed=3, max_pixels=10_000)
+    loader = TrainLoader(dataset, total_batch=4, micro_batch=2, workers=1, seed=1, pin_memory=False)
     with pytest.raises(DataError, match=r"a loader process was killed.*lower data\.workers"):
         next(loader.epoch(0))
     loader.close()

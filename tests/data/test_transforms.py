@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,12 +12,14 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from samdetr.data import transforms
+from samdetr.data.planning import plan_images
 from samdetr.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     EvalTransform,
     TrainTransform,
-    build_transform,
+    build_eval_transform,
+    build_train_transform,
     crop,
     flip,
     normalise,
@@ -28,6 +31,15 @@ from samdetr.recipe import AugmentSection
 TRAIN = TrainTransform(
     flip=0.5, sizes=(48, 56, 64), max_size=107, crop=0.5, crop_resize_sizes=(40, 50), crop_min=30, crop_max=44
 )
+
+
+def augmented(
+    transform: TrainTransform, image: Tensor, boxes: Tensor, labels: Tensor, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result of the transform as planned under a seed."""
+    height, width = (np.array([side]) for side in image.shape[-2:])
+    plan = plan_images(transform, height, width, seed=seed, epoch=0, rows=np.array([0])).row(0)
+    return transform.apply(plan, image, boxes, labels)
 
 
 def boxes_of(*rows: tuple[float, float, float, float]) -> Tensor:
@@ -103,7 +115,7 @@ def test_whole_training_transform_by_hand() -> None:
     fixed = TrainTransform(
         flip=1.0, sizes=(60,), max_size=1000, crop=1.0, crop_resize_sizes=(40,), crop_min=500, crop_max=600
     )
-    image, boxes, labels = fixed(image_of(20, 50), boxes_of((5, 4, 15, 14)), torch.tensor([3]))
+    image, boxes, labels = augmented(fixed, image_of(20, 50), boxes_of((5, 4, 15, 14)), torch.tensor([3]), 0)
     # Flip: x 35..45. To 40 x 100: x 70..90, y 8..28. The crop is the whole picture.
     # To 60 x 150: x 105..135, y 12..42.
     assert image.shape == (3, 60, 150)
@@ -131,10 +143,9 @@ def test_agrees_with_tv_tensors() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_boxes_follow_the_pixels(seed: int) -> None:
-    torch.manual_seed(seed)
     image = torch.zeros(3, 60, 90, dtype=torch.uint8)
     image[:, 12:40, 20:70] = 255
-    pixels, boxes, labels = TRAIN(image, boxes_of((20, 12, 70, 40)), torch.tensor([1]))
+    pixels, boxes, labels = augmented(TRAIN, image, boxes_of((20, 12, 70, 40)), torch.tensor([1]), seed)
     height, width = pixels.shape[1:]
     bright = (pixels[0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]) > 0.5
     assert len(boxes) == len(labels) == int(bright.any())
@@ -160,9 +171,8 @@ def test_draws_cover_the_published_ranges(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(transforms, "crop", watched_crop)
     monkeypatch.setattr(transforms, "resize", watched_resize)
-    torch.manual_seed(0)
-    for _ in range(600):
-        TRAIN(image_of(60, 45), boxes_of(), torch.zeros(0))
+    for seed in range(600):
+        augmented(TRAIN, image_of(60, 45), boxes_of(), torch.zeros(0), seed)
     assert 240 < len(crops) < 360
     assert {size for size, limit in resizes if limit is None} == {40, 50}
     assert {size for size, limit in resizes if limit == 107} == {48, 56, 64}
@@ -177,16 +187,16 @@ def test_draws_cover_the_published_ranges(monkeypatch: pytest.MonkeyPatch) -> No
 def test_probabilities_of_zero_and_one() -> None:
     image = image_of(48, 60)
     still = dataclasses.replace(TRAIN, flip=0.0, crop=0.0, sizes=(48,))
-    pixels, _, _ = still(image, boxes_of(), torch.zeros(0))
-    mirrored, _, _ = dataclasses.replace(still, flip=1.0)(image, boxes_of(), torch.zeros(0))
+    pixels, _, _ = augmented(still, image, boxes_of(), torch.zeros(0), 0)
+    mirrored, _, _ = augmented(dataclasses.replace(still, flip=1.0), image, boxes_of(), torch.zeros(0), 0)
     assert torch.equal(mirrored, pixels.flip(-1))
     assert torch.equal(pixels, EvalTransform(size=48, max_size=100)(image, boxes_of(), torch.zeros(0))[0])
 
 
 def test_recipe_section_is_passed_on() -> None:
     section = AugmentSection()
-    assert build_transform(section, training=False) == EvalTransform(size=800, max_size=1333)
-    assert build_transform(section, training=True) == TrainTransform(
+    assert build_eval_transform(section) == EvalTransform(size=800, max_size=1333)
+    assert build_train_transform(section) == TrainTransform(
         flip=0.5,
         sizes=(480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
         max_size=1333,

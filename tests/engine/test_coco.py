@@ -282,8 +282,8 @@ def test_sparse_category_ids_round_trip(tmp_path: Path) -> None:
     found = Detections(torch.ones(1, 4), torch.tensor([[0, 1, 2, 3]]), torch.zeros(1, 4, 4))
     results = coco_detections(found, [5], Categories.from_json(json.loads(json.dumps(categories.to_json()))))
     assert results.category_ids.tolist() == [3, 17, 40, 90]
-    for category, name in zip(categories.ids, categories.names, strict=True):
-        assert categories.by_index()[categories.index_of(category)] == (category, name)
+    for category, name, index in zip(categories.ids, categories.names, categories.indices, strict=True):
+        assert categories.by_index()[index] == (category, name)
 
 
 def test_who_evaluates(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from samdetr.data.prefetch import prefetch
+from samdetr.data.device import prefetch
 from samdetr.engine.compute.compile import compile_regions, graphs_compiled
 from samdetr.engine.compute.cuda_graph import StepGraphs
 from samdetr.engine.compute.precision import Compute, choose_compute
@@ -24,7 +24,6 @@ from samdetr.errors import SamdetrError
 from samdetr.loss import SetCriterion, build_criterion
 from samdetr.models import SAMDETR, build_model
 from samdetr.recipe import ComputeSection, ParallelSection, Recipe
-from samdetr.structures import Batch
 from tests.engine.runs import MakeRecipe
 
 CPU = torch.device("cpu")
@@ -441,7 +440,7 @@ def test_nothing_of_the_step_waits_for_the_gpu(make_recipe: MakeRecipe, compile:
     optimizer = build_optimizer(setup.model, setup.recipe.optim)
     if compile:
         compile_regions(setup.model, setup.criterion, shapes=len(SHAPES))
-    pinned = [[_pinned(random_batch(shape, 2, 5)) for shape in SHAPES] for _ in range(3)]
+    pinned = [[random_batch(shape, 2, 5).pin_memory() for shape in SHAPES] for _ in range(3)]
     run = partial(train_step, setup.model, setup.criterion, optimizer, device=gpu, clip_norm=1.0, seeds=[1, 2])
     run(next(prefetch(pinned[:1], gpu)), precision=torch.bfloat16)
     torch.compiler.set_stance("fail_on_recompile")
@@ -472,7 +471,3 @@ def test_dropout_of_a_replay_is_that_of_its_seed(make_recipe: MakeRecipe) -> Non
         torch.manual_seed(seed)
         losses.append(graphs.forward_backward(batch, batch.targets.counts.sum())[0].item())
     assert losses[0] == losses[2] != losses[1]
-
-
-def _pinned(batch: Batch) -> Batch:
-    return batch._replace(images=batch.images.pin_memory(), numbers=batch.numbers.pin_memory())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import samdetr.engine.evaluate
-from samdetr.data.loader import build_eval_loader
+from samdetr.data.loader import EvalLoader
 from samdetr.data.splits import build_dataset, load_splits
 from samdetr.engine.coco import coco_evaluate
 from samdetr.engine.evaluate import best_detections, detect, evaluate_checkpoint
@@ -84,7 +84,7 @@ def test_a_perfect_model_has_ap_1(make_recipe: MakeRecipe, class_index: str, cla
     )
     splits = load_splits(recipe.data, num_queries=12, num_classes=classes)
     dataset = build_dataset(splits.val, splits.categories, recipe.data, recipe.augment, seed=0, training=False)
-    loader = build_eval_loader(dataset, batch=4, workers=0, pin_memory=False)
+    loader = EvalLoader(dataset, batch=4, workers=0, pin_memory=False)
     model = Replay([answers(batch, classes) for batch in loader]).train()
     results = detect(model, loader, splits.categories, device=CPU, top_k=20)
     assert model.training
@@ -108,7 +108,7 @@ def test_best_detections_of_a_softmax() -> None:
 def test_logits_without_a_category_are_left_out(tmp_path: Path) -> None:
     categories = Categories(ids=(2, 7), names=("two", "seven"), indices=(2, 7))
     logits = torch.arange(9.0).expand(1, 1, 1, 9)  # class 8, which no category has, is best
-    batch = Batch.of(
+    batch = Batch(
         images=torch.zeros(1, 3, 8, 8),
         image_sizes=torch.tensor([[8, 8]]),
         targets=Targets(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 4), torch.tensor([0])),
@@ -123,7 +123,7 @@ def test_logits_without_a_category_are_left_out(tmp_path: Path) -> None:
 
 def batch_of(image_ids: list[int]) -> Batch:
     count = len(image_ids)
-    return Batch.of(
+    return Batch(
         images=torch.zeros(count, 3, 8, 8),
         image_sizes=torch.tensor([[8, 8]] * count),
         targets=Targets(

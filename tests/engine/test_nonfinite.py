@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 import samdetr.engine.train
 from samdetr.data.batching import Sample, epoch_order
 from samdetr.data.datasets import DetectionDataset
+from samdetr.data.transforms import TrainTransform
 from samdetr.engine.checkpoint.format import MODEL, Progress, model_tensors
 from samdetr.engine.checkpoint.saving import Staging, save_checkpoint
 from samdetr.engine.compute.start_up import random_batch
@@ -49,15 +51,16 @@ def poison_steps(patch: pytest.MonkeyPatch, *steps: int) -> None:
 
 def poison_image(patch: pytest.MonkeyPatch, row: int) -> None:
     """A pixel of the training image of this row, whose id is one more, is NaN whenever it is loaded."""
-    load = DetectionDataset.__getitem__
+    load = DetectionDataset.load
 
-    def poisoned(self: DetectionDataset, key: tuple[int, int]) -> Sample:
-        sample = load(self, key)
-        if self.training and key[1] == row:
-            sample.image[0, 3, 3] = torch.nan
-        return sample
+    def poisoned(self: DetectionDataset, keys: Sequence[tuple[int, int]]) -> list[Sample]:
+        samples = load(self, keys)
+        for key, sample in zip(keys, samples, strict=True):
+            if isinstance(self.transform, TrainTransform) and key[1] == row:
+                sample.image[0, 3, 3] = torch.nan
+        return samples
 
-    patch.setattr(DetectionDataset, "__getitem__", poisoned)
+    patch.setattr(DetectionDataset, "load", poisoned)
 
 
 class _BadBackward(torch.autograd.Function):

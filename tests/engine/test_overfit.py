@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from samdetr.data.prefetch import prefetch
+from samdetr.data.device import prefetch
 from samdetr.data.splits import load_splits
 from samdetr.engine.build import build_loaders
 from samdetr.engine.distributed.world import ALONE

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from samdetr.data.loader import Shard, build_eval_loader, build_train_loader
+from samdetr.data.loader import EvalLoader, Shard, TrainLoader
 from samdetr.data.splits import build_dataset, load_splits
 from samdetr.engine.coco import CocoDetections
 from samdetr.engine.distributed import parallel
@@ -316,8 +316,8 @@ def test_shares_are_the_whole(make_recipe: MakeRecipe, batching: str, ranks: int
     shapes = [(96, 96)] if batching == "buckets" else None
 
     def train_loader(share: Shard):  # type: ignore[no-untyped-def]
-        return build_train_loader(
-            train, total_batch=4, micro_batch=1, workers=0, seed=7, pin_memory=False, shapes=shapes, shard=share
+        return TrainLoader(
+            train, total_batch=4, micro_batch=1, workers=0, seed=7, pin_memory=False, bucket_shapes=shapes, shard=share
         )
 
     whole = list(train_loader(Shard()).epoch(1, start_step=2))
@@ -329,9 +329,7 @@ def test_shares_are_the_whole(make_recipe: MakeRecipe, batching: str, ranks: int
         ids = [int(batch.image_ids) for batch in batches]
         assert train_loader(Shard(1, ranks)).image_ids(1, 2 + step) == ids
 
-    loaders = [
-        build_eval_loader(val, batch=2, workers=0, pin_memory=False, shard=Shard(rank, ranks)) for rank in range(ranks)
-    ]
+    loaders = [EvalLoader(val, batch=2, workers=0, pin_memory=False, shard=Shard(rank, ranks)) for rank in range(ranks)]
     counts = {len(list(loader)) for loader in loaders}
     assert counts == {-(-3 // ranks)} == {len(loader) for loader in loaders}
     seen = [int(number) for loader in loaders for batch in loader for number in batch.image_ids]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from samdetr.data.batching import collate
-from samdetr.data.loader import build_eval_loader
+from samdetr.data.loader import EvalLoader
 from samdetr.data.splits import build_dataset, load_splits
 from samdetr.engine.failures.replay import step_seed
 from samdetr.engine.optim import GuardedAdamW, build_optimizer
@@ -33,7 +33,7 @@ def random_batch(counts: tuple[int, ...], side: int = 64) -> Batch:
     labels = torch.randint(0, 8, (len(counts), most), generator=generator)
     valid = torch.arange(most) < torch.tensor(counts)[:, None]
     sizes = torch.tensor([[side, side]] * len(counts))
-    return Batch.of(
+    return Batch(
         images=torch.randn(len(counts), 3, side, side, generator=generator),
         image_sizes=sizes,
         targets=Targets(labels * valid, boxes * valid[..., None], torch.tensor(counts)),
@@ -44,7 +44,7 @@ def random_batch(counts: tuple[int, ...], side: int = 64) -> Batch:
 
 def part(batch: Batch, rows: slice) -> Batch:
     targets = Targets(*(value[rows] for value in batch.targets))
-    return Batch.of(
+    return Batch(
         batch.images[rows], batch.image_sizes[rows], targets, batch.image_ids[rows], batch.original_sizes[rows]
     )
 
@@ -193,7 +193,7 @@ def test_loaders_see_every_image_once(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe()
     splits = load_splits(recipe.data, num_queries=12, num_classes=8)
     dataset = build_dataset(splits.val, splits.categories, recipe.data, recipe.augment, seed=0, training=False)
-    loader = build_eval_loader(dataset, batch=4, workers=0, pin_memory=False)
+    loader = EvalLoader(dataset, batch=4, workers=0, pin_memory=False)
     assert [batch.image_ids.tolist() for batch in loader] == [[1, 2, 3, 4], [5, 6]]
 
 

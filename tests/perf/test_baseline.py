@@ -166,7 +166,7 @@ def test_images_without_objects() -> None:
     batch = inputs(recipe, False, torch.float64)
     for counts in ([0, int(batch.targets.counts[1])], [0, 0]):
         targets = batch.targets._replace(counts=torch.tensor(counts))
-        some = Batch.of(batch.images, batch.image_sizes, targets, batch.image_ids, batch.original_sizes)
+        some = Batch(batch.images, batch.image_sizes, targets, batch.image_ids, batch.original_sizes)
         published = published_in(some, torch.float64)
         loss = baseline_loss(
             BaselineCriterion(recipe.loss), baseline(published.images, published.mask), published.targets

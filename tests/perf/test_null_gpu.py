@@ -204,7 +204,7 @@ def check_step(row: dict[str, Any], way: str) -> None:
     assert (row["way"], row["precision"]) == (way, "bfloat16")
     assert row["waits"] == {} and row["refused"] == [], row["recipe"]
     assert row["launches"] == sum(row["kinds"].values()) and row["nodes"] == sum(row["node_kinds"].values())
-    assert row["copies"]["H2D"] == 2 and not any("pageable" in name for name in row["copies"])
+    assert row["copies"]["H2D"] == 5 and not any("pageable" in name for name in row["copies"])
     assert 0.3 < row["state_gib"] < row["peak_gib"] < 3 and row["host_ms"] > 0 and row["start_up_seconds"] > 0
 
 

@@ -65,7 +65,7 @@ class StepGraphs:
         recorded = self._passes.get(batch.images.shape)
         if recorded is None:
             return self._forward_backward(batch, num_boxes)
-        return recorded.replay(_tensors(batch, num_boxes))
+        return recorded.replay((*batch.step_tensors(), num_boxes))
 
     def update(self, loss: Tensor) -> Tensor:
         """Clip the gradients and take the optimizer's step; their norm before.
@@ -84,10 +84,10 @@ class StepGraphs:
         num_boxes = batch.targets.counts.sum()
 
         def run(*tensors: Tensor) -> Tensor:
-            return self._forward_backward(_like(batch, tensors), tensors[-1])
+            return self._forward_backward(batch.with_step_tensors(tensors[:-1]), tensors[-1])
 
-        images, *others = _tensors(batch, num_boxes)
-        inputs = (self._placed(images), *(tensor.clone() for tensor in others))
+        images, *others = batch.step_tensors()
+        inputs = (self._placed(images), *(tensor.clone() for tensor in (*others, num_boxes)))
         self._passes[batch.images.shape] = self._recorded(run, inputs)
         self._optimizer.zero_grad(set_to_none=False)
 
@@ -124,12 +124,3 @@ class StepGraphs:
         finally:
             torch.cuda.set_sync_debug_mode(before)
         return Recorded(graph, inputs, output)
-
-
-def _tensors(batch: Batch, num_boxes: Tensor) -> tuple[Tensor, ...]:
-    return batch.images, batch.numbers, num_boxes
-
-
-def _like(batch: Batch, tensors: tuple[Tensor, ...]) -> Batch:
-    images, numbers, _ = tensors
-    return batch._replace(images=images, numbers=numbers)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from samdetr.data.batching import Shape
-from samdetr.data.prefetch import finish
+from samdetr.data.device import to_device
 from samdetr.data.splits import Splits, build_dataset, largest_shape
 from samdetr.engine.compute.precision import Compute
 from samdetr.engine.compute.start_up import arrange, random_batch
@@ -162,7 +162,7 @@ def try_steps(
     optimizer = build_optimizer(model, recipe.optim)
     average = EMA(model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
     # a step's batches are there while the next ones arrive
-    held = [finish(random_batch(shape, images, boxes, least=boxes), device) for _ in range(2 * parts)]
+    held = [to_device(random_batch(shape, images, boxes, least=boxes), device) for _ in range(2 * parts)]
     for _ in range(STEPS):
         train_step(
             model,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from samdetr.data.batching import Shape
-from samdetr.data.prefetch import finish
+from samdetr.data.device import to_device
 from samdetr.engine.compute.activation_checkpoint import checkpoint_activations
 from samdetr.engine.compute.compile import compile_regions, eagerly
 from samdetr.engine.compute.cuda_graph import StepGraphs
@@ -73,7 +73,7 @@ def prepare_step(
     graphs = None
 
     def made_up(shape: Shape) -> Batch:
-        return finish(random_batch(shape, micro_batch, max_objects), device)
+        return to_device(random_batch(shape, micro_batch, max_objects), device)
 
     def failed(error: SamdetrError) -> None:
         if on_failure == "error":
@@ -184,7 +184,7 @@ def random_batch(shape: Shape, images: int, max_objects: int, *, least: int = 0)
     counts = torch.randint(least, max_objects + 1, (images,), generator=generator)
     valid = torch.arange(max_objects) < counts[:, None]
     sizes = torch.tensor([shape] * images)
-    return Batch.of(
+    return Batch(
         images=torch.randn(images, 3, *shape, generator=generator),
         image_sizes=sizes,
         targets=Targets(torch.zeros(valid.shape, dtype=torch.int64), boxes * valid[..., None], counts),

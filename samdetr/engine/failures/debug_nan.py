@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from samdetr.data.prefetch import finish
+from samdetr.data.device import to_device
 from samdetr.data.splits import load_splits
 from samdetr.engine.build import build_loaders
 from samdetr.engine.checkpoint.format import EXPORTED, find_checkpoint, meta_file, read_meta
@@ -139,7 +139,7 @@ def debug_nan(file: str) -> bool:
     model, recipe, _, _ = load_trained(str(path))
     device = choose_device("cpu" if recipe.run.device == "cpu" else "auto", recipe.compute.kernels)
     with placing(device, "the replay"):
-        batches = [finish(batch, device) for batch in _load(recipe, meta, device)]
+        batches = [to_device(batch, device) for batch in _load(recipe, meta, device)]
         say = partial(Console().print, markup=False, highlight=False, soft_wrap=True)
         values = ", ".join(f"{name} {value}" for name, value in replay["values"].items())
         say(f"step {replay['step']} (epoch {replay['epoch'] + 1}), in the run: {values}")
