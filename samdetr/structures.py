@@ -12,7 +12,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 GEOMETRY = 11  # numbers that say how a photo is augmented
 ALIGNED = 16  # int64 numbers; compiled code copies what does not begin at a multiple of 16 bytes
@@ -125,13 +125,6 @@ class RegionLosses(NamedTuple):
     loss_classifier: Tensor  # proposals: classes
     loss_box_reg: Tensor  # proposals: boxes
     class_error: Tensor  # percentage of the proposals with an object whose class is wrong
-
-
-class Regions(NamedTuple):
-    """What of a model is compiled besides its backbone, each part one graph for maps of all sizes."""
-
-    layers: tuple[nn.Module, ...]  # of its stacks; layers of a stack run the same graph
-    methods: tuple[str, ...]  # names of methods around them
 
 
 class Losses(NamedTuple):

@@ -22,9 +22,11 @@ from torch.utils.flop_counter import flop_registry
 
 from samdetr.engine.compute.activation_checkpoint import checkpoint_activations
 from samdetr.loss import build_criterion
-from samdetr.models import SAMDETR, DeformableDETR, Detector, MultiScaleSAMDETR, build_model
+from samdetr.models import Detector, build_model
 from samdetr.models.aligner import ROI_SIZE, AlignedQueries, SemanticAligner
+from samdetr.models.deformable_detr import DeformableDETRDecoder
 from samdetr.models.deformable_encoder import POINTS, DeformableAttention
+from samdetr.models.sam_detr import SAMDETRDecoder
 from samdetr.structures import Outputs, Targets
 
 if TYPE_CHECKING:
@@ -195,14 +197,14 @@ def _box_heads(heads: Iterable[nn.Module], out: Outputs) -> int:
     return sum(weight.numel() for weight in weights) * out.boxes[0, ..., 0].numel()
 
 
-def _repeated_box_heads(model: SAMDETR | MultiScaleSAMDETR, args: Sequence[Any], out: Outputs) -> int:
+def _repeated_box_heads(decoder: SAMDETRDecoder, args: Sequence[Any], out: Outputs) -> int:
     """The published code runs every box head but the last twice: for the next reference, and for the prediction."""
-    return _box_heads(model.box_heads[:-1], out)
+    return _box_heads(decoder.box_heads[:-1], out)
 
 
-def _refining_box_heads(model: DeformableDETR, args: Sequence[Any], out: Outputs) -> int:
+def _refining_box_heads(decoder: DeformableDETRDecoder, args: Sequence[Any], out: Outputs) -> int:
     """The same with box refinement, for which it also runs the last one twice."""
-    return _box_heads(model.box_heads[: len(model.decoder)], out) if model.box_refine else 0
+    return _box_heads(decoder.box_heads[: len(decoder.layers)], out) if decoder.box_refine else 0
 
 
 def _sampling(attention: DeformableAttention, args: Sequence[Any], out: Tensor) -> int:
@@ -213,9 +215,8 @@ def _sampling(attention: DeformableAttention, args: Sequence[Any], out: Tensor) 
 # What the published code computes beyond this package: multiply-accumulates from a module, its arguments and result.
 PUBLISHED_MORE: Mapping[type[nn.Module], Callable[..., int]] = {
     SemanticAligner: _projection_of_regions,
-    SAMDETR: _repeated_box_heads,
-    MultiScaleSAMDETR: _repeated_box_heads,
-    DeformableDETR: _refining_box_heads,
+    SAMDETRDecoder: _repeated_box_heads,
+    DeformableDETRDecoder: _refining_box_heads,
     DeformableAttention: _sampling,
 }
 

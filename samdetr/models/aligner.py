@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from samdetr.models.layers import MLP, joint_linear
 from samdetr.models.position import MapGeometry, sine_points
+from samdetr.models.system import Reordering
 from samdetr_kernels import roi_align, roi_pool, salient_points
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class SemanticAligner(nn.Module):
     def forward(self, x: Tensor, boxes: Tensor, memory: Tensor, geometry: MapGeometry) -> AlignedQueries:
         """x [B, Q, width]; boxes [B, Q, 4] (cx, cy, w, h) in [0, 1]; memory [B, H, W, width]."""
         batch, queries, width = x.shape
-        rois = regions_of(boxes, geometry)
+        rois = rois_from_boxes(boxes, geometry)
         # ReLU(conv(RoIAlign(F)) + b) = ReLU(RoIAlign(F W^T) + b): align a quarter of the channels
         reduced = functional.linear(memory, self.reduce.weight)
         bins = functional.relu(roi_align(reduced, rois, ROI_SIZE, geometry.sampling_limit) + self.reduce.bias)
@@ -80,7 +81,7 @@ class SemanticAligner(nn.Module):
         searched = boxes
         if self.whole_image:
             searched = torch.cat((torch.full_like(boxes[..., :2], 0.5), torch.ones_like(boxes[..., 2:])), dim=-1)
-            rois = regions_of(searched, geometry)
+            rois = rois_from_boxes(searched, geometry)
         locations = searched[:, :, None, :2] + 0.5 * searched[:, :, None, 2:] * points
         content = salient_points(memory, rois, points, ROI_SIZE, geometry.sampling_limit)
         # constant for autograd, as published: points learn through what is sampled at them
@@ -102,21 +103,21 @@ class PooledAligner(nn.Module):
 
     def forward(self, x: Tensor, boxes: Tensor, memory: Tensor, geometry: MapGeometry) -> AlignedQueries:
         """As `SemanticAligner.forward`."""
-        content = roi_pool(memory, regions_of(boxes, geometry), ROI_SIZE, geometry.sampling_limit, self.mode)
+        content = roi_pool(memory, rois_from_boxes(boxes, geometry), ROI_SIZE, geometry.sampling_limit, self.mode)
         centres = boxes[:, :, None, :2]
         position = sine_points(centres.detach(), x.shape[-1]).to(x.dtype)
         return AlignedQueries(content[:, :, None], position, centres, None)
 
 
-def regions_of(boxes: Tensor, geometry: MapGeometry) -> Tensor:
-    """Boxes [B, Q, 4] (cx, cy, w, h) in [0, 1] of the valid image -> (x0, y0, x1, y1) in cells, constants."""
+def rois_from_boxes(boxes: Tensor, geometry: MapGeometry) -> Tensor:
+    """Convert boxes [B, Q, 4] (cx, cy, w, h) in [0, 1] of the valid image to (x0, y0, x1, y1) in cells, constants."""
     centre, size = boxes[..., :2], boxes[..., 2:]
     cells = geometry.valid.flip(-1)[:, None].to(boxes.dtype)
     return torch.cat(((centre - size / 2) * cells, (centre + size / 2) * cells), dim=-1).detach()
 
 
 def build_aligner(section: ModelSection) -> SemanticAligner | PooledAligner:
-    """The aligner of one decoder layer of a recipe."""
+    """Build the aligner of one decoder layer of a recipe, with random weights."""
     if section.resampling == "average":
         return PooledAligner("mean")
     if section.resampling == "max":
@@ -129,3 +130,12 @@ def build_aligner(section: ModelSection) -> SemanticAligner | PooledAligner:
         reweighting=section.reweighting,
         whole_image=section.search_range == "image",
     )
+
+
+# the inputs of the first point layer are published as channel, row, column; ours are row, column, channel
+PUBLISHED_POINT_BRANCH = {
+    "aligner.point_mlp.0.weight": Reordering(
+        published=lambda weight: weight.unflatten(1, (ROI_SIZE * ROI_SIZE, -1)).transpose(1, 2).flatten(1),
+        ours=lambda weight: weight.unflatten(1, (-1, ROI_SIZE * ROI_SIZE)).transpose(1, 2).flatten(1),
+    )
+}

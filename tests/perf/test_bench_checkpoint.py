@@ -43,11 +43,11 @@ def test_a_changed_bit_is_red_and_has_no_speed(
 ) -> None:
     def changed(path: Path, *, with_optimizer: bool) -> Checkpoint:
         loaded = load_checkpoint(path, with_optimizer=with_optimizer)
-        name = "class_heads.0.weight:exp_avg"
+        name = "decoder.class_heads.0.weight:exp_avg"
         loaded.optimizer[name] = torch.nextafter(loaded.optimizer[name], torch.tensor(9.0))
         return loaded
 
     monkeypatch.setattr(bench_checkpoint, "load_checkpoint", changed)
     assert main(arguments) == 1
     report = json.loads((tmp_path / "out" / "checkpoint.json").read_text())
-    assert report["rows"] == [] and report["gates"][0]["unequal"] == ["class_heads.0.weight:exp_avg"]
+    assert report["rows"] == [] and report["gates"][0]["unequal"] == ["decoder.class_heads.0.weight:exp_avg"]
