@@ -23,7 +23,6 @@ from perf.baseline_criterion import BaselineCriterion, ImageTargets
 from perf.baseline_model import BaselineSAMDETR
 from perf.counting import OpCounter
 from perf.inputs import training_batch
-from samdetr.engine.optim import build_optimizer
 from samdetr.errors import NonFiniteError
 from samdetr.models import build_model
 from samdetr.recipe import OptimSection, Recipe, load_recipe
@@ -74,9 +73,11 @@ def published_batch(batch: Batch) -> PublishedBatch:
 
 def build_baseline_optimizer(model: BaselineSAMDETR, section: OptimSection) -> torch.optim.AdamW:
     """Build AdamW over the published two groups, tensor by tensor."""
-    groups = build_optimizer(model, section).param_groups
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    backbone = [parameter for name, parameter in trained.items() if name.startswith("backbone.")]
+    rest = [parameter for name, parameter in trained.items() if not name.startswith("backbone.")]
     return torch.optim.AdamW(
-        [{"params": group["params"], "lr": group["base_lr"]} for group in groups],
+        [{"params": rest, "lr": section.lr}, {"params": backbone, "lr": section.backbone_lr}],
         lr=section.lr,
         weight_decay=section.weight_decay,
         foreach=False,

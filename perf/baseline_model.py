@@ -18,9 +18,9 @@ from torchvision.models.resnet import ResNet
 from torchvision.ops import FrozenBatchNorm2d, roi_align
 
 from samdetr.errors import RecipeError
+from samdetr.models import Detector
 from samdetr.models.backbone import DEPTHS
 from samdetr.models.official import to_official
-from samdetr.models.sam_detr import SAMDETR
 from samdetr.recipe import ModelSection, SAMDETRSection
 from samdetr.structures import Outputs
 
@@ -68,7 +68,7 @@ class BaselineSAMDETR(nn.Module):
         )
         self.transformer = nn.ModuleDict({"encoder": _Encoder(section), "decoder": _Decoder(section, self.bbox_embed)})
 
-    def load_from(self, model: SAMDETR) -> None:
+    def load_from(self, model: Detector) -> None:
         """Take over the weights of our model, all of them (torch raises where one does not fit)."""
         self.load_state_dict(to_official(model))
 

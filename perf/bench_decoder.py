@@ -25,10 +25,11 @@ from perf.inputs import training_batch
 from perf.report import Report, environment, number
 from perf.sides import build_model_on
 from perf.train_step import StepRow, wait
-from samdetr.engine.compute.compile import compile_regions
+from samdetr.engine.compute.compile import compile_parts
 from samdetr.engine.compute.precision import EXACT, Compute, autocast, choose_compute
 from samdetr.errors import SamdetrError
 from samdetr.loss import build_criterion
+from samdetr.models.encoder import EncodedMap
 from samdetr.models.position import MapGeometry, sine_map, valid_mask
 from samdetr.recipe import Recipe, load_recipe
 from samdetr.structures import Batch
@@ -48,15 +49,16 @@ class Part(NamedTuple):
 
 
 def build_ours(recipe: Recipe, batch: Batch, valid: Tensor, memory: Tensor, compute: Compute) -> Part:
-    """Build our `SAMDETR.decode` and criterion."""
+    """Build our decoder and criterion."""
     device = memory.device
     model, criterion = build_model_on(recipe, device), build_criterion(recipe)
     if compute.compile:
-        compile_regions(model, criterion, shapes=1)
+        compile_parts(model, criterion, shapes=1)
     leaf = memory.clone().requires_grad_()
     _, height, width, channels = memory.shape
-    position = sine_map(valid, height, width, channels)
+    pos_embed = sine_map(valid, height, width, channels)
     geometry = MapGeometry(valid, valid_mask(valid, height, width), None)
+    image_sizes = valid * STRIDE
     targets = batch.to(device).targets
     dtype = compute.precision
 
@@ -64,7 +66,7 @@ def build_ours(recipe: Recipe, batch: Batch, valid: Tensor, memory: Tensor, comp
         model.zero_grad(set_to_none=True)
         leaf.grad = None
         with autocast(dtype, device):
-            outputs = model.decode(leaf.to(dtype), position.to(dtype), geometry)
+            outputs = model.decoder(EncodedMap(leaf.to(dtype), pos_embed.to(dtype), geometry, image_sizes))
         loss = criterion(outputs, targets).total
         loss.backward()
         return loss.detach()

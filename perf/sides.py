@@ -29,7 +29,7 @@ from samdetr.engine.optim import build_optimizer
 from samdetr.engine.run.log import step_values
 from samdetr.engine.step import forward, forward_backward, train_step, update
 from samdetr.loss import SetCriterion, build_criterion
-from samdetr.models import SAMDETR, build_model
+from samdetr.models import Detector, build_model
 from samdetr.recipe import Recipe
 from samdetr.structures import Batch, Targets
 
@@ -58,7 +58,7 @@ class Side(NamedTuple):
 
 def build_ours(
     recipe: Recipe,
-    model: SAMDETR,
+    model: Detector,
     batches: Sequence[Batch],
     device: torch.device,
     *,
@@ -114,7 +114,7 @@ def build_ours(
     return Side("ours", model, optimizer, step, values, phases, recorded=graphs is not None)
 
 
-def build_baseline(recipe: Recipe, model: SAMDETR, batches: Sequence[Batch], device: torch.device) -> Side:
+def build_baseline(recipe: Recipe, model: Detector, batches: Sequence[Batch], device: torch.device) -> Side:
     """Build the published step with our model's weights. Raises RecipeError where nothing like it was published."""
     baseline = BaselineSAMDETR(recipe.model)
     baseline.load_from(model)
@@ -150,7 +150,7 @@ def build_baseline(recipe: Recipe, model: SAMDETR, batches: Sequence[Batch], dev
     return Side("baseline", baseline, optimizer, step, values, phases)
 
 
-def build_model_on(recipe: Recipe, device: torch.device) -> SAMDETR:
+def build_model_on(recipe: Recipe, device: torch.device) -> Detector:
     """Build the recipe's model with random weights of a fixed seed, in training mode."""
     torch.manual_seed(recipe.run.seed)
     return build_model(recipe.model).to(device).train()

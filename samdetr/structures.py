@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Targets(NamedTuple):
@@ -76,13 +76,6 @@ class RegionLosses(NamedTuple):
     loss_classifier: Tensor  # proposals: classes
     loss_box_reg: Tensor  # proposals: boxes
     class_error: Tensor  # percentage of the proposals with an object whose class is wrong
-
-
-class Regions(NamedTuple):
-    """What of a model is compiled besides its backbone, each part one graph for maps of all sizes."""
-
-    layers: tuple[nn.Module, ...]  # of its stacks; layers of a stack run the same graph
-    methods: tuple[str, ...]  # names of methods around them
 
 
 class Losses(NamedTuple):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from samdetr.models import build_model
+from samdetr.models import SYSTEMS, EncoderDecoder, build_model
 from samdetr.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -21,16 +21,19 @@ RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 
 
 def test_every_system_has_a_file_of_its_own() -> None:
-    """The module of a system's class is named by the recipe key that chooses it, a further form of it after it."""
+    """It is named by the recipe key that chooses the system. A decoder is that of the file, or of a simpler form."""
     homes: dict[str, set[str]] = defaultdict(set)
     for path in RECIPES:
         section = load_recipe(path).model
         with torch.device("meta"):
             model = build_model(section)
-        homes[section.system].add(type(model).__module__.removeprefix("samdetr.models."))
-    assert len(homes) >= 4
+        part = model.decoder if isinstance(model, EncoderDecoder) else model
+        homes[section.system].add(type(part).__module__.removeprefix("samdetr.models."))
+        assert model.system.name == section.system
+    assert homes.keys() == SYSTEMS.keys()
     for system, modules in homes.items():
-        assert all(module == system or module.startswith(f"{system}_") for module in modules), (system, modules)
+        assert SYSTEMS[system].build.__module__ == f"samdetr.models.{system}"
+        assert all(module == system or system.startswith(f"{module}_") for module in modules), (system, modules)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from samdetr.models import Detector
     from samdetr.recipe import OptimSection
 
 
@@ -94,20 +95,22 @@ class GuardedSGD(NonFiniteGuard, torch.optim.SGD):
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def build_optimizer(model: nn.Module, section: OptimSection, *, max_skips: int = 0) -> GuardedAdamW | GuardedSGD:
-    """The recipe's optimizer over the parameters that have a gradient, in groups: the rest, backbone, what samples.
+def build_optimizer(model: Detector, section: OptimSection, *, max_skips: int = 0) -> GuardedAdamW | GuardedSGD:
+    """Build the recipe's optimizer of the parameters that have a gradient, in groups: the rest, backbone, sampling.
 
     Each group starts at its base rate, which `set_learning_rate` multiplies. max_skips: of `NonFiniteGuard`.
     """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    # learned queries and embeddings first: the gradient norm is summed in this order, so its last bits depend on it
+    named.sort(key=lambda pair: pair[0].endswith((".weight", ".bias")))
+    in_backbone = set(model.backbone.parameters())
     backbone: list[nn.Parameter] = []
     sampling: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.startswith("backbone."):
+    for name, parameter in named:
+        if parameter in in_backbone:
             backbone.append(parameter)
-        elif section.sampling_lr_factor != 1 and (".offsets." in name or name.startswith("reference_head.")):
+        elif section.sampling_lr_factor != 1 and any(part in name for part in model.system.sampling):
             sampling.append(parameter)
         else:
             rest.append(parameter)

@@ -1,57 +1,49 @@
-"""Detectors. `build_model` makes the one a recipe names."""
+"""Detectors. `build_model` makes the one a recipe names; each system stands in a file of that name."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from samdetr.models.conditional_detr import ConditionalDETR, build_conditional_detr
-from samdetr.models.deformable_detr import DeformableDETR, build_deformable_detr
-from samdetr.models.detr import DETR, build_detr
-from samdetr.models.faster_rcnn import FasterRCNN, build_faster_rcnn
-from samdetr.models.sam_detr import SAMDETR, build_sam_detr
-from samdetr.models.sam_detr_ms import MultiScaleSAMDETR, build_sam_detr_ms
-from samdetr.models.smca_detr import SMCADETR, build_smca_detr
-from samdetr.models.smca_detr_ms import MultiScaleSMCADETR, build_smca_detr_ms
+from samdetr.models import (
+    conditional_detr,
+    deformable_detr,
+    detr,
+    faster_rcnn,
+    sam_detr,
+    sam_detr_ms,
+    smca_detr,
+    smca_detr_ms,
+)
+from samdetr.models.detector import EncoderDecoder
+from samdetr.models.faster_rcnn import FasterRCNN
+from samdetr.models.system import System
 
 if TYPE_CHECKING:
     from samdetr.recipe import ModelSection
 
-__all__ = [
-    "DETR",
-    "SAMDETR",
-    "SMCADETR",
-    "ConditionalDETR",
-    "DeformableDETR",
-    "Detector",
-    "FasterRCNN",
-    "MultiScaleSAMDETR",
-    "MultiScaleSMCADETR",
-    "build_model",
-]
+__all__ = ["SYSTEMS", "Detector", "EncoderDecoder", "FasterRCNN", "build_model"]
 
-# what the engine needs: a call with images and sizes (and what the criterion adds in training) -> Outputs, in training
-# whatever the criterion takes; a backbone, regions
-Detector = (
-    SAMDETR | MultiScaleSAMDETR | DETR | ConditionalDETR | SMCADETR | MultiScaleSMCADETR | DeformableDETR | FasterRCNN
-)
+# A call with images and sizes (and in training whatever the criterion adds) -> Outputs, in training what the criterion
+# takes. The engine also needs its backbone, layers and compiled_parts, and its system.
+Detector = EncoderDecoder | FasterRCNN
+
+# A published checkpoint is of the first system whose landmark it has.
+SYSTEMS: Mapping[str, System] = {
+    system.name: system
+    for system in (
+        deformable_detr.SYSTEM,
+        sam_detr_ms.SYSTEM,
+        sam_detr.SYSTEM,
+        conditional_detr.SYSTEM,
+        smca_detr_ms.SYSTEM,
+        smca_detr.SYSTEM,
+        detr.SYSTEM,
+        faster_rcnn.SYSTEM,
+    )
+}
 
 
 def build_model(section: ModelSection) -> Detector:
-    """The detector of a recipe's model section, with random weights; needs no download and no GPU."""
-    match section.system:
-        case "sam_detr":
-            return build_sam_detr(section)
-        case "sam_detr_ms":
-            return build_sam_detr_ms(section)
-        case "detr":
-            return build_detr(section)
-        case "conditional_detr":
-            return build_conditional_detr(section)
-        case "smca_detr":
-            return build_smca_detr(section)
-        case "smca_detr_ms":
-            return build_smca_detr_ms(section)
-        case "deformable_detr":
-            return build_deformable_detr(section)
-        case "faster_rcnn":
-            return build_faster_rcnn(section)
+    """Build the detector of a recipe's model section, with random weights; needs no download and no GPU."""
+    return SYSTEMS[section.system].build(section)

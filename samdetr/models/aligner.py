@@ -11,7 +11,8 @@ what stands here is ours.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from samdetr.models.layers import MLP, joint_linear
 from samdetr.models.position import MapGeometry, sine_points
+from samdetr.models.system import Reordering
 from samdetr_kernels import roi_align, salient_points
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ class SemanticAligner(nn.Module):
     def forward(self, x: Tensor, boxes: Tensor, memory: Tensor, geometry: MapGeometry) -> AlignedQueries:
         """x [B, Q, width]; boxes [B, Q, 4] (cx, cy, w, h) in [0, 1]; memory [B, H, W, width]."""
         batch, queries, width = x.shape
-        rois = regions_of(boxes, geometry)
+        rois = rois_from_boxes(boxes, geometry)
         # ReLU(conv(RoIAlign(F)) + b) = ReLU(RoIAlign(F W^T) + b): align a quarter of the channels
         reduced = functional.linear(memory, self.reduce.weight)
         bins = functional.relu(roi_align(reduced, rois, ROI_SIZE, geometry.sampling_limit) + self.reduce.bias)
@@ -80,7 +82,7 @@ class SemanticAligner(nn.Module):
         searched = boxes
         if self.whole_image:
             searched = torch.cat((torch.full_like(boxes[..., :2], 0.5), torch.ones_like(boxes[..., 2:])), dim=-1)
-            rois = regions_of(searched, geometry)
+            rois = rois_from_boxes(searched, geometry)
         locations = searched[:, :, None, :2] + 0.5 * searched[:, :, None, 2:] * points
         content = salient_points(memory, rois, points, ROI_SIZE, geometry.sampling_limit)
         # constant for autograd, as published: points learn through what is sampled at them
@@ -93,6 +95,12 @@ class SemanticAligner(nn.Module):
         return AlignedQueries(content, position, locations, scales)
 
 
+def published_projection_macs(aligner: SemanticAligner, args: Sequence[Any], out: AlignedQueries) -> int:
+    """Count what projecting the cells of all RoIs, as published, costs beyond projecting the map, as here."""
+    memory, rois = args[2], out.content.shape[0] * out.content.shape[1]
+    return int((rois * ROI_SIZE**2 - memory[..., 0].numel()) * aligner.reduce.weight.numel())
+
+
 class PooledAligner(nn.Module):
     """One query from the mean ("mean") or the maximum ("max") of the reference box's bins, at the box's centre."""
 
@@ -103,7 +111,7 @@ class PooledAligner(nn.Module):
     def forward(self, x: Tensor, boxes: Tensor, memory: Tensor, geometry: MapGeometry) -> AlignedQueries:
         """As `SemanticAligner.forward`."""
         wide = memory.to(torch.promote_types(memory.dtype, torch.float32))  # the bins are not rounded before they meet
-        bins = roi_align(wide, regions_of(boxes, geometry), ROI_SIZE, geometry.sampling_limit).flatten(2, 3)
+        bins = roi_align(wide, rois_from_boxes(boxes, geometry), ROI_SIZE, geometry.sampling_limit).flatten(2, 3)
         # of equal bins the first alone has the gradient, which amax would share
         pooled = bins.mean(2) if self.mode == "mean" else bins.max(2).values
         content = pooled.to(memory.dtype)
@@ -112,15 +120,15 @@ class PooledAligner(nn.Module):
         return AlignedQueries(content[:, :, None], position, centres, None)
 
 
-def regions_of(boxes: Tensor, geometry: MapGeometry) -> Tensor:
-    """Boxes [B, Q, 4] (cx, cy, w, h) in [0, 1] of the valid image -> (x0, y0, x1, y1) in cells, constants."""
+def rois_from_boxes(boxes: Tensor, geometry: MapGeometry) -> Tensor:
+    """Convert boxes [B, Q, 4] (cx, cy, w, h) in [0, 1] of the valid image to (x0, y0, x1, y1) in cells, constants."""
     centre, size = boxes[..., :2], boxes[..., 2:]
     cells = geometry.valid.flip(-1)[:, None].to(boxes.dtype)
     return torch.cat(((centre - size / 2) * cells, (centre + size / 2) * cells), dim=-1).detach()
 
 
 def build_aligner(section: AlignedSection) -> SemanticAligner | PooledAligner:
-    """The aligner of one decoder layer of a recipe."""
+    """Build the aligner of one decoder layer of a recipe, with random weights."""
     if section.resampling == "average":
         return PooledAligner("mean")
     if section.resampling == "max":
@@ -133,3 +141,12 @@ def build_aligner(section: AlignedSection) -> SemanticAligner | PooledAligner:
         reweighting=section.reweighting,
         whole_image=section.search_range == "image",
     )
+
+
+# the inputs of the first point layer are published as channel, row, column; ours are row, column, channel
+PUBLISHED_POINT_BRANCH = {
+    "aligner.point_mlp.0.weight": Reordering(
+        published=lambda weight: weight.unflatten(1, (ROI_SIZE * ROI_SIZE, -1)).transpose(1, 2).flatten(1),
+        ours=lambda weight: weight.unflatten(1, (-1, ROI_SIZE * ROI_SIZE)).transpose(1, 2).flatten(1),
+    )
+}

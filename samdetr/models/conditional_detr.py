@@ -8,20 +8,31 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from samdetr.models.encoder import EncoderHalf, MapDetector, build_encoder_half
+from samdetr.models.detector import EncoderDecoder
+from samdetr.models.detr import PUBLISHED_WHOLE
+from samdetr.models.encoder import (
+    CONVOLUTIONS,
+    PUBLISHED_ENCODER_LAYER,
+    EncodedMap,
+    build_image_encoder,
+    check_input_norm,
+)
 from samdetr.models.layers import (
     MLP,
+    PUBLISHED_DECODER_LAYER,
+    PUBLISHED_SELF_ATTENTION,
+    ConditionalSelfAttention,
     FeedForward,
-    PlacedSelfAttention,
+    PredictionHeads,
     attend,
-    box_head,
-    boxes_around,
-    class_head,
-    initialise,
     inverse_sigmoid,
     joint_linear,
+    make_box_head,
+    make_class_head,
+    reset_matrices,
 )
 from samdetr.models.position import sine_points
+from samdetr.models.system import PublishedLayout, System
 from samdetr.structures import Outputs
 
 if TYPE_CHECKING:
@@ -36,30 +47,36 @@ class CrossAttention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.query_content = nn.Linear(width, width)
         self.query_position = nn.Linear(width, width) if first else None  # content says nothing yet in this layer
-        self.query_place = nn.Linear(width, width)
+        self.query_sine = nn.Linear(width, width)
         self.key_content = nn.Linear(width, width)
-        self.key_place = nn.Linear(width, width)
+        self.key_position = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         nn.init.zeros_(self.out.bias)
 
     def forward(
-        self, x: Tensor, query_position: Tensor, place: Tensor, memory: Tensor, memory_position: Tensor, mask: Tensor
+        self,
+        x: Tensor,
+        query_position: Tensor,
+        query_sine_embed: Tensor,
+        memory: Tensor,
+        pos_embed: Tensor,
+        mask: Tensor,
     ) -> Tensor:
-        """x [B, Q, width]; query_position [Q, width]; place, the sine code of where to look, broadcast to x's shape;
-        memory, memory_position [B, S, width]; mask [B, S] bool, True: attended. Returns [B, Q, width]."""
-        query, query_place = self.query_content(x), self.query_place(place)
+        """x [B, Q, width]; query_position [Q, width]; query_sine_embed, of where to look, broadcast to x's shape;
+        memory, pos_embed [B, S, width]; mask [B, S] bool, True: attended. Returns [B, Q, width]."""
+        query, query_sine = self.query_content(x), self.query_sine(query_sine_embed)
         key, value = joint_linear(memory, self.key_content, self.value)
-        key_place = self.key_place(memory_position)
+        key_position = self.key_position(pos_embed)
         if self.query_position is not None:
-            query, key = query + self.query_position(query_position), key + key_place
-        query, key = self.beside(query, query_place.expand_as(query)), self.beside(key, key_place)
+            query, key = query + self.query_position(query_position), key + key_position
+        query, key = self.side_by_side(query, query_sine.expand_as(query)), self.side_by_side(key, key_position)
         dropout = self.dropout if self.training else 0.0
         return self.out(attend(query, key, value, heads=self.heads, dropout=dropout, mask=mask[:, None, None]))
 
-    def beside(self, content: Tensor, place: Tensor) -> Tensor:
-        """Each head's half of content and half of place: twice [B, N, width] -> [B, N, 2 * width]."""
-        halves = [part.unflatten(-1, (self.heads, -1)) for part in (content, place)]
+    def side_by_side(self, content: Tensor, position: Tensor) -> Tensor:
+        """Put each head's share of content and of position together: twice [B, N, width] -> [B, N, 2 * width]."""
+        halves = [part.unflatten(-1, (self.heads, -1)) for part in (content, position)]
         return torch.cat(halves, dim=-1).flatten(2)
 
 
@@ -68,7 +85,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, *, width: int, heads: int, ffn: int, dropout: float, first: bool) -> None:
         super().__init__()
-        self.self_attention = PlacedSelfAttention(width=width, heads=heads, dropout=dropout)
+        self.self_attention = ConditionalSelfAttention(width=width, heads=heads, dropout=dropout)
         self.norm1 = nn.LayerNorm(width)
         self.cross_attention = CrossAttention(width=width, heads=heads, dropout=dropout, first=first)
         self.norm2 = nn.LayerNorm(width)
@@ -76,70 +93,120 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, query_position: Tensor, place: Tensor, memory: Tensor, memory_position: Tensor, mask: Tensor
+        self,
+        x: Tensor,
+        query_position: Tensor,
+        query_sine_embed: Tensor,
+        memory: Tensor,
+        pos_embed: Tensor,
+        mask: Tensor,
     ) -> Tensor:
         """As `CrossAttention.forward`."""
         x = self.norm1(x + self.dropout(self.self_attention(x, query_position)))
-        attended = self.cross_attention(x, query_position, place, memory, memory_position, mask)
+        attended = self.cross_attention(x, query_position, query_sine_embed, memory, pos_embed, mask)
         return self.feed_forward(self.norm2(x + self.dropout(attended)))
 
 
-class ConditionalDETR(MapDetector):
-    """A detector whose queries each have a reference point in the image; one pair of heads reads every layer."""
+class ReferencePoints(nn.Module):
+    """A reference point in the image for each query."""
 
-    methods = ("embed", "refer", "rescale", "predict")
-
-    def __init__(
-        self, half: EncoderHalf, layers: Sequence[DecoderLayer], *, width: int, num_classes: int, num_queries: int
-    ) -> None:
-        super().__init__(half)
-        self.decoder = nn.ModuleList(layers)
+    def __init__(self, width: int) -> None:
+        super().__init__()
         self.reference_head = MLP(width, width, 2, fp32_output=True)
-        self.place_scale = MLP(width, width, width)
-        self.norm = nn.LayerNorm(width)
+
+    def forward(self, query_positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """query_positions [Q, width] -> the points (x, y) in [0, 1] of the valid image, [Q, 2], the same before the
+        sigmoid, and their sine embedding [Q, width] of ``dtype``."""
+        reference = self.reference_head(query_positions).sigmoid()
+        sine_embed = sine_points(reference, query_positions.shape[-1]).to(dtype)
+        return reference, inverse_sigmoid(reference), sine_embed
+
+
+class QueryScale(nn.Module):
+    """Where the next layer looks: a reference point's sine embedding, scaled by the query's content."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = MLP(width, width, width)
+
+    def forward(self, sine_embed: Tensor, x: Tensor) -> Tensor:
+        """sine_embed [Q, width], x [B, Q, width] -> [B, Q, width]."""
+        return sine_embed * self.scale(x)
+
+
+class ConditionalDETRDecoder(nn.Module):
+    """Queries each have a reference point in the image; one pair of heads reads every layer."""
+
+    def __init__(self, layers: Sequence[DecoderLayer], *, width: int, num_classes: int, num_queries: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.reference_points = ReferencePoints(width)
+        self.query_scale = QueryScale(width)
         self.query_positions = nn.Parameter(torch.randn(num_queries, width))
-        self.class_head = class_head(width, num_classes)
-        self.box_head = box_head(width)
-        initialise(self.encoder, self.decoder, self.reference_head, self.place_scale)
+        self.heads = PredictionHeads(
+            width, class_head=make_class_head(width, num_classes), box_head=make_box_head(width)
+        )
 
-    def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:
-        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
-        memory, position, geometry = self.encode(images, image_sizes)
-        memory, position, mask = memory.flatten(1, 2), position.flatten(1, 2), geometry.mask.flatten(1)
-        reference, code = self.refer(memory.dtype)
-        x, place = memory.new_zeros(len(memory), *self.query_positions.shape), code
-        layers: list[Tensor] = []
-        for layer in self.decoder:
-            if layers:
-                place = self.rescale(code, x)
-            x = layer(x, self.query_positions, place, memory, position, mask)
-            layers.append(x)
-        return Outputs(*self.predict(torch.stack(layers), reference))
+    def forward(self, encoded: EncodedMap) -> Outputs:
+        """The predictions of every layer."""
+        memory, pos_embed = encoded.memory.flatten(1, 2), encoded.pos_embed.flatten(1, 2)
+        mask = encoded.geometry.mask.flatten(1)
+        _, centre, sine_embed = self.reference_points(self.query_positions, memory.dtype)
+        x, query_sine_embed = memory.new_zeros(len(memory), *self.query_positions.shape), sine_embed
+        outputs: list[Tensor] = []
+        for layer in self.layers:
+            if outputs:
+                query_sine_embed = self.query_scale(sine_embed, x)
+            x = layer(x, self.query_positions, query_sine_embed, memory, pos_embed, mask)
+            outputs.append(x)
+        return Outputs(*self.heads(torch.stack(outputs), centre))
 
-    def refer(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The reference points (x, y) in [0, 1] of the valid image, [Q, 2], and their sine code [Q, width]."""
-        reference = self.reference_head(self.query_positions).sigmoid()
-        return reference, sine_points(reference, self.query_positions.shape[-1]).to(dtype)
-
-    def rescale(self, code: Tensor, x: Tensor) -> Tensor:
-        """Where the next layer looks: the reference's code [Q, width], scaled by content x [B, Q, width]."""
-        return code * self.place_scale(x)
-
-    def predict(self, x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layers give, x [L, B, Q, width], reference [Q, 2] -> logits [L, B, Q, K], boxes [L, B, Q, 4]."""
-        x = self.norm(x)
-        return self.class_head(x), boxes_around(self.box_head(x), inverse_sigmoid(reference))
+    @property
+    def compiled_parts(self) -> tuple[nn.Module, ...]:
+        """Modules around the layers, each compiled as one graph."""
+        return self.reference_points, self.query_scale, self.heads
 
 
-def build_conditional_detr(section: ConditionalDETRSection) -> ConditionalDETR:
-    """The model of a recipe with random weights."""
-    half = build_encoder_half(section)
+def build_conditional_detr(section: ConditionalDETRSection) -> EncoderDecoder:
+    """Build the detector of a recipe, with random weights."""
+    encoder = build_image_encoder(section)
     layers = [
         DecoderLayer(
             width=section.width, heads=section.heads, ffn=section.ffn, dropout=section.dropout, first=number == 0
         )
         for number in range(section.decoder_layers)
     ]
-    return ConditionalDETR(
-        half, layers, width=section.width, num_classes=section.num_classes, num_queries=section.num_queries
+    decoder = ConditionalDETRDecoder(
+        layers, width=section.width, num_classes=section.num_classes, num_queries=section.num_queries
     )
+    reset_matrices(encoder.transformer, decoder.layers, decoder.reference_points, decoder.query_scale)
+    return EncoderDecoder(SYSTEM, encoder, decoder)
+
+
+SYSTEM = System(
+    name="conditional_detr",
+    build=build_conditional_detr,
+    class_heads="decoder.heads.class_head.",
+    published=PublishedLayout(
+        landmark="transformer.decoder.ref_point_head.layers.0.weight",
+        whole={
+            **PUBLISHED_WHOLE,
+            "decoder.reference_points.reference_head.": "transformer.decoder.ref_point_head.layers.",
+            "decoder.query_scale.scale.": "transformer.decoder.query_scale.layers.",
+        },
+        encoder_layer=PUBLISHED_ENCODER_LAYER,
+        decoder_layer={
+            **PUBLISHED_DECODER_LAYER,
+            **PUBLISHED_SELF_ATTENTION,
+            "cross_attention.query_content.": "ca_qcontent_proj.",
+            "cross_attention.query_position.": "ca_qpos_proj.",
+            "cross_attention.query_sine.": "ca_qpos_sine_proj.",
+            "cross_attention.key_content.": "ca_kcontent_proj.",
+            "cross_attention.key_position.": "ca_kpos_proj.",
+            "cross_attention.value.": "ca_v_proj.",
+            "cross_attention.out.": "cross_attn.out_proj.",
+        },
+        check=check_input_norm,
+        convolutions=CONVOLUTIONS,
+    ),
+)

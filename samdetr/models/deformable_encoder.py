@@ -1,4 +1,4 @@
-"""From images to encoded maps of several levels: the half that systems with Deformable-DETR's encoder share.
+"""From images to encoded maps of several levels, which several systems share.
 
 Deformable DETR (Zhu et al., ICLR 2021): every cell of every level looks at a few sampled points of all levels.
 """
@@ -6,29 +6,51 @@ Deformable DETR (Zhu et al., ICLR 2021): every cell of every level looks at a fe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from samdetr.models.backbone import Backbone, build_backbone
-from samdetr.models.layers import GROUPS, FeedForward, Fp32Linear, MapGroupNorm, initialise
+from samdetr.models.encoder import PUBLISHED_LAYER_END
+from samdetr.models.layers import GROUPS, FeedForward, Fp32Linear, MapGroupNorm, reset_matrices
 from samdetr.models.position import MapGeometry, covered_cells, sine_map, valid_cells, valid_mask
-from samdetr.structures import Regions
+from samdetr.models.system import check_settings
 from samdetr_kernels import deformable_attention
 
 if TYPE_CHECKING:
+    from samdetr.models.system import State
     from samdetr.recipe import DeformableSection, TransformerSection
 
 POINTS = 4  # samples of a head in each level
 MOST_BACKBONE_LEVELS = 3  # a further level is a convolution of the last map
+# our prefixes -> published ones, as in `PublishedLayout`
+PUBLISHED_ATTENTION = {
+    "offsets.": "sampling_offsets.",
+    "weights.": "attention_weights.",
+    "value.": "value_proj.",
+    "out.": "output_proj.",
+}
+PUBLISHED_ENCODER_LAYER = {
+    **{f"attention.{ours}": f"self_attn.{theirs}" for ours, theirs in PUBLISHED_ATTENTION.items()},
+    **PUBLISHED_LAYER_END,
+}
+PUBLISHED_PYRAMID = {
+    "encoder.backbone.": "backbone.0.body.",
+    "encoder.embed.level_embed": "transformer.level_embed",
+    "decoder.class_heads.": "class_embed.",
+    **{f"encoder.embed.projections.{level}.": f"input_proj.{level}.0." for level in range(4)},
+    **{f"encoder.embed.norms.{level}.": f"input_proj.{level}.1." for level in range(4)},
+}
+CONVOLUTIONS = r"encoder\.embed\.projections\.\d+"  # published as such
+SAMPLING = ".offsets."  # in the names of what says where `DeformableAttention` samples
 
 
 class Pyramid(NamedTuple):
     """Where an image lies in its maps of L levels, fine to coarse, whose S cells stand one after another."""
 
-    shapes: tuple[tuple[int, int], ...]  # (h, w) of each level
+    spatial_shapes: tuple[tuple[int, int], ...]  # (h, w) of each level
     maps: tuple[MapGeometry, ...]  # of each level
     mask: Tensor  # [B, S] bool, True within the valid cells
     points: Tensor  # [B, S, 2] centre (x, y) of each cell in [0, 1] of the valid image; beyond 1 at padding
@@ -46,10 +68,10 @@ class DeformableAttention(nn.Module):
         self.weights = nn.Linear(width, heads * levels * POINTS)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
-        self.start()
+        self.reset_parameters()
 
-    def start(self) -> None:
-        """The published start: head m looks in direction m of a compass, its points 1, 2, ... cells away, all alike."""
+    def reset_parameters(self) -> None:
+        """Start as published: head m looks in direction m of a compass, its points 1, 2, ... cells away, all alike."""
         angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
         direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -63,8 +85,8 @@ class DeformableAttention(nn.Module):
 
     def forward(self, query: Tensor, reference: Tensor, memory: Tensor, pyramid: Pyramid) -> Tensor:
         """query [B, Q, width]; memory [B, S, width], read within the valid cells; reference in [0, 1] of the valid
-        image: points (x, y) [B, Q, 2], around which offsets are in cells, or boxes (cx, cy, w, h) [B, Q, 4], which
-        offsets of POINTS just leave. Returns [B, Q, width]."""
+        image: points (x, y) [B, Q, 2] with offsets in cells, or boxes (cx, cy, w, h) [B, Q, 4] with offsets in shares
+        of the box, where POINTS reaches its border. Returns [B, Q, width]."""
         value = self.value(memory).masked_fill(~pyramid.mask[..., None], 0).unflatten(-1, (self.heads, -1))
         offsets = self.offsets(query).unflatten(-1, (self.heads, self.levels, POINTS, 2))
         weights = self.weights(query).unflatten(-1, (self.heads, -1)).softmax(-1).unflatten(-1, (self.levels, POINTS))
@@ -75,7 +97,12 @@ class DeformableAttention(nn.Module):
         else:
             extent = (reference[:, :, None, 2:] * pyramid.ratios[:, None])[:, :, None, :, None]
             locations = centre + offsets / POINTS * extent * 0.5
-        return self.out(deformable_attention(value, pyramid.shapes, locations, weights))
+        return self.out(deformable_attention(value, pyramid.spatial_shapes, locations, weights))
+
+
+def published_sampling_macs(attention: DeformableAttention, args: Sequence[Any], out: Tensor) -> int:
+    """Count 4 for each sampled value of deformable attention, as the tool does that counted the published numbers."""
+    return 4 * out.numel() * attention.levels * POINTS
 
 
 class DeformableEncoderLayer(nn.Module):
@@ -88,9 +115,9 @@ class DeformableEncoderLayer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
 
-    def forward(self, x: Tensor, position: Tensor, pyramid: Pyramid) -> Tensor:
-        """x, position [B, S, width] -> [B, S, width]."""
-        attended = self.attention(x + position, pyramid.points, x, pyramid)
+    def forward(self, x: Tensor, pos_embed: Tensor, pyramid: Pyramid) -> Tensor:
+        """x, pos_embed [B, S, width] -> [B, S, width]."""
+        attended = self.attention(x + pos_embed, pyramid.points, x, pyramid)
         return self.feed_forward(self.norm(x + self.dropout(attended)))
 
 
@@ -101,80 +128,46 @@ class PyramidEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor, position: Tensor, pyramid: Pyramid) -> Tensor:
-        """x, position [B, S, width] -> [B, S, width]."""
+    def forward(self, x: Tensor, pos_embed: Tensor, pyramid: Pyramid) -> Tensor:
+        """x, pos_embed [B, S, width] -> [B, S, width]."""
         for layer in self.layers:
-            x = layer(x, position, pyramid)
+            x = layer(x, pos_embed, pyramid)
         return x
 
 
-class PyramidHalf(NamedTuple):
-    """The parts of a detector up to its encoded maps."""
+class PyramidEmbedding(nn.Module):
+    """From maps of several levels to the transformer's input, with embeddings of every cell's position and level.
 
-    backbone: Backbone
-    projections: (
-        nn.ModuleList
-    )  # of each level: a linear layer, or a convolution with stride 2 of the backbone's last map
-    norms: nn.ModuleList  # of each level; SMCA-DETR has none
-    encoder: PyramidEncoder
-    mask_padding: bool  # whether padded cells are zero, so that an image's result does not depend on its padding
+    projections: of each level, a linear layer, or a convolution that the map already is a result of.
+    """
 
-
-class PyramidDetector(nn.Module):
-    """What the systems on several maps have in common: images become encoded maps and their position codes."""
-
-    # SAM-DETR's (i - 1/2) / n; Deformable-DETR's differs from it at padded cells alone, which nothing reads
-    code_offset = 0.5  # of `sine_map`
-    methods: tuple[str, ...] = ("embed", "predict")  # compiled regions around the layers
-    decoder: nn.ModuleList
-
-    def __init__(self, half: PyramidHalf) -> None:
+    def __init__(
+        self,
+        projections: nn.ModuleList,
+        width: int,
+        *,
+        strides: tuple[int, ...],
+        group_norm: bool,
+        pos_offset: float,
+        mask_padding: bool,
+    ) -> None:
         super().__init__()
-        self.backbone, self.projections, self.norms, self.encoder, self.mask_padding = half
-        finest = half.projections[0]
-        assert isinstance(finest, nn.Linear)
-        self.level_codes = nn.Parameter(torch.randn(len(half.projections), finest.out_features))
-        initialise_deformable(self.encoder)
-        for projection in half.projections:
-            assert isinstance(projection, nn.Linear | nn.Conv2d)
-            nn.init.xavier_uniform_(projection.weight)
-            assert projection.bias is not None
-            nn.init.zeros_(projection.bias)
+        self.projections = projections
+        self.norms = nn.ModuleList(MapGroupNorm(GROUPS, width) for _ in projections if group_norm)
+        self.level_embed = nn.Parameter(torch.randn(len(projections), width))
+        self.strides, self.pos_offset, self.mask_padding = strides, pos_offset, mask_padding
 
-    def encode(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Pyramid]:
-        """Images [B, 3, H, W] and sizes [B, 2] -> the encoded cells [B, S, width], their position codes with that of
-        their level, [B, S, width], and where they lie."""
-        maps = self.backbone(images, image_sizes)
-        dtype = maps[0].dtype
-        # eagerly: the compiled regions have no convolution, and are one graph for maps of all sizes
-        for projection in self.projections:
-            if isinstance(projection, nn.Conv2d):
-                maps = (*maps, projection(self._without_padding(maps[-1], image_sizes)))
-        x, position, pyramid = self.embed(maps, image_sizes, (images.shape[2], images.shape[3]))
-        # under autocast norms return float32: twice the bytes to read
-        memory = self.encoder(x, position, pyramid).to(dtype)
-        if self.mask_padding:
-            memory = memory.masked_fill(~pyramid.mask[..., None], 0)
-        return memory, position, pyramid
-
-    def _without_padding(self, features: Tensor, image_sizes: Tensor) -> Tensor:
-        if not self.mask_padding:
-            return features
-        valid = covered_cells(image_sizes, self.backbone.strides[-1])
-        return features.masked_fill(~valid_mask(valid, features.shape[2], features.shape[3])[:, None], 0)
-
-    def embed(
+    def forward(
         self, maps: tuple[Tensor, ...], image_sizes: Tensor, image_shape: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Pyramid]:
-        """A map [B, C, h, w] of each level -> the encoder's input and position codes [B, S, width], and where they lie.
+        """A map [B, C, h, w] of each level -> the transformer's input and pos_embed [B, S, width], and the geometry.
 
-        image_shape: padded (H, W) of the images.
+        image_sizes: [B, 2] int valid (h, w). image_shape: padded (H, W) of the images.
         """
-        inputs, positions, geometries, points = [], [], [], []
-        strides = (*self.backbone.strides, 2 * self.backbone.strides[-1])
+        inputs, pos_embeds, geometries, points = [], [], [], []
         norms = self.norms or [None] * len(maps)
-        levels = zip(maps, self.projections, norms, self.level_codes.unbind(), strict=True)
-        for stride, (features, projection, norm, code) in zip(strides, levels, strict=False):
+        levels = zip(maps, self.strides, self.projections, norms, self.level_embed.unbind(), strict=True)
+        for features, stride, projection, norm, level_embed in levels:
             height, width = features.shape[2:]
             if self.mask_padding:
                 valid = covered_cells(image_sizes, stride)
@@ -185,26 +178,94 @@ class PyramidDetector(nn.Module):
             x = projection(x) if isinstance(projection, nn.Linear) else x
             if norm is not None:
                 x = norm(x, mask if self.mask_padding else None)
-            position = sine_map(valid, height, width, x.shape[-1], offset=self.code_offset).to(x.dtype) + code
+            pos_embed = sine_map(valid, height, width, x.shape[-1], offset=self.pos_offset).to(x.dtype) + level_embed
             inputs.append(x.flatten(1, 2))
-            positions.append(position.flatten(1, 2))
+            pos_embeds.append(pos_embed.flatten(1, 2))
             geometries.append(MapGeometry(valid, mask, valid if self.mask_padding else None))
-            points.append(_centres(valid, height, width, code.dtype))
-        shapes = tuple((features.shape[2], features.shape[3]) for features in maps)
+            points.append(_centres(valid, height, width, level_embed.dtype))
+        spatial_shapes = tuple((features.shape[2], features.shape[3]) for features in maps)
         valid = torch.stack([geometry.valid.flip(-1) for geometry in geometries], dim=1)
-        sizes = torch.stack([torch.stack([valid.new_full((), size) for size in shape[::-1]]) for shape in shapes])
-        sizes = sizes.to(self.level_codes.dtype)
+        sizes = [torch.stack([valid.new_full((), size) for size in shape[::-1]]) for shape in spatial_shapes]
+        size = torch.stack(sizes).to(self.level_embed.dtype)
         mask = torch.cat([geometry.mask.flatten(1) for geometry in geometries], dim=1)
-        pyramid = Pyramid(shapes, tuple(geometries), mask, torch.cat(points, dim=1), sizes, valid / sizes)
-        return torch.cat(inputs, dim=1), torch.cat(positions, dim=1), pyramid
+        pyramid = Pyramid(spatial_shapes, tuple(geometries), mask, torch.cat(points, dim=1), size, valid / size)
+        return torch.cat(inputs, dim=1), torch.cat(pos_embeds, dim=1), pyramid
 
-    def regions(self) -> Regions:
-        """What is compiled besides the backbone."""
-        return Regions((*self.encoder.layers, *self.decoder), self.methods)
+
+class EncodedPyramid(NamedTuple):
+    """What a decoder reads of several maps, whose cells stand one after another."""
+
+    memory: Tensor  # [B, S, width]
+    pos_embed: Tensor  # [B, S, width], with that of the level
+    pyramid: Pyramid
+    image_sizes: Tensor  # [B, 2] int, valid (h, w) in pixels
+
+
+class PyramidImageEncoder(nn.Module):
+    """From images to encoded maps of several levels.
+
+    projections: of each level, a linear layer, or a convolution with stride 2 of the backbone's last map. layers: those
+    of the transformer that are compiled, sharded and checkpointed one by one. mask_padding: padded cells are zero, so
+    that an image's result does not depend on its padding. pos_offset: of `sine_map`; SAM-DETR's is 0.5, and
+    Deformable-DETR's differs from that at padded cells alone, which nothing reads.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        projections: nn.ModuleList,
+        transformer: nn.Module,
+        *,
+        layers: Iterable[nn.Module],
+        width: int,
+        group_norm: bool,
+        mask_padding: bool,
+        pos_offset: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.embed = PyramidEmbedding(
+            projections,
+            width,
+            strides=(*backbone.strides, 2 * backbone.strides[-1])[: len(projections)],
+            group_norm=group_norm,
+            pos_offset=pos_offset,
+            mask_padding=mask_padding,
+        )
+        self.transformer = transformer
+        self.layers = tuple(layers)
+        self.mask_padding = mask_padding
+        reset_deformable(self.transformer)
+        for projection in projections:
+            assert isinstance(projection, nn.Linear | nn.Conv2d)
+            nn.init.xavier_uniform_(projection.weight)
+            assert projection.bias is not None
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> EncodedPyramid:
+        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
+        maps = self.backbone(images, image_sizes)
+        dtype = maps[0].dtype
+        # eagerly: the compiled parts have no convolution, and are one graph for maps of all sizes
+        for projection in self.embed.projections:
+            if isinstance(projection, nn.Conv2d):
+                maps = (*maps, projection(self._without_padding(maps[-1], image_sizes)))
+        x, pos_embed, pyramid = self.embed(maps, image_sizes, (images.shape[2], images.shape[3]))
+        # under autocast norms return float32: twice the bytes to read
+        memory = self.transformer(x, pos_embed, pyramid).to(dtype)
+        if self.mask_padding:
+            memory = memory.masked_fill(~pyramid.mask[..., None], 0)
+        return EncodedPyramid(memory, pos_embed, pyramid, image_sizes)
+
+    def _without_padding(self, features: Tensor, image_sizes: Tensor) -> Tensor:
+        if not self.mask_padding:
+            return features
+        valid = covered_cells(image_sizes, self.backbone.strides[-1])
+        return features.masked_fill(~valid_mask(valid, features.shape[2], features.shape[3])[:, None], 0)
 
 
 def _centres(valid: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Centres (x, y) of a map's cells in units of its valid (h, w) [B, 2]: [B, h * w, 2]."""
+    """Compute the centres (x, y) of a map's cells in units of its valid (h, w) [B, 2]: [B, h * w, 2]."""
     down, across = (
         (torch.arange(size, device=valid.device, dtype=dtype) + 0.5) / valid[:, axis, None]
         for axis, size in ((0, height), (1, width))
@@ -213,18 +274,27 @@ def _centres(valid: Tensor, height: int, width: int, dtype: torch.dtype) -> Tens
     return torch.stack(grid, dim=-1).flatten(1, 2)
 
 
-def initialise_deformable(*parts: nn.Module) -> None:
-    """`initialise`, then the start that deformable attention has of its own."""
-    initialise(*parts)
+def reset_deformable(*parts: nn.Module) -> None:
+    """Call `reset_matrices`, then give deformable attention its own start."""
+    reset_matrices(*parts)
     for part in parts:
         for module in part.modules():
             if isinstance(module, DeformableAttention):
-                module.start()
+                module.reset_parameters()
+
+
+def check_levels(model: Any, state: State) -> None:
+    """Raise CheckpointError where the published checkpoint has another number of levels than the model."""
+    if "transformer.level_embed" in state:
+        levels = len(state["transformer.level_embed"]), len(model.encoder.embed.level_embed)
+        check_settings(feature_levels=levels)
 
 
 def build_projections(section: TransformerSection, *, levels: int, last: bool) -> tuple[Backbone, nn.ModuleList]:
-    """The backbone of a recipe and projections of the maps of its last stages, as many as levels; last: and of a
-    further map, of twice the stride."""
+    """Build a recipe's backbone, and projections of the maps of its last ``levels`` stages.
+
+    last: and of a further map, of twice the stride.
+    """
     backbone = build_backbone(section.backbone, padding=section.padding, levels=levels)
     projections: list[nn.Module] = [nn.Linear(channels, section.width) for channels in backbone.channels]
     if last:
@@ -233,18 +303,31 @@ def build_projections(section: TransformerSection, *, levels: int, last: bool) -
     return backbone, nn.ModuleList(projections)
 
 
-def build_pyramid_half(section: DeformableSection, *, ffn: int) -> PyramidHalf:
-    """Backbone, projections and encoder of a recipe, with random weights. ffn: of the encoder."""
+def build_pyramid_parts(section: DeformableSection, *, ffn: int) -> tuple[Backbone, nn.ModuleList, PyramidEncoder]:
+    """Build the parts of a recipe's `PyramidImageEncoder`, with random weights. ffn: of the transformer."""
     width, levels = section.width, section.feature_levels
     from_backbone = min(levels, MOST_BACKBONE_LEVELS)
     backbone, projections = build_projections(section, levels=from_backbone, last=levels > from_backbone)
-    return PyramidHalf(
+    layers = (
+        DeformableEncoderLayer(width=width, heads=section.heads, levels=levels, ffn=ffn, dropout=section.dropout)
+        for _ in range(section.encoder_layers)
+    )
+    return backbone, projections, PyramidEncoder(layers)
+
+
+def join_pyramid_parts(
+    section: DeformableSection, backbone: Backbone, projections: nn.ModuleList, transformer: PyramidEncoder
+) -> PyramidImageEncoder:
+    """Make the image encoder of the parts of `build_pyramid_parts`, with a norm after each projection.
+
+    Call it after the decoder's layers are made: the order in which numbers are drawn is part of what a seed means.
+    """
+    return PyramidImageEncoder(
         backbone,
         projections,
-        nn.ModuleList(MapGroupNorm(GROUPS, width) for _ in projections),
-        PyramidEncoder(
-            DeformableEncoderLayer(width=width, heads=section.heads, levels=levels, ffn=ffn, dropout=section.dropout)
-            for _ in range(section.encoder_layers)
-        ),
-        section.padding == "masked",
+        transformer,
+        layers=transformer.layers,
+        width=section.width,
+        group_norm=True,
+        mask_padding=section.padding == "masked",
     )

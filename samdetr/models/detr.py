@@ -8,8 +8,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from samdetr.models.encoder import EncoderHalf, MapDetector, build_encoder_half
-from samdetr.models.layers import MLP, Attention, FeedForward, class_head, initialise
+from samdetr.models.detector import EncoderDecoder
+from samdetr.models.encoder import (
+    CONVOLUTIONS,
+    PUBLISHED_ENCODER_LAYER,
+    EncodedMap,
+    build_image_encoder,
+    check_input_norm,
+)
+from samdetr.models.layers import (
+    MLP,
+    PUBLISHED_DECODER_LAYER,
+    Attention,
+    FeedForward,
+    PredictionHeads,
+    make_class_head,
+    reset_matrices,
+)
+from samdetr.models.system import PublishedLayout, System
 from samdetr.structures import Outputs
 
 if TYPE_CHECKING:
@@ -23,71 +39,96 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attention = Attention(width=width, heads=heads, dropout=dropout)
         self.norm1 = nn.LayerNorm(width)
-        self.cross_attention = Attention(width=width, heads=heads, dropout=dropout)
+        self.cross_attention: nn.Module = Attention(width=width, heads=heads, dropout=dropout)
         self.norm2 = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, query_position: Tensor, key: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """x [B, Q, width]; query_position [Q, width]; key (memory with its position code), memory [B, S, width];
-        mask of the attention to the map, as of `attend`. Returns [B, Q, width]."""
-        placed = x + query_position
-        x = self.norm1(x + self.dropout(self.self_attention(placed, placed, x)))
+        """x [B, Q, width]; query_position [Q, width]; key (memory + pos_embed), memory [B, S, width]; mask of the
+        attention to the map, as of `attend`. Returns [B, Q, width]."""
+        positioned = x + query_position
+        x = self.norm1(x + self.dropout(self.self_attention(positioned, positioned, x)))
         attended = self.cross_attention(x + query_position, key, memory, mask)
         return self.feed_forward(self.norm2(x + self.dropout(attended)))
 
 
-class DETR(MapDetector):
-    """A detector whose queries are learned positions; one pair of heads reads every layer."""
+class DETRDecoder(nn.Module):
+    """Queries are learned positions; one pair of heads reads every layer."""
 
     def __init__(
-        self,
-        half: EncoderHalf,
-        layers: Sequence[DecoderLayer],
-        *,
-        width: int,
-        num_classes: int,
-        num_queries: int,
-        class_prior: float,
+        self, layers: Sequence[DecoderLayer], *, width: int, num_classes: int, num_queries: int, class_prior: float
     ) -> None:
-        super().__init__(half)
-        self.decoder = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(width)
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
         self.query_positions = nn.Parameter(torch.randn(num_queries, width))
-        self.class_head = class_head(width, num_classes, prior=class_prior)
-        self.box_head = MLP(width, width, width, 4, fp32_output=True)
-        initialise(self.encoder, self.decoder)
+        self.heads = PredictionHeads(
+            width,
+            class_head=make_class_head(width, num_classes, prior=class_prior),
+            box_head=MLP(width, width, width, 4, fp32_output=True),
+        )
 
-    def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:
-        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
-        memory, position, geometry = self.encode(images, image_sizes)
-        memory, position, mask = memory.flatten(1, 2), position.flatten(1, 2), geometry.mask.flatten(1)[:, None, None]
-        key = memory + position
+    def forward(self, encoded: EncodedMap) -> Outputs:
+        """The predictions of every layer."""
+        memory, pos_embed = encoded.memory.flatten(1, 2), encoded.pos_embed.flatten(1, 2)
+        key, mask = memory + pos_embed, encoded.geometry.mask.flatten(1)[:, None, None]
         x = memory.new_zeros(len(memory), *self.query_positions.shape)
-        layers = []
-        for layer in self.decoder:
+        outputs = []
+        for layer in self.layers:
             x = layer(x, self.query_positions, key, memory, mask)
-            layers.append(x)
-        return Outputs(*self.predict(torch.stack(layers)))
+            outputs.append(x)
+        return Outputs(*self.heads(torch.stack(outputs)))
 
-    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layers give, x [L, B, Q, width] -> logits [L, B, Q, K] and boxes [L, B, Q, 4]."""
-        x = self.norm(x)
-        return self.class_head(x), self.box_head(x).sigmoid()
+    @property
+    def compiled_parts(self) -> tuple[nn.Module, ...]:
+        """Modules around the layers, each compiled as one graph."""
+        return (self.heads,)
 
 
-def build_detr(section: DETRSection) -> DETR:
-    """The model of a recipe with random weights."""
-    half = build_encoder_half(section)
+def build_detr(section: DETRSection) -> EncoderDecoder:
+    """Build the detector of a recipe, with random weights."""
+    encoder = build_image_encoder(section)
     layers = [
         DecoderLayer(width=section.width, heads=section.heads, ffn=section.ffn, dropout=section.dropout)
         for _ in range(section.decoder_layers)
     ]
-    return DETR(
-        half,
+    decoder = DETRDecoder(
         layers,
         width=section.width,
         num_classes=section.num_classes,
         num_queries=section.num_queries,
         class_prior=section.class_prior,
     )
+    reset_matrices(encoder.transformer, decoder.layers)
+    return EncoderDecoder(SYSTEM, encoder, decoder)
+
+
+# our prefixes -> published ones, which other systems share
+PUBLISHED_WHOLE = {
+    "encoder.backbone.": "backbone.0.body.",
+    "encoder.embed.input_proj.": "input_proj.",
+    "decoder.heads.norm.": "transformer.decoder.norm.",
+    "decoder.query_positions": "query_embed.weight",
+    "decoder.heads.class_head.": "class_embed.",
+    "decoder.heads.box_head.": "bbox_embed.layers.",
+}
+PUBLISHED_LAYER = {
+    **PUBLISHED_DECODER_LAYER,
+    "self_attention.in_proj.": "self_attn.in_proj_",
+    "self_attention.out_proj.": "self_attn.out_proj.",
+    "cross_attention.in_proj.": "multihead_attn.in_proj_",
+    "cross_attention.out_proj.": "multihead_attn.out_proj.",
+}
+SYSTEM = System(
+    name="detr",
+    build=build_detr,
+    class_heads="decoder.heads.class_head.",
+    published=PublishedLayout(
+        landmark="transformer.decoder.layers.0.multihead_attn.in_proj_weight",
+        whole=PUBLISHED_WHOLE,
+        encoder_layer=PUBLISHED_ENCODER_LAYER,
+        decoder_layer=PUBLISHED_LAYER,
+        check=check_input_norm,
+        convolutions=CONVOLUTIONS,
+    ),
+)

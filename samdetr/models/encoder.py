@@ -1,23 +1,33 @@
-"""From images to an encoded map, the half that all systems share: backbone, projection, DETR's encoder."""
+"""From images to one encoded map, which several systems share: backbone, projection, DETR's encoder."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional
 
+from samdetr.errors import CheckpointError
 from samdetr.models.backbone import Backbone, build_backbone
 from samdetr.models.layers import GROUPS, FeedForward, MapGroupNorm, attend
 from samdetr.models.position import MapGeometry, covered_cells, sine_map, valid_cells, valid_mask
-from samdetr.structures import Regions
 
 if TYPE_CHECKING:
+    from samdetr.models.system import State
     from samdetr.recipe import SingleScaleSection
+
+# our prefixes -> published ones, as in `PublishedLayout`
+PUBLISHED_LAYER_END = {"norm.": "norm1.", "feed_forward.norm.": "norm2.", "feed_forward.": ""}
+PUBLISHED_ENCODER_LAYER = {
+    "in_proj.": "self_attn.in_proj_",
+    "out_proj.": "self_attn.out_proj.",
+    **PUBLISHED_LAYER_END,
+}
+CONVOLUTIONS = r"encoder\.embed\.input_proj"  # published as such
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention with q = k = x + position, v = x, then a feed-forward block."""
+    """Self-attention with q = k = x + pos_embed, v = x, then a feed-forward block."""
 
     def __init__(self, *, width: int, heads: int, ffn: int, dropout: float) -> None:
         super().__init__()
@@ -30,11 +40,11 @@ class EncoderLayer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
 
-    def forward(self, x: Tensor, position: Tensor, key_mask: Tensor) -> Tensor:
-        """x, position [B, S, width]; key_mask [B, S] bool, True: attended. Returns [B, S, width]."""
+    def forward(self, x: Tensor, pos_embed: Tensor, key_mask: Tensor) -> Tensor:
+        """x, pos_embed [B, S, width]; key_mask [B, S] bool, True: attended. Returns [B, S, width]."""
         width = x.shape[-1]
         weight, bias = self.in_proj.weight, self.in_proj.bias
-        query_key = functional.linear(x + position, weight[: 2 * width], bias[: 2 * width])
+        query_key = functional.linear(x + pos_embed, weight[: 2 * width], bias[: 2 * width])
         value = functional.linear(x, weight[2 * width :], bias[2 * width :])
         query, key = query_key.chunk(2, dim=-1)
         mask, dropout = key_mask[:, None, None, :], self.dropout.p if self.training else 0.0
@@ -42,7 +52,7 @@ class EncoderLayer(nn.Module):
         return self.feed_forward(self.norm(x + self.dropout(attended)))
 
 
-class Encoder(nn.Module):
+class TransformerEncoder(nn.Module):
     """A stack of encoder layers without a final norm."""
 
     def __init__(self, *, layers: int, width: int, heads: int, ffn: int, dropout: float) -> None:
@@ -51,82 +61,112 @@ class Encoder(nn.Module):
             EncoderLayer(width=width, heads=heads, ffn=ffn, dropout=dropout) for _ in range(layers)
         )
 
-    def forward(self, x: Tensor, position: Tensor, key_mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pos_embed: Tensor, key_mask: Tensor) -> Tensor:
         """As `EncoderLayer.forward`."""
         for layer in self.layers:
-            x = layer(x, position, key_mask)
+            x = layer(x, pos_embed, key_mask)
         return x
 
 
-class EncoderHalf(NamedTuple):
-    """The parts of a detector up to its encoded map."""
+class MapEmbedding(nn.Module):
+    """From a backbone's map to the transformer's input, with a position embedding of every cell."""
 
-    backbone: Backbone
-    input_proj: nn.Linear
-    input_norm: MapGroupNorm | None
-    encoder: Encoder
-    mask_padding: bool  # whether padded cells are zero, so that an image's result does not depend on its padding
-
-
-class MapDetector(nn.Module):
-    """What the systems on one map have in common: images become an encoded map and its position code."""
-
-    code_offset = 0.0  # of `sine_map`
-    methods: tuple[str, ...] = ("embed", "predict")  # compiled regions around the layers
-    decoder: nn.ModuleList
-
-    def __init__(self, half: EncoderHalf) -> None:
+    def __init__(
+        self, channels: int, width: int, *, stride: int, group_norm: bool, pos_offset: float, mask_padding: bool
+    ) -> None:
         super().__init__()
-        self.backbone, self.input_proj, self.input_norm, self.encoder, self.mask_padding = half
+        self.input_proj = nn.Linear(channels, width)
+        self.input_norm = MapGroupNorm(GROUPS, width) if group_norm else None
+        self.stride, self.pos_offset, self.mask_padding = stride, pos_offset, mask_padding
 
-    def encode(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, MapGeometry]:
-        """Images [B, 3, H, W] and sizes [B, 2] -> the encoded map [B, h, w, width], its position code, its geometry."""
-        (features,) = self.backbone(images, image_sizes)
-        x, position, geometry = self.embed(features, image_sizes, (images.shape[2], images.shape[3]))
-        mask = geometry.mask
-        memory = self.encoder(x.flatten(1, 2), position.flatten(1, 2), mask.flatten(1)).view(x.shape)
-        memory = memory.to(features.dtype)  # under autocast norms return float32: twice the bytes to read
-        if self.mask_padding:
-            memory = memory * mask[..., None].to(memory.dtype)
-        return memory, position, geometry
-
-    def embed(
+    def forward(
         self, features: Tensor, image_sizes: Tensor, image_shape: tuple[int, int]
     ) -> tuple[Tensor, Tensor, MapGeometry]:
-        """The backbone's map [B, C, h, w] -> the encoder's input and position code [B, h, w, width], and geometry.
+        """The backbone's map [B, C, h, w] -> the transformer's input and pos_embed [B, h, w, width], and the geometry.
 
-        image_shape: padded (H, W) of the images.
+        image_sizes: [B, 2] int valid (h, w). image_shape: padded (H, W) of the images.
         """
         height, width = features.shape[2:]
         if self.mask_padding:
-            valid = covered_cells(image_sizes, self.backbone.strides[0])
+            valid = covered_cells(image_sizes, self.stride)
         else:
             valid = valid_cells(image_sizes, image_shape, (height, width))
         mask = valid_mask(valid, height, width)
         x = self.input_proj(features.permute(0, 2, 3, 1))
         if self.input_norm is not None:
             x = self.input_norm(x, mask if self.mask_padding else None)
-        position = sine_map(valid, height, width, x.shape[-1], offset=self.code_offset).to(x.dtype)
-        return x, position, MapGeometry(valid, mask, valid if self.mask_padding else None)
-
-    def regions(self) -> Regions:
-        """What is compiled besides the backbone."""
-        return Regions((*self.encoder.layers, *self.decoder), self.methods)
+        pos_embed = sine_map(valid, height, width, x.shape[-1], offset=self.pos_offset).to(x.dtype)
+        return x, pos_embed, MapGeometry(valid, mask, valid if self.mask_padding else None)
 
 
-def build_encoder_half(section: SingleScaleSection) -> EncoderHalf:
-    """Backbone, projection and encoder of a recipe, with random weights."""
-    backbone, width = build_backbone(section.backbone, padding=section.padding), section.width
-    return EncoderHalf(
-        backbone,
-        nn.Linear(backbone.channels[0], width),
-        MapGroupNorm(GROUPS, width) if section.input_norm == "group_norm" else None,
-        Encoder(
-            layers=section.encoder_layers,
-            width=width,
-            heads=section.heads,
-            ffn=section.ffn,
-            dropout=section.dropout,
-        ),
-        section.padding == "masked",
+class EncodedMap(NamedTuple):
+    """What a decoder reads of one map."""
+
+    memory: Tensor  # [B, h, w, width]
+    pos_embed: Tensor  # [B, h, w, width]
+    geometry: MapGeometry
+    image_sizes: Tensor  # [B, 2] int, valid (h, w) in pixels
+
+
+class ImageEncoder(nn.Module):
+    """From images to an encoded map.
+
+    mask_padding: padded cells are zero, so that an image's result does not depend on its padding.
+    """
+
+    def __init__(
+        self, backbone: Backbone, embed: MapEmbedding, transformer: TransformerEncoder, *, mask_padding: bool
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.embed = embed
+        self.transformer = transformer
+        self.mask_padding = mask_padding
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> EncodedMap:
+        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
+        (features,) = self.backbone(images, image_sizes)
+        x, pos_embed, geometry = self.embed(features, image_sizes, (images.shape[2], images.shape[3]))
+        mask = geometry.mask
+        memory = self.transformer(x.flatten(1, 2), pos_embed.flatten(1, 2), mask.flatten(1)).view(x.shape)
+        memory = memory.to(features.dtype)  # under autocast norms return float32: twice the bytes to read
+        if self.mask_padding:
+            memory = memory * mask[..., None].to(memory.dtype)
+        return EncodedMap(memory, pos_embed, geometry, image_sizes)
+
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """Layers that are compiled, sharded and checkpointed one by one."""
+        return tuple(self.transformer.layers)
+
+
+def check_input_norm(model: Any, state: State) -> None:
+    """Raise CheckpointError where only the model or only the published checkpoint has a norm after its projection."""
+    has_norm = "input_proj.0.1.weight" in state
+    if has_norm != (model.encoder.embed.input_norm is not None):
+        wanted = "group_norm" if has_norm else "none"
+        raise CheckpointError(
+            f"the published checkpoint has {'a' if has_norm else 'no'} GroupNorm after its input projection: "
+            f'set model.input_norm = "{wanted}".'
+        )
+
+
+def build_image_encoder(section: SingleScaleSection, *, pos_offset: float = 0.0) -> ImageEncoder:
+    """Build the image encoder of a recipe, with random weights. pos_offset: of `sine_map`."""
+    backbone, mask_padding = build_backbone(section.backbone, padding=section.padding), section.padding == "masked"
+    embed = MapEmbedding(
+        backbone.channels[0],
+        section.width,
+        stride=backbone.strides[0],
+        group_norm=section.input_norm == "group_norm",
+        pos_offset=pos_offset,
+        mask_padding=mask_padding,
     )
+    transformer = TransformerEncoder(
+        layers=section.encoder_layers,
+        width=section.width,
+        heads=section.heads,
+        ffn=section.ffn,
+        dropout=section.dropout,
+    )
+    return ImageEncoder(backbone, embed, transformer, mask_padding=mask_padding)

@@ -20,7 +20,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 
 from samdetr.models.backbone import Backbone, build_backbone, build_stage, run_stage
-from samdetr.structures import Outputs, RegionLosses, Regions, Targets
+from samdetr.models.system import System
+from samdetr.structures import Outputs, RegionLosses, Targets
 
 if TYPE_CHECKING:
     from samdetr.recipe import FasterRCNNSection
@@ -139,11 +140,15 @@ class FasterRCNN(nn.Module):
     images, it waits once for sizes and counts together; in torchvision's parts B times for a copy of a constant, and
     9 B + 3 times (with the four maps of the FPN 9 B + 7) for a number of rows. Of an image: twice the proposals that
     are left, suppression, the best anchors, five times what is drawn; of a batch: three times what was drawn, and the
-    regions of each map.
+    proposals of each map.
     """
+
+    layers: tuple[nn.Module, ...] = ()  # no stack of transformer layers
+    compiled_parts: tuple[nn.Module, ...] = ()  # besides the backbone all has sizes that only data tell
 
     def __init__(self, backbone: Backbone, neck: nn.Module, rpn: RegionProposalNetwork, roi_heads: RegionHeads) -> None:
         super().__init__()
+        self.system = SYSTEM
         self.backbone, self.neck, self.rpn, self.roi_heads = backbone, neck, rpn, roi_heads
 
     def forward(self, images: Tensor, image_sizes: Tensor, targets: Targets | None = None) -> Outputs | RegionLosses:
@@ -166,10 +171,6 @@ class FasterRCNN(nn.Module):
         proposals, losses = self.rpn(batch, maps, truth)
         second = self.roi_heads.losses(maps, proposals, sizes, truth)
         return RegionLosses(losses["loss_objectness"], losses["loss_rpn_box_reg"], *second)
-
-    def regions(self) -> Regions:
-        """None besides the backbone: all else has sizes that only data tell."""
-        return Regions((), ())
 
 
 def exact(x: Tensor) -> AbstractContextManager[object]:
@@ -254,3 +255,11 @@ def build_faster_rcnn(section: FasterRCNNSection) -> FasterRCNN:
     for part in (rpn, roi_heads):
         part.box_coder = Coder(part.box_coder.weights)
     return FasterRCNN(backbone, neck, rpn, roi_heads)
+
+
+SYSTEM = System(
+    name="faster_rcnn",
+    build=build_faster_rcnn,
+    class_heads="roi_heads.box_predictor.",  # with boxes of every class beside the logits
+    published=None,
+)

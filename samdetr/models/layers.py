@@ -1,8 +1,9 @@
-"""Small layers that several parts of a detector share."""
+"""Small layers that several parts of a detector share, with their published names."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from samdetr.structures import Outputs
 
 INVERSE_SIGMOID_EPSILON = 1e-5
 GROUPS = 32  # of the norm after the input projection
@@ -19,6 +22,21 @@ MASK_CHANNELS = 8  # flash attention takes heads of a multiple of 8 channels
 MASKED = -(2.0**15)  # times the scale far below any score, and float16 holds it
 WIDEST_FLASH_HEAD = 256
 CLASS_PRIOR = 0.01  # initial probability of every class (focal loss paper, section 4.1)
+# our prefixes -> published ones, as in `PublishedLayout`: in every decoder layer, and with `ConditionalSelfAttention`
+PUBLISHED_DECODER_LAYER = {
+    "norm1.": "norm1.",
+    "norm2.": "norm2.",
+    "feed_forward.norm.": "norm3.",
+    "feed_forward.": "",
+}
+PUBLISHED_SELF_ATTENTION = {
+    "self_attention.query_content.": "sa_qcontent_proj.",
+    "self_attention.query_position.": "sa_qpos_proj.",
+    "self_attention.key_content.": "sa_kcontent_proj.",
+    "self_attention.key_position.": "sa_kpos_proj.",
+    "self_attention.value.": "sa_v_proj.",
+    "self_attention.out.": "self_attn.out_proj.",
+}
 
 
 class Fp32Linear(nn.Linear):
@@ -33,7 +51,7 @@ class Fp32Linear(nn.Linear):
 
 
 def joint_linear(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """Several linear layers of one input as one product: [..., in] -> [..., out] of each."""
+    """Apply several linear layers to one input as one product: [..., in] -> [..., out] of each."""
     weight = torch.cat([layer.weight for layer in layers])
     bias = torch.cat([layer.bias for layer in layers])
     return functional.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
@@ -61,24 +79,30 @@ class MLP(nn.Sequential):
         return layer
 
 
-def class_head(width: int, num_classes: int, *, prior: float = CLASS_PRIOR) -> nn.Linear:
-    """Logits that begin at a probability of about ``prior``; at 0 they begin as torch's linear layers do."""
+def make_class_head(width: int, num_classes: int, *, prior: float = CLASS_PRIOR) -> nn.Linear:
+    """Make a layer of logits that begin at a probability of about ``prior``; at 0 as torch's linear layers begin."""
     head = Fp32Linear(width, num_classes)
     if prior:
         nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
     return head
 
 
-def box_head(width: int) -> MLP:
-    """Box offsets (before the sigmoid) that begin at zero."""
+def make_box_head(width: int) -> MLP:
+    """Make an MLP of box offsets (before the sigmoid) that begin at zero."""
     head = MLP(width, width, width, 4, fp32_output=True)
     nn.init.zeros_(head.last.weight)
     nn.init.zeros_(head.last.bias)
     return head
 
 
-def initialise(*parts: nn.Module) -> None:
-    """Xavier's uniform start for every matrix of the parts, as DETR's transformer has it."""
+def box_head_macs(heads: Iterable[nn.Module], out: Outputs) -> int:
+    """Count the multiply-accumulates of box heads, each for the queries of one layer."""
+    weights = (weight for head in heads for weight in head.parameters() if weight.dim() > 1)
+    return sum(weight.numel() for weight in weights) * out.boxes[0, ..., 0].numel()
+
+
+def reset_matrices(*parts: nn.Module) -> None:
+    """Draw every matrix of the parts from Xavier's uniform distribution, as DETR's transformer has it."""
     for part in parts:
         for parameter in part.parameters():
             if parameter.dim() > 1:
@@ -88,7 +112,7 @@ def initialise(*parts: nn.Module) -> None:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, *, heads: int, dropout: float = 0.0, mask: Tensor | None = None
 ) -> Tensor:
-    """Softmax attention, channels split among heads: [B, Q, C], [B, S, C], [B, S, D] -> [B, Q, D].
+    """Compute softmax attention, channels split among heads: [B, Q, C], [B, S, C], [B, S, D] -> [B, Q, D].
 
     mask: bool (True: attended, one key at least) or added to the scores, broadcast to [B, heads, Q, S]. dropout: of the
     weights.
@@ -142,13 +166,13 @@ class Attention(nn.Module):
         return self.out_proj(attend(query, key, value, heads=self.heads, dropout=dropout, mask=mask))
 
     def project(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """What becomes query, key and value, each [B, ..., width] -> the same, projected."""
+        """Project the inputs of query, key and value, each [B, ..., width] -> [B, ..., width]."""
         parts = zip(inputs, self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3), strict=True)
         return tuple(functional.linear(x, weight, bias) for x, weight, bias in parts)
 
 
-class PlacedSelfAttention(nn.Module):
-    """Attention among queries: content and position are projected apart and added."""
+class ConditionalSelfAttention(nn.Module):
+    """Conditional-DETR's attention among queries: content and position are projected apart and added."""
 
     def __init__(self, *, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -184,6 +208,25 @@ class FeedForward(nn.Module):
         return self.norm(x + self.dropout(self.linear2(hidden)))
 
 
+class PredictionHeads(nn.Module):
+    """A norm, a class head and a box head that read what all decoder layers give."""
+
+    def __init__(self, width: int, *, class_head: nn.Module, box_head: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.class_head = class_head
+        self.box_head = box_head
+
+    def forward(self, x: Tensor, centre: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [L, B, Q, width] -> logits [L, B, Q, K] and boxes [L, B, Q, 4].
+
+        centre: where boxes begin, (x, y) before the sigmoid, [Q, 2] or [B, Q, 2]; None: in the middle of the image.
+        """
+        x = self.norm(x)
+        logits, offset = self.class_head(x), self.box_head(x)
+        return logits, offset.sigmoid() if centre is None else boxes_around(offset, centre)
+
+
 class MapGroupNorm(nn.GroupNorm):
     """GroupNorm of a channels-last map, over all cells (published) or over the valid ones only."""
 
@@ -203,11 +246,12 @@ class MapGroupNorm(nn.GroupNorm):
 
 
 def boxes_around(offset: Tensor, centre: Tensor) -> Tensor:
-    """Boxes (cx, cy, w, h) in [0, 1] from offsets [..., 4] and where they begin, [..., 2] (x, y) before the sigmoid."""
+    """Compute boxes (cx, cy, w, h) in [0, 1] from offsets [..., 4] and where they begin, [..., 2] (x, y) before the
+    sigmoid."""
     return (offset + torch.cat((centre, torch.zeros_like(centre)), dim=-1)).sigmoid()
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
-    """log(x / (1 - x)) of x in [0, 1], both sides clamped at 1e-5 (as published)."""
+    """Compute log(x / (1 - x)) of x in [0, 1], both sides clamped at 1e-5 (as published)."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=INVERSE_SIGMOID_EPSILON) / (1 - x).clamp(min=INVERSE_SIGMOID_EPSILON))

@@ -1,8 +1,7 @@
 """Published checkpoints of each system <-> our models, strict in both directions.
 
-The layouts differ from ours in names, in 1x1 convolutions (ours are linear layers on channels-last maps) and, for
-SAM-DETR, in the order of the first point layer's inputs (theirs channel, row, column; ours row, column, channel).
-SAM-DETR's and Deformable-DETR's also store heads several times.
+The layouts stand beside the systems. They differ from ours in names, in 1x1 convolutions (ours are linear layers on
+channels-last maps) and in the order of a few weights, and some hold heads several times.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -18,32 +17,33 @@ import torch
 from torch import Tensor
 
 from samdetr.errors import CheckpointError
-from samdetr.models import DeformableDETR, Detector
-from samdetr.models.aligner import ROI_SIZE
-from samdetr.models.deformable_encoder import PyramidDetector
-from samdetr.models.layouts import BOX_HEAD, LAYOUTS, Layout
-from samdetr.models.state import CLASS_HEADS, first_of
+from samdetr.models import SYSTEMS, Detector, EncoderDecoder
+from samdetr.models.state import first_of
+from samdetr.models.system import PublishedLayout
 
-_DUPLICATE_PREFIX = "transformer.decoder."  # heads that the decoder uses stand in the file with and without it
+LAYOUTS = {system.name: system.published for system in SYSTEMS.values() if system.published}
+_BOX_HEAD = {"": "layers."}  # an MLP, as in `PublishedLayout`
+_INPUT_NORM = "encoder.embed.input_norm."
 
 
 def official_names(model: Detector) -> dict[str, str]:
-    """Our parameters and buffers -> their published keys. Raises CheckpointError where there is none."""
-    layout = _layout_of_model(model)
-    return {name: _official_name(name, layout) for name in model.state_dict()}
+    """Map our parameters and buffers to their published keys. Raises CheckpointError where there is none."""
+    layout = _layout_of(model)
+    return {name: _official_name(name, model.system.name, layout) for name in model.state_dict()}
 
 
-def _layout_of_model(model: Detector) -> Layout:
-    if type(model) not in LAYOUTS:
-        raise CheckpointError(f"{type(model).__name__} has no published layout: start from init.checkpoint instead.")
-    return LAYOUTS[type(model)]
+def _layout_of(model: Detector) -> PublishedLayout:
+    if model.system.published is None:
+        part = model.decoder if isinstance(model, EncoderDecoder) else model
+        raise CheckpointError(f"{type(part).__name__} has no published layout: start from init.checkpoint instead.")
+    return model.system.published
 
 
-def _official_name(name: str, layout: Layout) -> str:
+def _official_name(name: str, system: str, layout: PublishedLayout) -> str:
     for pattern, prefix, names in (
-        (r"encoder\.layers\.(\d+)\.(.+)", "transformer.encoder.layers", layout.encoder_layer),
-        (r"decoder\.(\d+)\.(.+)", "transformer.decoder.layers", layout.decoder_layer),
-        (r"box_heads\.(\d+)\.(.+)", "bbox_embed", BOX_HEAD),
+        (r"encoder\.transformer\.layers\.(\d+)\.(.+)", "transformer.encoder.layers", layout.encoder_layer),
+        (r"decoder\.layers\.(\d+)\.(.+)", "transformer.decoder.layers", layout.decoder_layer),
+        (r"decoder\.box_heads\.(\d+)\.(.+)", "bbox_embed", _BOX_HEAD),
     ):
         if found := re.fullmatch(pattern, name):
             return f"{prefix}.{found[1]}.{_renamed(found[2], names)}"
@@ -52,9 +52,9 @@ def _official_name(name: str, layout: Layout) -> str:
             f"{name} has no place in the published layout, which holds frozen BatchNorm only: "
             'a model for such a file is trained with model.backbone.norm = "frozen".'
         )
-    if name.startswith("input_norm.") and "input_norm." not in layout.whole:
+    if name.startswith(_INPUT_NORM) and _INPUT_NORM not in layout.whole:
         raise CheckpointError(
-            f"{name} has no place in the published layout of {layout.system}, which has no norm after its input "
+            f"{name} has no place in the published layout of {system}, which has no norm after its input "
             'projection: set model.input_norm = "none".'
         )
     return _renamed(name, layout.whole)
@@ -69,24 +69,9 @@ def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
     return theirs + rest
 
 
-def _copies(model: Detector) -> dict[str, str]:
-    """The published keys that repeat another one, and that one."""
-    names = official_names(model)
-    heads = [names[name] for name in names if name.startswith("box_heads.")]
-    if isinstance(model, DeformableDETR):
-        class_heads = [names[name] for name in names if name.startswith("class_heads.")]
-        if not model.box_refine:
-            numbers = range(1, len(model.decoder))
-            return {key.replace(".0.", f".{n}.", 1): key for key in heads + class_heads for n in numbers}
-        if model.first_stage is not None:
-            heads += class_heads
-    return {_DUPLICATE_PREFIX + key: key for key in heads}
-
-
-def layout_of(keys: Iterable[str]) -> Layout | None:
-    """The layout that has these keys."""
-    present = set(keys)
-    return next((layout for layout in LAYOUTS.values() if layout.landmark in present), None)
+def _system_of(state: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the system whose published checkpoints have these keys."""
+    return next((name for name, layout in LAYOUTS.items() if layout.landmark in state), None)
 
 
 def load_official(model: Detector, state_dict: Mapping[str, Tensor], *, remake_class_heads: bool = False) -> int:
@@ -99,10 +84,12 @@ def load_official(model: Detector, state_dict: Mapping[str, Tensor], *, remake_c
     """
     own = model.state_dict()
     remaining = dict(state_dict)
+    layout = _layout_of(model)
     _check_system(model, remaining)
+    layout.check(model, remaining)
     names = official_names(model)
     lacking: list[str] = []
-    for key, repeated in _copies(model).items():
+    for key, repeated in layout.copies(model, names).items():
         copy, original = remaining.pop(key, None), state_dict.get(repeated)
         if copy is None:
             lacking.append(f"{key} is missing")
@@ -116,13 +103,13 @@ def load_official(model: Detector, state_dict: Mapping[str, Tensor], *, remake_c
         if value is None:
             problems.append(f"{key} is missing")
             continue
-        if remake_class_heads and name.startswith(CLASS_HEADS) and value.shape[0] != own[name].shape[0]:
+        if remake_class_heads and name.startswith(model.system.class_heads) and value.shape[0] != own[name].shape[0]:
             remade = value.shape[0]
             continue
-        if value.shape not in (own[name].shape, _to_official_layout(name, own[name]).shape):
+        if value.shape not in (own[name].shape, _to_published(layout, name, own[name]).shape):
             problems.append(f"{key} is {list(value.shape)}, the model needs {list(own[name].shape)}")
             continue
-        loaded[name] = _from_official_layout(name, value).view(own[name].shape)
+        loaded[name] = _to_ours(layout, name, value).view(own[name].shape)
     problems += [f"{key} is not part of this model" for key in remaining] + lacking
     if problems:
         raise CheckpointError(f"the published checkpoint does not fit the recipe's model: {first_of(problems)}.")
@@ -131,14 +118,14 @@ def load_official(model: Detector, state_dict: Mapping[str, Tensor], *, remake_c
 
 
 def to_official(model: Detector) -> dict[str, Tensor]:
-    """Our weights under the published keys and shapes, heads repeated as there."""
-    names = official_names(model)
-    state = {names[name]: _to_official_layout(name, value) for name, value in model.state_dict().items()}
-    return state | {copy: state[key] for copy, key in _copies(model).items()}
+    """Return our weights under the published keys and shapes, heads repeated as there."""
+    layout, names = _layout_of(model), official_names(model)
+    state = {names[name]: _to_published(layout, name, value) for name, value in model.state_dict().items()}
+    return state | {copy: state[key] for copy, key in layout.copies(model, names).items()}
 
 
 def read_official(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a published .pth file. Only tensors, plain values and argparse.Namespace are unpickled.
+    """Read the state dict of a published .pth file. Only tensors, plain values and argparse.Namespace are unpickled.
 
     Raises CheckpointError when the file is absent, holds anything else, or has no state dict of a system.
     """
@@ -158,7 +145,7 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
     state = content.get("model", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f'{path} holds no state dict (expected one under "model", as published).')
-    if layout_of(state) is None:
+    if _system_of(state) is None:
         landmarks = " and no ".join(layout.landmark for layout in LAYOUTS.values())
         raise CheckpointError(
             f"{path} is a published checkpoint of none of the systems: it has no {landmarks}. Use one that is, "
@@ -168,51 +155,28 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
 
 
 def _is_legacy_pickle(path: Path) -> bool:
-    """Whether the file begins as torch's format before 1.6 does (a pickle of protocol 2 or later)."""
+    """Tell whether the file begins as torch's format before 1.6 does (a pickle of protocol 2 or later)."""
     with path.open("rb") as file:
         return file.read(1) == b"\x80"
 
 
 def _check_system(model: Detector, state: Mapping[str, Tensor]) -> None:
-    """Errors that say which key of the recipe fits the file."""
-    found = layout_of(state)
-    if found is not None and found is not _layout_of_model(model):
-        raise CheckpointError(f'the published checkpoint is another system\'s: set model.system = "{found.system}".')
-    if isinstance(model, PyramidDetector):
-        _check_pyramid(model, state)
-        return
-    has_norm = "input_proj.0.1.weight" in state
-    if has_norm != any(name.startswith("input_norm.") for name in model.state_dict()):
-        wanted = "group_norm" if has_norm else "none"
-        raise CheckpointError(
-            f"the published checkpoint has {'a' if has_norm else 'no'} GroupNorm after its input projection: "
-            f'set model.input_norm = "{wanted}".'
-        )
+    found = _system_of(state)
+    if found is not None and found != model.system.name:
+        raise CheckpointError(f'the published checkpoint is another system\'s: set model.system = "{found}".')
 
 
-def _check_pyramid(model: PyramidDetector, state: Mapping[str, Tensor]) -> None:
-    facts: dict[str, tuple[object, object]] = {}
-    if "transformer.level_embed" in state:
-        facts["feature_levels"] = (len(state["transformer.level_embed"]), len(model.level_codes))
-    if isinstance(model, DeformableDETR):
-        facts["box_refine"] = (f"{_DUPLICATE_PREFIX}bbox_embed.0.layers.0.weight" in state, model.box_refine)
-        facts["two_stage"] = ("transformer.pos_trans.weight" in state, model.first_stage is not None)
-    for key, (found, wanted) in facts.items():
-        if found != wanted:
-            value = str(found).lower()
-            raise CheckpointError(f"the published checkpoint is of another model: set model.{key} = {value}.")
-
-
-def _from_official_layout(name: str, value: Tensor) -> Tensor:
-    if name.endswith("aligner.point_mlp.0.weight"):
-        return value.unflatten(1, (-1, ROI_SIZE * ROI_SIZE)).transpose(1, 2).flatten(1)
+def _to_ours(layout: PublishedLayout, name: str, value: Tensor) -> Tensor:
+    for ending, reordering in layout.reordered.items():
+        if name.endswith(ending):
+            return reordering.ours(value)
     return value
 
 
-def _to_official_layout(name: str, value: Tensor) -> Tensor:
-    if name.endswith("aligner.point_mlp.0.weight"):
-        return value.unflatten(1, (ROI_SIZE * ROI_SIZE, -1)).transpose(1, 2).flatten(1)
-    linear = r"input_proj|projections\.\d+|decoder\.\d+\.aligner\.reduce|encoder\.layers\.\d+\.(value|out)"
-    if value.dim() == 2 and re.fullmatch(rf"({linear})\.weight", name):
+def _to_published(layout: PublishedLayout, name: str, value: Tensor) -> Tensor:
+    for ending, reordering in layout.reordered.items():
+        if name.endswith(ending):
+            return reordering.published(value)
+    if value.dim() == 2 and re.fullmatch(rf"({layout.convolutions})\.weight", name):
         return value[:, :, None, None]
     return value

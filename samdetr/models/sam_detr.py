@@ -4,30 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from samdetr.models.aligner import AlignedQueries, PooledAligner, SemanticAligner, build_aligner
-from samdetr.models.encoder import EncoderHalf, MapDetector, build_encoder_half
+from samdetr.models.aligner import (
+    PUBLISHED_POINT_BRANCH,
+    AlignedQueries,
+    PooledAligner,
+    SemanticAligner,
+    build_aligner,
+    published_projection_macs,
+)
+from samdetr.models.detector import EncoderDecoder
+from samdetr.models.encoder import (
+    CONVOLUTIONS,
+    PUBLISHED_ENCODER_LAYER,
+    EncodedMap,
+    build_image_encoder,
+    check_input_norm,
+)
 from samdetr.models.layers import (
     MLP,
+    PUBLISHED_DECODER_LAYER,
+    PUBLISHED_SELF_ATTENTION,
+    ConditionalSelfAttention,
     FeedForward,
-    PlacedSelfAttention,
     attend,
-    box_head,
-    class_head,
-    initialise,
+    box_head_macs,
     inverse_sigmoid,
     joint_linear,
+    make_box_head,
+    make_class_head,
+    reset_matrices,
 )
 from samdetr.models.position import MapGeometry, sine_points
+from samdetr.models.system import PublishedLayout, System, repeated_box_heads
 from samdetr.structures import Outputs
 from samdetr_kernels import salient_cross_attention
 
 if TYPE_CHECKING:
-    from samdetr.recipe import AlignedSection, SAMDETRSection
+    from samdetr.models.deformable_encoder import EncodedPyramid
+    from samdetr.recipe import SAMDETRSection
 
 SEEDS = 2**62  # from which a call of attention draws that of its dropout
 
@@ -49,13 +68,11 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
         nn.init.zeros_(self.out.bias)
 
-    def forward(
-        self, aligned: AlignedQueries, memory: Tensor, memory_position: Tensor, geometry: MapGeometry
-    ) -> Tensor:
-        """memory, memory_position [B, H, W, width] -> [B, Q, width]."""
+    def forward(self, aligned: AlignedQueries, memory: Tensor, pos_embed: Tensor, geometry: MapGeometry) -> Tensor:
+        """memory, pos_embed [B, H, W, width] -> [B, Q, width]."""
         query = self.query_content(aligned.content) + self.query_position(aligned.position)
         key, value = joint_linear(memory, self.key_content, self.value)
-        key = key + self.key_position(memory_position)
+        key = key + self.key_position(pos_embed)
         dropout = self.dropout if self.training else 0.0
         if query.shape[2] < self.heads:
             key, value, mask = key.flatten(1, 2), value.flatten(1, 2), geometry.mask.flatten(1)[:, None, None]
@@ -91,7 +108,7 @@ class DecoderLayer(nn.Module):
         aligner: Callable[[], SemanticAligner | PooledAligner],
     ) -> None:
         super().__init__()
-        self.self_attention = PlacedSelfAttention(width=width, heads=heads, dropout=dropout)
+        self.self_attention = ConditionalSelfAttention(width=width, heads=heads, dropout=dropout)
         self.norm1 = nn.LayerNorm(width)
         self.aligner = aligner()
         self.cross_attention = CrossAttention(width=width, heads=heads, dropout=dropout)
@@ -99,73 +116,78 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self, x: Tensor, boxes: Tensor, memory: Tensor, memory_position: Tensor, geometry: MapGeometry
-    ) -> Tensor:
-        """x [B, Q, width]; boxes [B, Q, 4]; memory, memory_position [B, H, W, width] -> [B, Q, width]."""
-        box_position = sine_points(boxes[..., :2].detach(), x.shape[-1]).to(x.dtype)  # no gradient, as published
-        x = self.norm1(x + self.dropout(self.self_attention(x, box_position)))
+    def forward(self, x: Tensor, boxes: Tensor, memory: Tensor, pos_embed: Tensor, geometry: MapGeometry) -> Tensor:
+        """x [B, Q, width]; boxes [B, Q, 4]; memory, pos_embed [B, H, W, width] -> [B, Q, width]."""
+        query_sine_embed = sine_points(boxes[..., :2].detach(), x.shape[-1]).to(x.dtype)  # no gradient, as published
+        x = self.norm1(x + self.dropout(self.self_attention(x, query_sine_embed)))
         aligned = self.aligner(x, boxes, memory, geometry)
-        attended = self.cross_attention(aligned, memory, memory_position, geometry)
+        attended = self.cross_attention(aligned, memory, pos_embed, geometry)
         return self.feed_forward(self.norm2(x + self.dropout(attended)))
 
 
-class AlignedDecoder(nn.Module):
-    """The half behind the encoder, on one map or several: boxes refined layer by layer, heads for each layer."""
+class BoxRefinement(nn.Module):
+    """A layer's predictions, whose boxes are refined by the next layer. It has no weights: the heads are given."""
 
-    def start_decoder(self, layers: Sequence[DecoderLayer], *, width: int, num_classes: int, num_queries: int) -> None:
-        """Make the parts of this half; the layers' own start is the whole detector's affair."""
-        self.decoder = nn.ModuleList(layers)
+    def forward(
+        self, x: Tensor, reference: Tensor, class_head: nn.Module, box_head: nn.Module
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, Q, width], reference [B, Q, 4] before the sigmoid -> logits [B, Q, K], boxes [B, Q, 4] and the next
+        layer's reference [B, Q, 4] before the sigmoid."""
+        offset = box_head(x)
+        boxes = (inverse_sigmoid(reference.sigmoid()) + offset).sigmoid()
+        return class_head(x), boxes, (reference + offset).detach()
+
+
+class SAMDETRDecoder(nn.Module):
+    """Learned reference boxes are refined layer by layer, with semantic-aligned matching; each layer has its heads.
+
+    choose_maps: gives the map that each of so many layers reads.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[DecoderLayer],
+        choose_maps: Callable[[Any, int], Sequence[EncodedMap]],
+        *,
+        width: int,
+        num_classes: int,
+        num_queries: int,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.choose_maps = choose_maps
         self.reference_boxes = nn.Parameter(torch.randn(num_queries, 4))
-        self.class_heads = nn.ModuleList(class_head(width, num_classes) for _ in layers)
-        self.box_heads = nn.ModuleList(box_head(width) for _ in layers)
+        self.class_heads = nn.ModuleList(make_class_head(width, num_classes) for _ in layers)
+        self.box_heads = nn.ModuleList(make_box_head(width) for _ in layers)
+        self.refine = BoxRefinement()
 
-    def refine(self, maps: Sequence[tuple[Tensor, Tensor, MapGeometry]]) -> Outputs:
-        """The predictions of every layer. maps: what each one reads, memory and position code [B, h, w, width]."""
-        memory = maps[0][0]
+    def forward(self, encoded: EncodedMap | EncodedPyramid) -> Outputs:
+        """The predictions of every layer."""
+        maps = self.choose_maps(encoded, len(self.layers))
+        memory = maps[0].memory
         reference = self.reference_boxes.expand(len(memory), -1, -1)
         x = torch.zeros(*reference.shape[:2], memory.shape[-1], dtype=memory.dtype, device=memory.device)
         logits, boxes = [], []
-        for layer, classify, locate, read in zip(self.decoder, self.class_heads, self.box_heads, maps, strict=True):
-            x = layer(x, reference.sigmoid(), *read)
-            layer_logits, layer_boxes, reference = self.predict(classify, locate, x, reference)
+        for layer, class_head, box_head, read in zip(self.layers, self.class_heads, self.box_heads, maps, strict=True):
+            x = layer(x, reference.sigmoid(), read.memory, read.pos_embed, read.geometry)
+            layer_logits, layer_boxes, reference = self.refine(x, reference, class_head, box_head)
             logits.append(layer_logits)
             boxes.append(layer_boxes)
         return Outputs(torch.stack(logits), torch.stack(boxes))
 
-    @staticmethod
-    def predict(classify: nn.Module, locate: nn.Module, x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [B, Q, K], boxes [B, Q, 4] and the next layer's reference [B, Q, 4] before the sigmoid."""
-        offset = locate(x)
-        boxes = (inverse_sigmoid(reference.sigmoid()) + offset).sigmoid()
-        return classify(x), boxes, (reference + offset).detach()
+    @property
+    def compiled_parts(self) -> tuple[nn.Module, ...]:
+        """Modules around the layers, each compiled as one graph."""
+        return (self.refine,)
 
 
-class SAMDETR(AlignedDecoder, MapDetector):
-    """A detector that refines learned reference boxes layer by layer, with semantic-aligned matching."""
-
-    code_offset = 0.5
-
-    def __init__(
-        self, half: EncoderHalf, layers: Sequence[DecoderLayer], *, width: int, num_classes: int, num_queries: int
-    ) -> None:
-        super().__init__(half)
-        self.start_decoder(layers, width=width, num_classes=num_classes, num_queries=num_queries)
-        initialise(self.encoder, self.decoder)  # this also overwrites the zero start of the point branch, as published
-        nn.init.xavier_uniform_(self.input_proj.weight)
-        nn.init.zeros_(self.input_proj.bias)
-
-    def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:
-        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
-        return self.decode(*self.encode(images, image_sizes))
-
-    def decode(self, memory: Tensor, position: Tensor, geometry: MapGeometry) -> Outputs:
-        """The predictions of every layer from the encoded map and its position code [B, h, w, width]."""
-        return self.refine([(memory, position, geometry)] * len(self.decoder))
+def the_only_map(encoded: EncodedMap, layers: int) -> list[EncodedMap]:
+    """Give every layer the same map."""
+    return [encoded] * layers
 
 
-def build_aligned_layers(section: AlignedSection) -> list[DecoderLayer]:
-    """The decoder layers of a recipe, with random weights."""
+def build_sam_detr_layers(section: AlignedSection) -> list[DecoderLayer]:
+    """Build the decoder layers of a recipe, with random weights."""
     return [
         DecoderLayer(
             width=section.width,
@@ -178,12 +200,63 @@ def build_aligned_layers(section: AlignedSection) -> list[DecoderLayer]:
     ]
 
 
-def build_sam_detr(section: SAMDETRSection) -> SAMDETR:
-    """The model of a recipe with random weights; needs no download and no GPU."""
-    return SAMDETR(
-        build_encoder_half(section),
-        build_aligned_layers(section),
+def build_sam_detr(section: SAMDETRSection) -> EncoderDecoder:
+    """Build the detector of a recipe, with random weights; needs no download and no GPU."""
+    encoder = build_image_encoder(section, pos_offset=0.5)
+    decoder = SAMDETRDecoder(
+        build_sam_detr_layers(section),
+        the_only_map,
         width=section.width,
         num_classes=section.num_classes,
         num_queries=section.num_queries,
     )
+    reset_matrices(encoder.transformer, decoder.layers)  # also overwrites the point branch's zero start, as published
+    nn.init.xavier_uniform_(encoder.embed.input_proj.weight)
+    nn.init.zeros_(encoder.embed.input_proj.bias)
+    return EncoderDecoder(SYSTEM, encoder, decoder)
+
+
+PUBLISHED_LAYER = {  # our prefixes -> published ones
+    **PUBLISHED_DECODER_LAYER,
+    **PUBLISHED_SELF_ATTENTION,
+    "aligner.reduce.": "point1.0.",
+    "aligner.point_mlp.": "point2.",
+    "aligner.content_gate.": "attn1.",
+    "aligner.position_gate.": "attn2.",
+    "cross_attention.query_content.": "ca_qcontent_proj.",
+    "cross_attention.query_position.": "ca_qpos_sine_proj.layers.",
+    "cross_attention.key_content.": "ca_kcontent_proj.",
+    "cross_attention.key_position.": "ca_kpos_sine_proj.layers.",
+    "cross_attention.value.": "ca_v_proj.",
+    "cross_attention.out.": "cross_attn.out_proj.",
+}
+ALIGNER_CONVOLUTIONS = r"decoder\.layers\.\d+\.aligner\.reduce"  # published as such
+
+
+def published_box_head_macs(decoder: SAMDETRDecoder, args: Sequence[Any], out: Outputs) -> int:
+    """Count all box heads but the last: the published code runs them for the next reference and for the prediction."""
+    return box_head_macs(decoder.box_heads[:-1], out)
+
+
+SYSTEM = System(
+    name="sam_detr",
+    build=build_sam_detr,
+    class_heads="decoder.class_heads.",
+    published_macs={SemanticAligner: published_projection_macs, SAMDETRDecoder: published_box_head_macs},
+    published=PublishedLayout(
+        landmark="transformer.decoder.layers.0.ca_qpos_sine_proj.layers.0.weight",
+        whole={
+            "encoder.backbone.": "backbone.0.body.",
+            "encoder.embed.input_proj.": "input_proj.0.0.",
+            "encoder.embed.input_norm.": "input_proj.0.1.",
+            "decoder.reference_boxes": "query_embed.weight",
+            "decoder.class_heads.": "class_embed.",
+        },
+        encoder_layer=PUBLISHED_ENCODER_LAYER,
+        decoder_layer=PUBLISHED_LAYER,
+        check=check_input_norm,
+        convolutions=f"{CONVOLUTIONS}|{ALIGNER_CONVOLUTIONS}",
+        copies=repeated_box_heads,
+        reordered=PUBLISHED_POINT_BRANCH,
+    ),
+)

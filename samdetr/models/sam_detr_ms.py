@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from samdetr.models.deformable_encoder import Pyramid, PyramidDetector, PyramidHalf, build_pyramid_half
-from samdetr.models.layers import initialise
-from samdetr.models.position import MapGeometry
-from samdetr.models.sam_detr import AlignedDecoder, DecoderLayer, build_aligned_layers
-from samdetr.structures import Outputs
+from samdetr.models.aligner import PUBLISHED_POINT_BRANCH
+from samdetr.models.deformable_encoder import (
+    CONVOLUTIONS,
+    PUBLISHED_ENCODER_LAYER,
+    PUBLISHED_PYRAMID,
+    SAMPLING,
+    DeformableAttention,
+    EncodedPyramid,
+    build_pyramid_parts,
+    check_levels,
+    join_pyramid_parts,
+    published_sampling_macs,
+)
+from samdetr.models.detector import EncoderDecoder
+from samdetr.models.encoder import EncodedMap
+from samdetr.models.layers import reset_matrices
+from samdetr.models.sam_detr import ALIGNER_CONVOLUTIONS, PUBLISHED_LAYER, SAMDETRDecoder, build_sam_detr_layers
+from samdetr.models.sam_detr import SYSTEM as SAM_DETR
+from samdetr.models.system import PublishedLayout, System, repeated_box_heads
 
 if TYPE_CHECKING:
     from samdetr.recipe import MultiScaleSAMDETRSection
@@ -19,44 +30,57 @@ if TYPE_CHECKING:
 ENCODER_FFN_SHARE = 2  # the encoder's feed-forward blocks have the decoder's hidden channels divided by this
 
 
-class MultiScaleSAMDETR(AlignedDecoder, PyramidDetector):
-    """SAM-DETR's decoder behind Deformable-DETR's encoder: its first layers read the coarsest map, its last the finest.
+def coarse_to_fine(encoded: EncodedPyramid, layers: int) -> list[EncodedMap]:
+    """Give the first layers the coarsest map and the last ones the finest.
 
     Published with three maps and six layers, two for each.
     """
-
-    def __init__(
-        self, half: PyramidHalf, layers: Sequence[DecoderLayer], *, width: int, num_classes: int, num_queries: int
-    ) -> None:
-        super().__init__(half)
-        self.start_decoder(layers, width=width, num_classes=num_classes, num_queries=num_queries)
-        initialise(self.decoder)
-
-    def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:
-        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
-        maps = maps_of(*self.encode(images, image_sizes))
-        coarse_to_fine = [maps[-1 - number * len(maps) // len(self.decoder)] for number in range(len(self.decoder))]
-        return self.refine(coarse_to_fine)
-
-
-def maps_of(memory: Tensor, position: Tensor, pyramid: Pyramid) -> list[tuple[Tensor, Tensor, MapGeometry]]:
-    """Encoded cells and their position codes [B, S, width] as maps [B, h, w, width], fine to coarse."""
-    cells = [height * width for height, width in pyramid.shapes]
+    pyramid = encoded.pyramid
+    cells = [height * width for height, width in pyramid.spatial_shapes]
     maps = []
     for *parts, shape, geometry in zip(
-        memory.split(cells, 1), position.split(cells, 1), pyramid.shapes, pyramid.maps, strict=True
+        encoded.memory.split(cells, 1),
+        encoded.pos_embed.split(cells, 1),
+        pyramid.spatial_shapes,
+        pyramid.maps,
+        strict=True,
     ):
-        level, codes = (part.unflatten(1, shape).contiguous() for part in parts)  # once, not in each op that reads it
-        maps.append((level, codes, geometry))
-    return maps
+        # contiguous once, not in each op that reads it
+        memory, pos_embed = (part.unflatten(1, shape).contiguous() for part in parts)
+        maps.append(EncodedMap(memory, pos_embed, geometry, encoded.image_sizes))
+    return [maps[-1 - number * len(maps) // layers] for number in range(layers)]
 
 
-def build_sam_detr_ms(section: MultiScaleSAMDETRSection) -> MultiScaleSAMDETR:
-    """The model of a recipe with random weights."""
-    return MultiScaleSAMDETR(
-        build_pyramid_half(section, ffn=section.ffn // ENCODER_FFN_SHARE),
-        build_aligned_layers(section),
+def build_sam_detr_ms(section: MultiScaleSAMDETRSection) -> EncoderDecoder:
+    """Build the detector of a recipe, with random weights: SAM-DETR's decoder behind Deformable-DETR's encoder."""
+    parts = build_pyramid_parts(section, ffn=section.ffn // ENCODER_FFN_SHARE)
+    layers = build_sam_detr_layers(section)
+    encoder = join_pyramid_parts(section, *parts)
+    decoder = SAMDETRDecoder(
+        layers,
+        coarse_to_fine,
         width=section.width,
         num_classes=section.num_classes,
         num_queries=section.num_queries,
     )
+    reset_matrices(decoder.layers)
+    return EncoderDecoder(SYSTEM, encoder, decoder)
+
+
+SYSTEM = System(
+    name="sam_detr_ms",
+    build=build_sam_detr_ms,
+    class_heads="decoder.class_heads.",
+    published_macs={**SAM_DETR.published_macs, DeformableAttention: published_sampling_macs},
+    sampling=(SAMPLING,),
+    published=PublishedLayout(
+        landmark="transformer.encoder.layers.0.self_attn.sampling_offsets.weight",
+        whole={**PUBLISHED_PYRAMID, "decoder.reference_boxes": "query_embed.weight"},
+        encoder_layer=PUBLISHED_ENCODER_LAYER,
+        decoder_layer=PUBLISHED_LAYER,
+        check=check_levels,
+        convolutions=f"{CONVOLUTIONS}|{ALIGNER_CONVOLUTIONS}",
+        copies=repeated_box_heads,
+        reordered=PUBLISHED_POINT_BRANCH,
+    ),
+)

@@ -6,12 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-# where a model's logits come from: one head, or one of each layer; Faster R-CNN's have boxes of every class beside them
-CLASS_HEADS = ("class_head.", "class_heads.", "roi_heads.box_predictor.")
-
 
 def differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """What keeps ``given`` from being loaded into a module with the state dict ``own``, a sentence a key."""
+    """List why ``given`` cannot be loaded into a module with the state dict ``own``, a phrase a key."""
     missing = [f"{key} is missing" for key in own if key not in given]
     surplus = [f"{key} is not part of this model" for key in given if key not in own]
     shapes = [
@@ -23,5 +20,5 @@ def differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[
 
 
 def first_of(problems: list[str]) -> str:
-    """The first problem, and how many more there are."""
+    """Return the first problem, and how many more there are."""
     return problems[0] + (f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else "")

@@ -15,7 +15,7 @@ from samdetr.cost.memory import training_memory
 from samdetr.cost.meta import build_on_meta
 from samdetr.data.batching import Shape
 from samdetr.engine.compute.activation_checkpoint import checkpoint_activations, counting_saved
-from samdetr.engine.compute.compile import compile_regions
+from samdetr.engine.compute.compile import compile_parts
 from samdetr.engine.compute.precision import Compute, choose_compute
 from samdetr.engine.compute.start_up import random_batch
 from samdetr.engine.step import forward_backward
@@ -45,7 +45,7 @@ def passes(
     torch.manual_seed(0)
     model, criterion = build_model(recipe.model).train(), build_criterion(recipe)
     if compiled:
-        compile_regions(model, criterion, shapes=1)
+        compile_parts(model, criterion, shapes=1)
     if recompute:
         checkpoint_activations(model)
     batch = random_batch(shape, 2, 5)

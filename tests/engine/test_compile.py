@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from samdetr.data.device import prefetch
-from samdetr.engine.compute.compile import compile_regions, graphs_compiled
+from samdetr.engine.compute.compile import compile_parts, graphs_compiled
 from samdetr.engine.compute.cuda_graph import StepGraphs
 from samdetr.engine.compute.precision import Compute, choose_compute
 from samdetr.engine.compute.start_up import check_step, prepare_step, random_batch
@@ -22,13 +22,13 @@ from samdetr.engine.optim import GuardedAdamW, build_optimizer, set_learning_rat
 from samdetr.engine.step import forward_backward, train_step, update
 from samdetr.errors import SamdetrError
 from samdetr.loss import SetCriterion, build_criterion
-from samdetr.models import SAMDETR, build_model
+from samdetr.models import EncoderDecoder, build_model
 from samdetr.recipe import ComputeSection, ParallelSection, Recipe
 from tests.engine.runs import MakeRecipe
 
 CPU = torch.device("cpu")
 SHAPES = [(64, 64), (96, 80)]  # the first one square: equal sizes must not become one symbol
-REGIONS = 7  # beside the backbones: embed, encoder layer, first and later decoder layer and predict, criterion
+PARTS = 7  # beside the backbones: embed, encoder layer, first and later decoder layer and refine, criterion
 PUBLISHED = ('model.padding="published"', 'model.backbone.norm="frozen"')  # the other of each is tiny's
 SYSTEMS = [
     ("model.smca=false", 'model.resampling="max"'),
@@ -82,7 +82,7 @@ class Setup:
     def __init__(self, recipe: Recipe, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(recipe.run.seed)
         self.recipe, self.dtype = recipe, dtype
-        self.model: SAMDETR = build_model(recipe.model).train().to(dtype)
+        self.model: EncoderDecoder = build_model(recipe.model).train().to(dtype)
         self.criterion: SetCriterion = build_criterion(recipe)
         self.optimizer: GuardedAdamW = build_optimizer(self.model, recipe.optim)
         self.notes: list[str] = []
@@ -169,10 +169,10 @@ def test_a_hundred_compiled_steps_are_the_eager_ones(
     recipe = make_recipe("model.dropout=0.0", f"optim.lr={lr}", f"optim.backbone_lr={lr}", *options)
     compiled, eager = Setup(recipe, dtype), Setup(recipe, dtype)
     before = graphs_compiled()
-    compile_regions(compiled.model, compiled.criterion, shapes=len(SHAPES))
+    compile_parts(compiled.model, compiled.criterion, shapes=len(SHAPES))
     compiled.steps(2 * len(SHAPES), lr=0.0)
     graphs = graphs_compiled()
-    assert graphs - before == len(SHAPES) + REGIONS
+    assert graphs - before == len(SHAPES) + PARTS
     torch.compiler.set_stance("fail_on_recompile")
     losses = compiled.steps(100)
     assert graphs_compiled() == graphs
@@ -187,7 +187,7 @@ def test_a_hundred_compiled_steps_are_the_eager_ones(
 def test_compiled_steps_of_other_systems_are_the_eager_ones(make_recipe: MakeRecipe, options: tuple[str, ...]) -> None:
     recipe = make_recipe("model.dropout=0.0", "optim.lr=1e-5", "optim.backbone_lr=1e-5", *options)
     compiled, eager = Setup(recipe), Setup(recipe)
-    compile_regions(compiled.model, compiled.criterion, shapes=len(SHAPES))
+    compile_parts(compiled.model, compiled.criterion, shapes=len(SHAPES))
     losses = compiled.steps(4)
     graphs = graphs_compiled()
     torch.compiler.set_stance("fail_on_recompile")
@@ -207,13 +207,13 @@ def test_nothing_is_compiled_after_the_start_up(
     begun = graphs_compiled()
     setup.prepare(precision=precision, micro_batch=micro_batch)
     graphs = graphs_compiled()
-    assert graphs - begun == len(SHAPES) + REGIONS
+    assert graphs - begun == len(SHAPES) + PARTS
     torch.compiler.set_stance("fail_on_recompile")
     setup.steps(4, precision=precision, images=micro_batch)
     assert graphs_compiled() == graphs
 
 
-def test_ddp_splits_no_region(make_recipe: MakeRecipe, one_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ddp_splits_no_part(make_recipe: MakeRecipe, one_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch would cut graphs at DDP's buckets, of which the first ends after 1 MB."""
     recipe, graphs = make_recipe("model.backbone.stages=4"), []
     for strategy in ("none", "ddp"):
@@ -221,21 +221,21 @@ def test_ddp_splits_no_region(make_recipe: MakeRecipe, one_of_one: None, monkeyp
         backend = CompileCounterWithBackend("eager")
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
         setup = Setup(recipe)
-        compile_regions(setup.model, setup.criterion, shapes=1)
+        compile_parts(setup.model, setup.criterion, shapes=1)
         parallel_model: torch.nn.Module = setup.model
         if strategy == "ddp":
             parallel_model = wrap(setup.model, ParallelSection(strategy="ddp"), ALONE, CPU)
         batch = random_batch(SHAPES[0], 2, 5)
         forward_backward(parallel_model, setup.criterion, batch, batch.targets.counts.sum(), precision=torch.float32)
         graphs.append(backend.frame_count)
-    assert graphs == [1 + REGIONS] * 2
+    assert graphs == [1 + PARTS] * 2
 
 
 @pytest.mark.inductor
 def test_generated_code_gives_the_eager_losses(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("model.dropout=0.0", "optim.lr=1e-5", "optim.backbone_lr=1e-5", *PUBLISHED)
     compiled, eager = Setup(recipe), Setup(recipe)
-    compile_regions(compiled.model, compiled.criterion, shapes=1)
+    compile_parts(compiled.model, compiled.criterion, shapes=1)
     losses = compiled.steps(20, shapes=1)
     torch.compiler.set_stance("force_eager")
     assert losses == pytest.approx(eager.steps(20, shapes=1), rel=2e-6)
@@ -290,14 +290,14 @@ def test_a_wrong_loss_or_gradient_is_refused() -> None:
         check_step(model, giving(1.0, 5.0), giving(1.0, 2.0), batch)
 
 
-def _breaks(model: SAMDETR) -> None:
-    forward: Callable[..., Tensor] = model.decoder[0].forward
+def _breaks(model: EncoderDecoder) -> None:
+    forward: Callable[..., Tensor] = model.decoder.layers[0].forward
 
     def broken(*arguments: Tensor) -> Tensor:
         torch._dynamo.graph_break()
         return forward(*arguments)
 
-    model.decoder[0].forward = broken
+    model.decoder.layers[0].forward = broken
 
 
 def test_a_failing_compilation_stops_with_the_reason(make_recipe: MakeRecipe) -> None:
@@ -387,11 +387,11 @@ def test_a_failed_recording_leaves_compilation_and_the_optimizer_alone(
     assert any("Going on without it" in sentence for sentence in setup.notes)
     assert all(parameter.grad is None for parameter in setup.model.parameters())
     graphs = graphs_compiled()
-    before = setup.model.reference_boxes.detach().clone()
+    before = setup.model.decoder.reference_boxes.detach().clone()
     torch.compiler.set_stance("fail_on_recompile")
     setup.steps(1)
     assert graphs_compiled() == graphs > 0
-    assert not torch.equal(setup.model.reference_boxes, before)
+    assert not torch.equal(setup.model.decoder.reference_boxes, before)
 
 
 def test_a_replaced_gradient_is_noticed(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,7 +439,7 @@ def test_nothing_of_the_step_waits_for_the_gpu(make_recipe: MakeRecipe, compile:
     setup.model.to(gpu)
     optimizer = build_optimizer(setup.model, setup.recipe.optim)
     if compile:
-        compile_regions(setup.model, setup.criterion, shapes=len(SHAPES))
+        compile_parts(setup.model, setup.criterion, shapes=len(SHAPES))
     pinned = [[random_batch(shape, 2, 5).pin_memory() for shape in SHAPES] for _ in range(3)]
     run = partial(train_step, setup.model, setup.criterion, optimizer, device=gpu, clip_norm=1.0, seeds=[1, 2])
     run(next(prefetch(pinned[:1], gpu)), precision=torch.bfloat16)

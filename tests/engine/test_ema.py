@@ -59,9 +59,9 @@ def test_a_run_evaluates_its_averages_and_goes_on_with_them(
     whole = train(make_recipe(*AVERAGED))
     checkpoint = load_checkpoint((whole / "checkpoints" / "last").resolve(), with_optimizer=False)
     assert checkpoint.meta["averaged_steps"] == 18
-    key = "class_heads.0.weight"
+    key = "decoder.class_heads.0.weight"
     assert not torch.equal(checkpoint.average[key], checkpoint.model[key])
-    assert torch.equal(load_trained(str(checkpoint.path)).model.class_heads[0].weight, checkpoint.average[key])
+    assert torch.equal(load_trained(str(checkpoint.path)).model.decoder.class_heads[0].weight, checkpoint.average[key])
 
     stopped = make_recipe(*AVERAGED)
     signal_at(monkeypatch, samdetr.engine.train, "train_step", 9, signal.SIGINT)

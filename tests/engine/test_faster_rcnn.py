@@ -14,7 +14,7 @@ import samdetr.engine.train
 from samdetr.cost.flops import count_flops
 from samdetr.cost.memory import training_memory
 from samdetr.cost.meta import Size, build_on_meta
-from samdetr.engine.compute.compile import compile_regions
+from samdetr.engine.compute.compile import compile_parts
 from samdetr.engine.compute.precision import choose_compute
 from samdetr.engine.compute.start_up import random_batch
 from samdetr.engine.optim import build_optimizer, set_learning_rate
@@ -157,7 +157,7 @@ def test_only_the_backbone_is_compiled(reduced: MakeRecipe) -> None:
     recipe = reduced("faster_rcnn_r50_fpn_108ep")
     assert choose_compute(recipe.compute, torch.device("cuda"), buckets=True).compile
     model, criterion = build_model(recipe.model), build_criterion(recipe)
-    compile_regions(model, criterion, shapes=1)
+    compile_parts(model, criterion, shapes=1)
     assert {name for name, part in model.named_modules() if part._compiled_call_impl is not None} == {"backbone"}
 
 

@@ -245,7 +245,9 @@ def test_another_architecture(
         meta={key: meta[key] for key in ("recipe", "categories", "environment")},
     )
     for command in (("eval", str(mixed)), ("predict", str(mixed), str(trained / "curves.png"))):
-        assert f"the checkpoint {mixed} is of another architecture: decoder.1." in sentence(samdetr_command(*command))
+        assert f"the checkpoint {mixed} is of another architecture: decoder.layers.1." in sentence(
+            samdetr_command(*command)
+        )
     published = tmp_path / "published.pth"
     frozen = 'model.backbone.norm="frozen"'
     torch.save({"model": to_official(build_model(make_recipe(frozen, "model.decoder_layers=1").model))}, published)
@@ -293,7 +295,7 @@ def test_not_a_number(train_command: Command, trained: Path, make_recipe: MakeRe
     recipe = make_recipe()
     model = build_model(recipe.model)
     with torch.no_grad():
-        model.class_heads[0].weight[3, 5] = torch.nan
+        model.decoder.class_heads[0].weight[3, 5] = torch.nan
     parts, _ = Staging().copy({MODEL: model_tensors(model)})
     broken = save_checkpoint(tmp_path / "broken", parts, progress=Progress(), meta={})
     message = sentence(train_command("--set", f"init.checkpoint={broken}"))

@@ -145,7 +145,7 @@ def test_a_bad_weight_is_named(
 ) -> None:
     model = build_model(make_recipe().model)
     with torch.no_grad():
-        model.decoder[1].cross_attention.value.weight[3, 5] = torch.nan
+        model.decoder.layers[1].cross_attention.value.weight[3, 5] = torch.nan
     parts, _ = Staging().copy({MODEL: model_tensors(model)})
     broken = save_checkpoint(tmp_path / "broken", parts, progress=Progress(), meta={})
     message = sentence(train_command("--set", f"init.checkpoint={broken}"))
@@ -159,9 +159,9 @@ def test_a_bad_weight_is_named(
     )
     result = samdetr_command("debug-nan", str(file.with_suffix(".json")))
     assert result.code == 1
-    assert "weight decoder.1.cross_attention.value.weight: not finite\n" in result.out
+    assert "weight decoder.layers.1.cross_attention.value.weight: not finite\n" in result.out
     assert "  not finite in the loss: loss_ce\n" in result.out
-    place = "decoder.1.cross_attention"  # which multiplies by its parts' weights itself
+    place = "decoder.layers.1.cross_attention"  # which multiplies by its parts' weights itself
     assert f"  first: an input of {place}.out, made in {place}, in micro-batch 1 (image ids " in result.out
 
 
@@ -177,7 +177,7 @@ def test_a_bad_gradient_is_named(
         result = samdetr_command("debug-nan", str(file))
     assert result.code == 1
     assert "  not finite in the loss: nothing, the gradient alone\n" in result.out
-    assert "  first: a gradient that the backward pass of decoder.1.feed_forward gives, in" in result.out
+    assert "  first: a gradient that the backward pass of decoder.layers.1.feed_forward gives, in" in result.out
     torch.manual_seed(recipe.run.seed)
     before, found = build_model(recipe.model), load_file(file)
     assert all(torch.equal(found[name], value) for name, value in before.named_parameters())
@@ -205,11 +205,11 @@ def test_what_is_not_finite_in_bf16_alone_is_said(
     assert bf16.startswith("bf16, as configured: loss nan, gradient norm nan")
     assert (terms, first.split(",")[0]) == (
         "  not finite in the loss: loss_ce, loss_ce_0",
-        "  first: an output of encoder.layers.0.feed_forward",
+        "  first: an output of encoder.transformer.layers.0.feed_forward",
     )
     numbers = re.fullmatch(r"fp32, for comparison: loss (\S+), gradient norm (\S+)", fp32)
     assert numbers and 1 < float(numbers[1]) < 30 and 0 < float(numbers[2]) < 1000
-    where = "an output of encoder.layers.0.feed_forward"
+    where = "an output of encoder.transformer.layers.0.feed_forward"
     assert verdict == f'not finite in bf16 alone; set compute.precision = "fp32", or look at: {where}'
 
 
@@ -258,7 +258,7 @@ def test_a_skipped_step_changes_nothing(
         assert any(key.startswith("average/") for key in one)
         assert any("running_mean" in key for key in one)
     after = weights(run, "step-00000006")
-    assert not torch.equal(after["model/reference_boxes"], one["model/reference_boxes"])
+    assert not torch.equal(after["model/decoder.reference_boxes"], one["model/decoder.reference_boxes"])
     assert [(line["step"], line["in_row"]) for line in metrics(run, "skip")] == [(4, 1), (5, 2), (9, 1)]
     assert metrics(run, "skip")[0]["terms"] == ["loss_ce"]  # nothing is matched
     assert len(metrics(run, "skip")[0]["image_ids"]) == 4
@@ -269,7 +269,7 @@ def test_a_skipped_step_changes_nothing(
     assert keys or losses(run)[:3] == losses(trained)[:3]
     meta = json.loads((run / "checkpoints" / "last" / "meta.json").read_text())
     assert (meta["averaged_steps"], meta["progress"]["skips"], meta["progress"]["skips_in_row"]) == (12, 3, 0)
-    assert torch.equal(weights(run)["optimizer/reference_boxes:step"], torch.tensor(9.0))
+    assert torch.equal(weights(run)["optimizer/decoder.reference_boxes:step"], torch.tensor(9.0))
 
 
 def test_more_skips_in_a_row_stop_also_after_a_resume(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,9 +45,9 @@ def test_groups(make_recipe: MakeRecipe) -> None:
     rest, backbone = optimizer.param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     in_backbone = {names[id(parameter)] for parameter in backbone["params"]}
-    assert in_backbone == {name for name in names.values() if name.startswith("backbone.layer2.")}
+    assert in_backbone == {name for name in names.values() if name.startswith("encoder.backbone.layer2.")}
     assert {names[id(parameter)] for parameter in rest["params"]} == {
-        name for name in names.values() if not name.startswith("backbone.")
+        name for name in names.values() if not name.startswith("encoder.backbone.")
     }
     assert (rest["weight_decay"], backbone["weight_decay"]) == (1e-4, 1e-4)
     assert (rest["lr"], backbone["lr"]) == (0.01, 0.002)
@@ -71,8 +71,11 @@ def test_sampling_has_a_group_of_its_own(make_recipe: MakeRecipe) -> None:
     optimizer = build_optimizer(model, recipe.optim)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {names[id(parameter)] for parameter in optimizer.param_groups[2]["params"]}
-    attentions = ["encoder.layers.0.attention", *(f"decoder.{layer}.cross_attention" for layer in range(2))]
-    modules = [f"{attention}.offsets" for attention in attentions] + ["reference_head"]
+    attentions = [
+        "encoder.transformer.layers.0.attention",
+        *(f"decoder.layers.{layer}.cross_attention" for layer in range(2)),
+    ]
+    modules = [f"{attention}.offsets" for attention in attentions] + ["decoder.queries.reference_head"]
     assert found == {f"{module}.{part}" for module in modules for part in ("weight", "bias")}
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.001, 0.001])
     set_learning_rate(optimizer, 0.5)
@@ -136,9 +139,9 @@ def test_frozen_parameters_do_not_move(make_recipe: MakeRecipe) -> None:
     after = load_checkpoint((train(recipe) / "checkpoints" / "last").resolve(), with_optimizer=False).model
     moved = {key for key, value in after.items() if not torch.equal(value, before[key])}
     assert {key for key in moved if key.startswith("backbone.")} == {
-        key for key in before if key.startswith("backbone.layer2.") and ("conv" in key or "downsample.0" in key)
+        key for key in before if key.startswith("encoder.backbone.layer2.") and ("conv" in key or "downsample.0" in key)
     }
-    assert "reference_boxes" in moved
+    assert "decoder.reference_boxes" in moved
 
 
 def test_the_logged_rate(make_recipe: MakeRecipe, trained: Path) -> None:
@@ -162,13 +165,13 @@ def test_another_number_of_classes_makes_the_heads_anew(
     options = (f'init.checkpoint="{trained}"', 'data.class_index="category_id"', "model.num_classes=9")
     recipe = make_recipe(*options)
     model = build_model(recipe.model)
-    heads = {key: value.clone() for key, value in model.state_dict().items() if key.startswith("class_heads.")}
+    heads = {key: value.clone() for key, value in model.state_dict().items() if key.startswith("decoder.class_heads.")}
     sentence = load_initial_weights(model, recipe)
     assert sentence.endswith("; class heads are made anew, for 9 classes (it has 8)")
     saved = load_checkpoint((trained / "checkpoints" / "best").resolve(), with_optimizer=False).model
     for key, value in model.state_dict().items():
         assert torch.equal(value, heads.get(key, saved[key])), key
-    assert heads["class_heads.0.weight"].shape == (9, 32)
+    assert heads["decoder.class_heads.0.weight"].shape == (9, 32)
     result = train_command(*(f"--set={option}" for option in options), "--set", "train.epochs=1")
     assert result.code == 0
     assert sentence in result.out

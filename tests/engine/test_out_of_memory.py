@@ -22,7 +22,7 @@ from samdetr.cost.meta import build_on_meta
 from samdetr.engine.failures.out_of_memory import GIB, evaluation_advice, savings, training_advice
 from samdetr.engine.train import train
 from samdetr.errors import NonFiniteError, SamdetrError
-from samdetr.models.sam_detr import SAMDETR
+from samdetr.models import EncoderDecoder
 from samdetr.recipe import Recipe, load_recipe
 from tests.engine.runs import ROOT, Command, MakeRecipe, Result, assert_same_weights, end, sentence, start_in
 from tests.engine.test_nonfinite import poison_steps
@@ -127,7 +127,7 @@ def test_a_model_that_does_not_fit(
     )
     for command in commands:
         with monkeypatch.context() as patch:
-            fill_at(patch, SAMDETR, "to", 1)
+            fill_at(patch, EncoderDecoder, "to", 1)
             assert sentence(command()).startswith(STARTED)
     fill_at(monkeypatch, samdetr.engine.predict, "autocast", 1)
     assert sentence(commands[-1]()).startswith(f"error: cpu is out of memory in the prediction of {photo}: {SAID} If")

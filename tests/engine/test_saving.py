@@ -64,7 +64,7 @@ def test_saves_within_an_epoch_change_nothing_and_are_its_steps(straight: Path, 
         step = int(path.name.removeprefix("step-"))
         assert (loaded.progress.step, loaded.meta["averaged_steps"]) == (step, step)
         assert loaded.progress.step_in_epoch == (0 if step % 6 == 0 else step % 6)
-        assert int(loaded.optimizer["class_heads.0.weight:step"]) == step
+        assert int(loaded.optimizer["decoder.class_heads.0.weight:step"]) == step
 
 
 @pytest.mark.parametrize("step", [4, pytest.param(2, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])

@@ -17,7 +17,7 @@ from samdetr.engine.optim import GuardedAdamW, build_optimizer
 from samdetr.engine.step import train_step
 from samdetr.engine.train import is_evaluated, train
 from samdetr.loss import SetCriterion, build_criterion
-from samdetr.models import SAMDETR, build_model
+from samdetr.models import EncoderDecoder, build_model
 from samdetr.recipe import Recipe
 from samdetr.structures import Batch, Losses, Outputs, Targets
 from tests.engine.runs import MakeRecipe, assert_same_weights, losses, metrics
@@ -57,7 +57,7 @@ def first_batch(recipe: Recipe) -> Batch:
     return collate([dataset[0, row] for row in range(4)], dataset.max_objects)
 
 
-def model_of(recipe: Recipe) -> SAMDETR:
+def model_of(recipe: Recipe) -> EncoderDecoder:
     torch.manual_seed(recipe.run.seed)
     return build_model(recipe.model).train()
 

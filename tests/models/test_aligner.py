@@ -11,8 +11,8 @@ from torch.nn import functional
 from torchvision.ops import roi_align
 
 import samdetr_kernels
-from samdetr.models import SAMDETR
-from samdetr.models.aligner import AlignedQueries, PooledAligner, SemanticAligner, regions_of
+from samdetr.models import EncoderDecoder
+from samdetr.models.aligner import AlignedQueries, PooledAligner, SemanticAligner, rois_from_boxes
 from samdetr.models.position import MapGeometry, sine_points, valid_mask
 from samdetr.models.sam_detr import CrossAttention
 from samdetr.recipe import load_recipe
@@ -65,7 +65,7 @@ def test_pooled_queries(mode: Literal["mean", "max"]) -> None:
 def test_the_first_of_equal_bins_has_the_gradient_of_the_maximum() -> None:
     inputs = Inputs()
     inputs.memory = torch.zeros_like(inputs.memory).requires_grad_()
-    rois = regions_of(inputs.boxes, inputs.geometry)
+    rois = rois_from_boxes(inputs.boxes, inputs.geometry)
     content = inputs.align(PooledAligner("max")).content
     (found,) = torch.autograd.grad(content.sum(), inputs.memory)
     (expected,) = torch.autograd.grad(
@@ -77,7 +77,7 @@ def test_the_first_of_equal_bins_has_the_gradient_of_the_maximum() -> None:
 @pytest.mark.parametrize("mode", ["mean", "max"])
 def test_nan_shows_in_pooled_queries(mode: Literal["mean", "max"]) -> None:
     inputs = Inputs()
-    rois = regions_of(inputs.boxes, inputs.geometry)
+    rois = rois_from_boxes(inputs.boxes, inputs.geometry)
     inputs.memory[0, 3, 2, 5] = torch.nan
     hit = samdetr_kernels.roi_align(inputs.memory, rois, 7, VALID).isnan().any(2).any(2)  # [B, Q, C]
     assert hit[0, :, 5].any() and not hit[1].any()
@@ -173,9 +173,9 @@ def test_an_ablation_differs_from_its_recipe_in_the_aligner_alone(name: str) -> 
     }
     assert tuple(after[key] for key in keys) == rows[name]
     model = small(f"r50_12ep_{name}")
-    assert isinstance(model, SAMDETR)
+    assert isinstance(model, EncoderDecoder)
     pooled = name in ("average", "max")
-    for layer in model.decoder:
+    for layer in model.decoder.layers:
         assert isinstance(layer.aligner, PooledAligner if pooled else SemanticAligner)
         assert pooled or layer.aligner.points == (1 if name.startswith("1") else 4)
         assert pooled or (layer.aligner.content_gate is None) == (name in ("1point", "8points"))

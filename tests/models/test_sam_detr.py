@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samdetr.models import SAMDETR, build_model
+from samdetr.models import EncoderDecoder, build_model
 from samdetr.models.layers import MapGroupNorm, inverse_sigmoid
 from samdetr.recipe import load_recipe
 
@@ -25,7 +25,7 @@ SMALL = (
 TINY_BACKBONE = ('model.backbone.name="resnet18"', 'model.backbone.weights="none"', "model.backbone.width=16")
 
 
-def small(recipe: str = "r50_smca_12ep", *overrides: str, seed: int = 0) -> SAMDETR:
+def small(recipe: str = "r50_smca_12ep", *overrides: str, seed: int = 0) -> EncoderDecoder:
     """A narrow model of a recipe with random weights."""
     torch.manual_seed(seed)
     return build_model(load_recipe(RECIPES / f"{recipe}.toml", [*SMALL, *overrides]).model)
@@ -40,7 +40,7 @@ def images_of(*sizes: tuple[int, int], height: int, width: int) -> tuple[Tensor,
     return batch, torch.tensor(sizes)
 
 
-def livened(model: SAMDETR) -> SAMDETR:
+def livened(model: EncoderDecoder) -> EncoderDecoder:
     """Weights for which every part matters: BatchNorm shifts that make padding visible, boxes that spread."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def livened(model: SAMDETR) -> SAMDETR:
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
             if name.endswith(("offsets.weight", "attention.weights.weight")):
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.2)
-            if name.startswith("box_head") and name.endswith("4.weight"):
+            if ".box_head" in name and name.endswith("4.weight"):
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
     return model.double().eval()
 
@@ -104,14 +104,18 @@ def test_initial_predictions() -> None:
     )
     # class prior 0.01, box offsets zero: every layer predicts its references, which stay where they began
     assert outputs.logits.sigmoid().mean().item() == pytest.approx(0.01, abs=0.01)
-    expected = model.reference_boxes.sigmoid().clamp(1e-5, 1 - 1e-5)
+    expected = model.decoder.reference_boxes.sigmoid().clamp(1e-5, 1 - 1e-5)
     torch.testing.assert_close(outputs.boxes[-1, 0], expected, rtol=0, atol=1e-5)
-    assert model.decoder[0].aligner.point_mlp.last.weight.abs().max() > 0.01  # Xavier overwrites the zero start
-    assert model.decoder[0].aligner.point_mlp.last.bias.abs().max() == 0
+    assert model.decoder.layers[0].aligner.point_mlp.last.weight.abs().max() > 0.01  # Xavier overwrites the zero start
+    assert model.decoder.layers[0].aligner.point_mlp.last.bias.abs().max() == 0
 
 
 def test_initial_scale_of_the_gaussian() -> None:
-    bias = small("r50_smca_12ep", *TINY_BACKBONE, "model.smca_initial_scale=3").decoder[1].aligner.point_mlp.last.bias
+    bias = (
+        small("r50_smca_12ep", *TINY_BACKBONE, "model.smca_initial_scale=3")
+        .decoder.layers[1]
+        .aligner.point_mlp.last.bias
+    )
     assert bias.tolist() == [0.0] * 8 + [3.0] * 8
 
 
@@ -119,8 +123,8 @@ def test_references_of_later_layers_carry_no_gradient() -> None:
     model = livened(small("r50_smca_12ep", *TINY_BACKBONE))
     images = images_of((64, 96), height=64, width=96)
     outputs = model(*images)
-    (last,) = torch.autograd.grad(outputs.boxes[-1].sum(), model.reference_boxes, retain_graph=True)
-    (first,) = torch.autograd.grad(outputs.boxes[0].sum(), model.reference_boxes)
+    (last,) = torch.autograd.grad(outputs.boxes[-1].sum(), model.decoder.reference_boxes, retain_graph=True)
+    (first,) = torch.autograd.grad(outputs.boxes[0].sum(), model.decoder.reference_boxes)
     assert first.abs().max() > 0
     # through the content of layer 0 (SMCA term) only: far less than the direct path
     assert last.abs().max() < 0.2 * first.abs().max()

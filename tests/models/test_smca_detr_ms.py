@@ -11,7 +11,7 @@ from samdetr.errors import CheckpointError
 from samdetr.models.layers import Attention
 from samdetr.models.official import to_official
 from samdetr.models.position import MapGeometry, valid_mask
-from samdetr.models.smca_detr_ms import Gaussians, Look, ScaleAttention, enlarged
+from samdetr.models.smca_detr_ms import Gaussians, ScaleAttention, ScaleModulation, enlarged
 from tests.models.test_sam_detr import TINY_BACKBONE, images_of, small
 
 RELEASED, PAPER = "smca_detr_r50_ms_50ep", "smca_detr_r50_ms_attention_50ep"
@@ -53,13 +53,13 @@ def test_places_are_not_rounded_with_the_features() -> None:
 def test_gaussians_by_hand() -> None:
     """One head, centre at (96, 64) pixels, offsets (1, -1) cells, scales (1, 2), on maps of stride 16 and 64."""
     gaussians = Gaussians(width=32, heads=1, strides=(16, 64), first=True)
-    assert gaussians.centre is not None
+    assert gaussians.heads.centre is not None
     with torch.no_grad():
-        for part in (gaussians.centre.last, gaussians.offset, gaussians.scale, gaussians.weigh):
+        for part in (gaussians.heads.centre.last, gaussians.heads.offset, gaussians.heads.scale, gaussians.weigh):
             part.weight.zero_()
-        gaussians.centre.last.bias.zero_()
-        gaussians.offset.bias.copy_(torch.tensor([1.0, -1.0, 1.0, -1.0]))
-        gaussians.scale.bias.copy_(torch.tensor([1.0, -2.0, 1.0, -2.0]))
+        gaussians.heads.centre.last.bias.zero_()
+        gaussians.heads.offset.bias.copy_(torch.tensor([1.0, -1.0, 1.0, -1.0]))
+        gaussians.heads.scale.bias.copy_(torch.tensor([1.0, -2.0, 1.0, -2.0]))
         gaussians.weigh.bias.copy_(torch.tensor([0.0, 3.0]).log1p())
     masks = [torch.ones(1, 8, 12, dtype=torch.bool), torch.ones(1, 2, 3, dtype=torch.bool)]
     masks[1][:, :, 2] = False
@@ -77,13 +77,13 @@ def test_a_query_adds_what_it_finds_in_each_map() -> None:
     plain = Attention(width=32, heads=4, dropout=0.0)
     torch.nn.init.normal_(plain.out_proj.bias)
     several = ScaleAttention(width=32, heads=4, dropout=0.0)
-    several.load_state_dict(plain.state_dict())
+    several.attention.load_state_dict(plain.state_dict())
     query, key, value = torch.randn(2, 3, 32), torch.randn(2, 9, 32), torch.randn(2, 9, 32)
     biases = [torch.randn(2, 4, 3, 6), torch.randn(2, 4, 3, 3)]
     first = plain(query, key[:, :6], value[:, :6], biases[0])
     second = plain(query, key[:, 6:], value[:, 6:], biases[1])
     share = torch.rand(2, 3, 1)
-    found = several(query, key, value, Look(biases, torch.cat((share, 1 - share), dim=-1)))
+    found = several(query, key, value, ScaleModulation(biases, torch.cat((share, 1 - share), dim=-1)))
     torch.testing.assert_close(found, share * first + (1 - share) * second, rtol=0, atol=1e-5)
 
 
@@ -91,7 +91,7 @@ def test_only_the_middle_layer_of_the_paper_s_encoder_crosses_maps() -> None:
     model = small(PAPER, *TINY_BACKBONE, "model.encoder_layers=3").eval()
     images, sizes = images_of((64, 96), height=64, width=96)
     seen: list[list[int]] = [[], [], []]
-    for cells, layer in zip(seen, model.encoder.layers, strict=True):
+    for cells, layer in zip(seen, model.encoder.transformer.layers, strict=True):
         layer.register_forward_pre_hook(lambda _, args, cells=cells: cells.append(args[0].shape[1]))
     model(images.float(), sizes)
     assert seen == [[24, 6, 2], [32], [24, 6, 2]]
@@ -101,12 +101,12 @@ def test_the_decoder_sees_the_finest_released_map_at_half_its_size() -> None:
     model = small(RELEASED, *TINY_BACKBONE).eval()
     images, sizes = images_of((64, 96), height=64, width=96)
     masks: list[list[tuple[int, ...]]] = []
-    model.decoder[1].gaussian.register_forward_pre_hook(
+    model.decoder.layers[1].gaussian.register_forward_pre_hook(
         lambda _, args: masks.append([tuple(mask.shape[1:]) for mask in args[3]])
     )
     model(images.float(), sizes)
     assert masks == [[(4, 6), (4, 6), (2, 3), (1, 2)]]
-    assert model.decoder[0].gaussian.strides == (16, 16, 32, 64)
+    assert model.decoder.layers[0].gaussian.strides == (16, 16, 32, 64)
 
 
 def test_each_image_has_weights_of_its_own() -> None:
@@ -119,7 +119,7 @@ def test_each_image_has_weights_of_its_own() -> None:
 
 
 def test_the_paper_s_form_has_no_published_layout() -> None:
-    with pytest.raises(CheckpointError, match="MultiScaleSMCADETR has no published layout"):
+    with pytest.raises(CheckpointError, match="MultiScaleSMCADETRDecoder has no published layout"):
         to_official(small(PAPER, *TINY_BACKBONE))
 
 

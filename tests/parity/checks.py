@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from samdetr.loss import SetCriterion
+from samdetr.models import EncoderDecoder
 from samdetr.models.aligner import AlignedQueries
-from samdetr.models.deformable_encoder import PyramidDetector
 from samdetr.models.official import official_names
-from samdetr.models.sam_detr import AlignedDecoder
 from samdetr.structures import Detections, Losses, Outputs
 from tests.parity.reference import Inputs, arrays, first_image, meta
 
@@ -22,7 +21,7 @@ HEADS = 8
 
 
 class EncodedMap(NamedTuple):
-    """What the encoder half of a model made of a fixture's images."""
+    """What the image encoder of a model made of a fixture's images."""
 
     features: Tensor  # [B, C, h, w] of the backbone
     source: Tensor  # [B, h, w, width] the encoder's input
@@ -64,7 +63,7 @@ def check_encoded_map(name: str, found: EncodedMap) -> None:
     close(memory, reference["memory"], most=1e-4, all_within=1e-4)
 
 
-def check_encoded_maps(name: str, model: PyramidDetector, inputs: Inputs, *, finest: int = 0) -> None:
+def check_encoded_maps(name: str, model: EncoderDecoder, inputs: Inputs, *, finest: int = 0) -> None:
     """Of several levels; what no valid cell reads is left out, for it is arbitrary. finest: the fixture's number of the
     first one; the last one's source then comes first."""
     reference = arrays(name)
@@ -72,10 +71,10 @@ def check_encoded_maps(name: str, model: PyramidDetector, inputs: Inputs, *, fin
     with torch.no_grad():
         features = model.backbone(inputs.images, inputs.image_sizes)
         seen: list[Tensor] = []
-        handle = model.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        memory, position, pyramid = model.encode(inputs.images, inputs.image_sizes)
+        handle = model.encoder.transformer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        memory, position, pyramid, _ = model.encoder(inputs.images, inputs.image_sizes)
         handle.remove()
-    sizes = [height * width for height, width in pyramid.shapes]
+    sizes = [height * width for height, width in pyramid.spatial_shapes]
     levels = zip(pyramid.maps, seen[0].split(sizes, dim=1), position.split(sizes, dim=1), strict=True)
     for level, (geometry, source, codes) in enumerate(levels):
         step = -(-sizes[level] // 64)
@@ -87,7 +86,7 @@ def check_encoded_maps(name: str, model: PyramidDetector, inputs: Inputs, *, fin
         ours = features[level].flatten(2)
         seen_of_it = ours[:, :: ours.shape[1] // 8, ::step]
         close(seen_of_it, reference[f"backbone{level + finest}"], most=5e-5, all_within=5e-5)
-        code = (codes - model.level_codes[level]).detach()[:, ::step][..., channels]
+        code = (codes - model.encoder.embed.level_embed[level]).detach()[:, ::step][..., channels]
         difference = (code - torch.from_numpy(reference[f"pos{level + finest}"]).transpose(1, 2)).abs()
         assert difference[geometry.mask.flatten(1)[:, ::step]].max() <= 2e-6
     step = -(-sum(sizes) // 200)
@@ -95,12 +94,12 @@ def check_encoded_maps(name: str, model: PyramidDetector, inputs: Inputs, *, fin
     close(memory[:, ::step][..., channels][valid], reference["memory"][valid], most=1e-4, all_within=1e-4)
 
 
-def record_aligned_layers(model: AlignedDecoder, inputs: Inputs) -> tuple[Outputs, dict[str, list[Tensor]]]:
+def record_aligned_layers(model: EncoderDecoder, inputs: Inputs) -> tuple[Outputs, dict[str, list[Tensor]]]:
     """Predictions of the batch, and what each decoder layer and its aligner took and gave, by the fixtures' names."""
     recorded: dict[str, list[Tensor]] = {key: [] for key in ("ref_boxes", "hs", "content", "qpos", "points")}
     recorded["gauss_scale"] = []
     handles = []
-    for layer in model.decoder:
+    for layer in model.decoder.layers:
         handles.append(layer.register_forward_hook(lambda _, __, out: recorded["hs"].append(out)))
         handles.append(layer.register_forward_pre_hook(lambda _, args: recorded["ref_boxes"].append(args[1])))
 

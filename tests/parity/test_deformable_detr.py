@@ -11,7 +11,8 @@ from torch import Tensor
 
 from samdetr.engine.evaluate import best_detections
 from samdetr.loss import build_criterion
-from samdetr.models import DeformableDETR
+from samdetr.models import EncoderDecoder
+from samdetr.models.deformable_detr import FirstStage
 from samdetr.structures import Outputs
 from tests.parity.checks import (
     check_detections,
@@ -34,15 +35,15 @@ class Run(NamedTuple):
     """One forward pass of the padded batch, with what the modules saw on the way."""
 
     name: str
-    model: DeformableDETR
+    model: EncoderDecoder
     inputs: Inputs
     outputs: Outputs
     recorded: dict[str, list[Tensor]]
 
 
-def aligned(name: str, model: DeformableDETR) -> None:
+def aligned(name: str, model: EncoderDecoder) -> None:
     """From now on the first stage gives its best cells in the fixture's order: their scores differ by rounding."""
-    if model.first_stage is None:
+    if not isinstance(model.decoder.queries, FirstStage):
         return
     order = torch.from_numpy(arrays(name)["enc_topk"]).long()
 
@@ -52,18 +53,18 @@ def aligned(name: str, model: DeformableDETR) -> None:
         assert torch.equal(best.sort(dim=1).values, wanted.sort(dim=1).values)
         return proposals, wanted
 
-    model.first_stage.register_forward_hook(reorder)
+    model.decoder.queries.propose.register_forward_hook(reorder)
 
 
 @pytest.fixture(scope="module", params=RECIPE_OF_DEFORMABLE)
 def run(request: pytest.FixtureRequest) -> Run:
     name: str = request.param
     model, inputs = model_of(name), inputs_of(name)
-    assert isinstance(model, DeformableDETR)
+    assert isinstance(model, EncoderDecoder)
     aligned(name, model)
     recorded: dict[str, list[Tensor]] = {"hs": [], "references": []}
     handles = []
-    for layer in model.decoder:
+    for layer in model.decoder.layers:
         handles.append(layer.register_forward_hook(lambda _, __, out: recorded["hs"].append(out)))
         handles.append(layer.register_forward_pre_hook(lambda _, args: recorded["references"].append(args[2])))
     with torch.no_grad():

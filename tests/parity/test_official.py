@@ -78,12 +78,12 @@ def test_another_systems_checkpoint_is_named(state: dict[str, torch.Tensor]) -> 
 
 def test_other_number_of_classes_remakes_the_heads_only(state: dict[str, torch.Tensor]) -> None:
     target = model("r50_12ep", "model.num_classes=4")
-    before = target.class_heads[3].weight.clone()
+    before = target.decoder.class_heads[3].weight.clone()
     with pytest.raises(CheckpointError, match=r"class_embed\.0\.weight is \[91, 256\], the model needs \[4, 256\]"):
         load_official(target, state)
     assert load_official(target, state, remake_class_heads=True) == 91
-    assert torch.equal(target.class_heads[3].weight, before)
-    assert torch.equal(target.reference_boxes, state["query_embed.weight"])
+    assert torch.equal(target.decoder.class_heads[3].weight, before)
+    assert torch.equal(target.decoder.reference_boxes, state["query_embed.weight"])
     assert load_official(model(), state, remake_class_heads=True) == 0
 
 

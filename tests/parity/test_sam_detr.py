@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from samdetr.engine.compute.compile import compile_regions, graphs_compiled
+from samdetr.engine.compute.compile import compile_parts, graphs_compiled
 from samdetr.engine.evaluate import best_detections
 from samdetr.loss import SetCriterion
-from samdetr.models.sam_detr import SAMDETR
+from samdetr.models import EncoderDecoder
 from samdetr.structures import Outputs
 from tests.parity.checks import (
     EncodedMap,
@@ -36,7 +36,7 @@ class Run(NamedTuple):
     """One forward pass of the padded batch, with what the modules saw on the way."""
 
     name: str
-    model: SAMDETR
+    model: EncoderDecoder
     inputs: Inputs
     outputs: Outputs
     memory: Tensor
@@ -50,16 +50,17 @@ def run(request: pytest.FixtureRequest) -> Run:
     name: str = request.param
     model, inputs = model_of(name), inputs_of(name)
     recorded: dict[str, list[Tensor]] = {key: [] for key in ("backbone", "src")}
+    embed = model.encoder.embed
     handles = [
         model.backbone.register_forward_hook(lambda _, __, out: recorded["backbone"].extend(out)),
-        (model.input_norm or model.input_proj).register_forward_hook(lambda _, __, out: recorded["src"].append(out)),
+        (embed.input_norm or embed.input_proj).register_forward_hook(lambda _, __, out: recorded["src"].append(out)),
     ]
     with torch.no_grad():
         outputs, of_layers = record_aligned_layers(model, inputs)
         for handle in handles:
             handle.remove()
         recorded |= of_layers
-        memory, position, geometry = model.encode(inputs.images, inputs.image_sizes)
+        memory, position, geometry, _ = model.encoder(inputs.images, inputs.image_sizes)
     return Run(name, model, inputs, outputs, memory, position, geometry.mask, recorded)
 
 
@@ -118,7 +119,7 @@ def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model, criterion = model_of(name), SetCriterion()
-    compile_regions(model, criterion, shapes=2)
+    compile_parts(model, criterion, shapes=2)
     before = graphs_compiled()
     check_gradients(name, model, criterion, inputs_of(name), "", without_heads=OTHER_LAYOUT)
     assert graphs_compiled() > before

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from samdetr.engine.evaluate import best_detections
 from samdetr.loss import SetCriterion
-from samdetr.models import MultiScaleSAMDETR
+from samdetr.models import EncoderDecoder
 from samdetr.structures import Outputs
 from tests.parity.checks import (
     check_aligned_layers,
@@ -31,7 +31,7 @@ class Run(NamedTuple):
     """One forward pass of the padded batch, with what the modules saw on the way."""
 
     name: str
-    model: MultiScaleSAMDETR
+    model: EncoderDecoder
     inputs: Inputs
     outputs: Outputs
     recorded: dict[str, list[Tensor]]
@@ -41,7 +41,7 @@ class Run(NamedTuple):
 def run(request: pytest.FixtureRequest) -> Run:
     name: str = request.param
     model, inputs = model_of(name), inputs_of(name)
-    assert isinstance(model, MultiScaleSAMDETR)
+    assert isinstance(model, EncoderDecoder)
     return Run(name, model, inputs, *record_aligned_layers(model, inputs))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from samdetr.engine.evaluate import best_detections
 from samdetr.loss import build_criterion
-from samdetr.models import MultiScaleSMCADETR
+from samdetr.models import EncoderDecoder
 from samdetr.structures import Outputs
 from tests.parity.checks import (
     check_detections,
@@ -33,7 +33,7 @@ NAME = "smca_detr_r50_multiscale"
 class Run(NamedTuple):
     """One forward pass of the padded batch, with what the modules saw on the way."""
 
-    model: MultiScaleSMCADETR
+    model: EncoderDecoder
     inputs: Inputs
     outputs: Outputs
     normed: Tensor  # [L, B, Q, width] what the heads read
@@ -48,11 +48,11 @@ def weigh_as_the_first(_: object, __: object, out: tuple[Any, ...]) -> tuple[Any
 @pytest.fixture(scope="module")
 def run() -> Run:
     model, inputs = model_of(NAME), inputs_of(NAME)
-    assert isinstance(model, MultiScaleSMCADETR)
+    assert isinstance(model, EncoderDecoder)
     normed: list[Tensor] = []
     gaussians: list[tuple[Tensor, ...]] = []
-    handles = [model.norm.register_forward_hook(lambda _, __, out: normed.append(out))]
-    for layer in model.decoder:
+    handles = [model.decoder.heads.norm.register_forward_hook(lambda _, __, out: normed.append(out))]
+    for layer in model.decoder.layers:
         layer.gaussian.register_forward_hook(weigh_as_the_first)
         handles.append(layer.gaussian.register_forward_hook(lambda _, __, out: gaussians.append(out[2:])))
     with torch.no_grad():

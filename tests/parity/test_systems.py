@@ -10,7 +10,7 @@ from torch import Tensor
 
 from samdetr.engine.evaluate import best_detections
 from samdetr.loss import build_criterion
-from samdetr.models import Detector
+from samdetr.models import EncoderDecoder
 from samdetr.structures import Outputs
 from tests.parity.checks import (
     EncodedMap,
@@ -30,7 +30,7 @@ class Run(NamedTuple):
     """One forward pass of the padded batch, with what the modules saw on the way."""
 
     name: str
-    model: Detector
+    model: EncoderDecoder
     inputs: Inputs
     outputs: Outputs
     encoded: EncodedMap
@@ -44,11 +44,15 @@ def run(request: pytest.FixtureRequest) -> Run:
     recorded: dict[str, Any] = {}
     handles = [
         module.register_forward_hook(lambda _, __, out, key=key: recorded.update({key: out}))
-        for key, module in (("features", model.backbone), ("source", model.input_proj), ("normed", model.norm))
+        for key, module in (
+            ("features", model.backbone),
+            ("source", model.encoder.embed.input_proj),
+            ("normed", model.decoder.heads.norm),
+        )
     ]
     with torch.no_grad():
         outputs = model(inputs.images, inputs.image_sizes)
-        memory, position, geometry = model.encode(inputs.images, inputs.image_sizes)
+        memory, position, geometry, _ = model.encoder(inputs.images, inputs.image_sizes)
     for handle in handles:
         handle.remove()
     encoded = EncodedMap(recorded["features"][0], recorded["source"], memory, position, geometry.mask)
@@ -92,7 +96,8 @@ def test_gradients(run: Run, prefix: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in OTHERS if name.startswith("conditional")])
 def test_reference_points_of_conditional_detr(name: str) -> None:
-    points, _ = model_of(name).refer(torch.float32)
+    decoder = model_of(name).decoder
+    points, _, _ = decoder.reference_points(decoder.query_positions, torch.float32)
     close(points.expand(2, -1, -1), arrays(name)["ref_points"], most=1e-4, all_within=1e-4)
 
 
@@ -100,7 +105,7 @@ def test_gaussians_of_smca_detr() -> None:
     name = "smca_detr_r50"
     model, inputs, reference = model_of(name), inputs_of(name), arrays(name)
     recorded: list[tuple[Tensor, ...]] = []
-    for layer in model.decoder:
+    for layer in model.decoder.layers:
         layer.gaussian.register_forward_hook(lambda _, __, out: recorded.append(out[1:]))
     with torch.no_grad():
         model(inputs.images, inputs.image_sizes)

@@ -26,7 +26,7 @@ from samdetr.engine.optim import build_optimizer
 from samdetr.engine.step import train_step
 from samdetr.errors import RecipeError
 from samdetr.loss import build_criterion
-from samdetr.models import SAMDETR, build_model
+from samdetr.models import EncoderDecoder, build_model
 from samdetr.models.official import to_official
 from samdetr.recipe import Recipe, load_recipe
 from samdetr.structures import Batch
@@ -50,14 +50,14 @@ def small(name: str, *overrides: str) -> Recipe:
     return load_recipe(RECIPES / f"{name}.toml", [*SMALL, *overrides])
 
 
-def pair(recipe: Recipe, dtype: torch.dtype) -> tuple[SAMDETR, BaselineSAMDETR]:
+def pair(recipe: Recipe, dtype: torch.dtype) -> tuple[EncoderDecoder, BaselineSAMDETR]:
     """Build our model and the baseline with the same weights, none at a start that hides a part (zero, equal)."""
     torch.manual_seed(1)
     model = build_model(recipe.model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-        for head in model.box_heads:
+        for head in model.decoder.box_heads:
             head.last.weight.normal_(std=0.02)
     baseline = BaselineSAMDETR(recipe.model)
     baseline.load_from(model)
@@ -117,7 +117,7 @@ def test_outputs_losses_and_gradients_agree(name: str, padded: bool) -> None:
         assert (grad - own[key]).abs().max() <= 20 * NOISE * largest, key
 
 
-def with_gradients(model: SAMDETR) -> SAMDETR:
+def with_gradients(model: EncoderDecoder) -> EncoderDecoder:
     """Replace every parameter of the model by its gradient (zero where it has none)."""
     with torch.no_grad():
         for parameter in model.parameters():

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +28,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from samdetr.engine.distributed.parallel import shard_like
 from samdetr.errors import CheckpointError
-from samdetr.models.state import CLASS_HEADS, differences, first_of
+from samdetr.models.older_names import current_names
+from samdetr.models.state import differences, first_of
+
+if TYPE_CHECKING:
+    from samdetr.models import Detector
 
 META_FILE = "meta.json"
 MODEL, OPTIMIZER, AVERAGE = "model", "optimizer", "average"  # the parts; no average where the run has none
@@ -114,9 +118,10 @@ def load_checkpoint(path: Path, *, with_optimizer: bool) -> Checkpoint:
         if path.name not in meta["files"]:
             raise CheckpointError(f"{meta_file(path)} is of {', '.join(meta['files'])}: keep the names of an export.")
         _verify(path.parent, {path.name: meta["files"][path.name]})
-        return Checkpoint(path, load_file(path), {}, {}, meta)
-    model, average = _read_part(path, MODEL, meta), _read_part(path, AVERAGE, meta)
-    return Checkpoint(path, model, _read_part(path, OPTIMIZER, meta) if with_optimizer else {}, average, meta)
+        return Checkpoint(path, current_names(load_file(path), meta), {}, {}, meta)
+    model, average = (current_names(_read_part(path, part, meta), meta) for part in (MODEL, AVERAGE))
+    optimizer = current_names(_read_part(path, OPTIMIZER, meta), meta) if with_optimizer else {}
+    return Checkpoint(path, model, optimizer, average, meta)
 
 
 def _read_part(folder: Path, part: str, meta: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -205,7 +210,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def load_model_state(
-    model: nn.Module, checkpoint: Checkpoint, *, averaged: bool = True, remake_class_heads: bool = False
+    model: Detector, checkpoint: Checkpoint, *, averaged: bool = True, remake_class_heads: bool = False
 ) -> int:
     """Load the weights strictly: `Checkpoint.weights`, or without ``averaged`` those that training goes on from.
 
@@ -214,7 +219,7 @@ def load_model_state(
     """
     own, state, remade = model.state_dict(), checkpoint.weights if averaged else dict(checkpoint.model), 0
     if remake_class_heads:
-        for key in [key for key in state if key.startswith(CLASS_HEADS) and key in own]:
+        for key in [key for key in state if key.startswith(model.system.class_heads) and key in own]:
             if state[key].shape[0] != own[key].shape[0]:
                 classes = state[key].shape[0]
                 remade = min(remade or classes, classes)  # a head of boxes has four rows a class

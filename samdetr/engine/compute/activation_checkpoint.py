@@ -36,7 +36,7 @@ def checkpoint_activations(model: Detector) -> None:
     A layer's random state is that of its forward pass again, so that dropout has the same mask: in float32 losses and
     gradients are the same bits. Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016).
     """
-    for layer in model.regions().layers:
+    for layer in model.layers:
         layer.forward = partial(_recomputed, layer.forward)
 
 

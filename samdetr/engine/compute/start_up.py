@@ -16,7 +16,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from samdetr.data.batching import Shape
 from samdetr.data.device import to_device
 from samdetr.engine.compute.activation_checkpoint import checkpoint_activations
-from samdetr.engine.compute.compile import compile_regions, eagerly
+from samdetr.engine.compute.compile import compile_parts, eagerly
 from samdetr.engine.compute.cuda_graph import StepGraphs
 from samdetr.engine.compute.precision import EXACT, Compute
 from samdetr.engine.distributed.parallel import full_tensor
@@ -37,7 +37,7 @@ PassOf = Callable[[Batch, Tensor], Tensor]  # a micro-batch and the number of bo
 def arrange(model: Detector, criterion: Criterion, compute: Compute, *, shapes: int) -> None:
     """Change how the model computes, as ``compute`` says; recomputation is around what is compiled."""
     if compute.compile:
-        compile_regions(model, criterion, shapes=shapes)
+        compile_parts(model, criterion, shapes=shapes)
     if compute.activation_checkpoint:
         checkpoint_activations(model)
 

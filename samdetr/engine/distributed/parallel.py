@@ -46,7 +46,7 @@ def wrap(model: Detector, section: ParallelSection, world: World, device: torch.
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # fully_shard takes no channels-last filters
     mesh = _mesh(section, world, device)
-    for part in [model.backbone, *model.regions().layers, model]:
+    for part in [model.backbone, *model.layers, model]:
         sharded = fully_shard(part, mesh=mesh, reshard_after_forward=section.reshard)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums

@@ -1,0 +1,55 @@
+"""A detector of an image encoder and a decoder, which all systems but Faster R-CNN are."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from samdetr.models.backbone import Backbone
+from samdetr.models.deformable_encoder import PyramidImageEncoder
+from samdetr.models.encoder import ImageEncoder
+from samdetr.models.system import System
+from samdetr.structures import Outputs
+
+
+class Decoder(Protocol):
+    """An nn.Module that makes predictions of what the image encoder gives."""
+
+    layers: nn.ModuleList
+
+    def __call__(self, encoded: Any) -> Outputs:
+        """encoded: what the detector's encoder gives."""
+
+    @property
+    def compiled_parts(self) -> tuple[nn.Module, ...]:
+        """Modules around the layers, each compiled as one graph."""
+
+
+class EncoderDecoder(nn.Module):
+    """An image encoder, then a decoder."""
+
+    def __init__(self, system: System, encoder: ImageEncoder | PyramidImageEncoder, decoder: Decoder) -> None:
+        super().__init__()
+        self.system = system
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:
+        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
+        return self.decoder(self.encoder(images, image_sizes))
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone, which is compiled for each size of images, and sharded as a whole."""
+        return self.encoder.backbone
+
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """Layers that are compiled, sharded and checkpointed one by one; those of a stack run the same graph."""
+        return (*self.encoder.layers, *self.decoder.layers)
+
+    @property
+    def compiled_parts(self) -> tuple[nn.Module, ...]:
+        """Modules whose forward pass is compiled besides the backbone's, each as one graph for maps of all sizes."""
+        return (self.encoder.embed, *self.layers, *self.decoder.compiled_parts)

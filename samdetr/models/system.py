@@ -1,0 +1,73 @@
+"""What the engine must know of a detector besides calling it, and the names in its published checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+from samdetr.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from samdetr.models import Detector
+
+REPEATED = "transformer.decoder."  # before the keys of heads that stand in a published file twice
+State = Mapping[str, Tensor]  # a state dict, of published keys
+MacFormula = Callable[..., int]  # of a module, its arguments and its result -> multiply-accumulates
+
+
+def no_copies(model: Any, names: Mapping[str, str]) -> dict[str, str]:
+    """Return that no published key repeats another one."""
+    return {}
+
+
+def repeated_box_heads(model: Any, names: Mapping[str, str]) -> dict[str, str]:
+    """Return the keys of the box heads as the published decoder holds them once more. names: ours -> published."""
+    return {REPEATED + names[name]: names[name] for name in names if name.startswith("decoder.box_heads.")}
+
+
+class PublishedLayout(NamedTuple):
+    """How a system's published checkpoints name and shape the parameters.
+
+    The maps go from our prefixes to published ones; of several that fit, the first counts. A value that ends in
+    "layers." is an MLP, whose linear layers the published names count without the ReLUs between them.
+    """
+
+    landmark: str  # a key that the files of this system have, and those of no system before it in `SYSTEMS`
+    whole: Mapping[str, str]
+    encoder_layer: Mapping[str, str]
+    decoder_layer: Mapping[str, str]
+    check: Callable[[Any, State], None]  # raises CheckpointError where a recipe key does not fit the file
+    convolutions: str  # our linear layers that are 1 x 1 convolutions there, as a regular expression of names
+    copies: Callable[[Any, Mapping[str, str]], dict[str, str]] = no_copies  # published keys that repeat one -> that one
+    reordered: Mapping[str, Reordering] = {}  # weights in another order there, by how their names end
+
+
+class Reordering(NamedTuple):
+    """A weight in the published order, and in ours."""
+
+    published: Callable[[Tensor], Tensor]
+    ours: Callable[[Tensor], Tensor]
+
+
+class System(NamedTuple):
+    """A detector that `model.system` can choose. Each stands in its own file, and in the table `SYSTEMS`."""
+
+    name: str  # as in a recipe
+    build: Callable[[Any], Detector]  # from its section, with random weights
+    class_heads: str  # how names of the parameters begin that have a row for each class
+    published: PublishedLayout | None  # None: nothing was published that fits
+    published_macs: Mapping[type[nn.Module], MacFormula] = {}  # what the published code computes beyond ours
+    sampling: tuple[str, ...] = ()  # parts of the names of what learns at optim.sampling_lr_factor
+
+
+def check_settings(**settings: tuple[object, object]) -> None:
+    """Compare keys of the section [model]: what the published checkpoint needs, and what the recipe has.
+
+    Raises CheckpointError for the first that differ.
+    """
+    for key, (found, wanted) in settings.items():
+        if found != wanted:
+            value = str(found).lower()
+            raise CheckpointError(f"the published checkpoint is of another model: set model.{key} = {value}.")
