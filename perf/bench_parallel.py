@@ -25,10 +25,10 @@ from perf.report import Report, environment, table
 from perf.train_step import StepRow, wait
 from samdetr.data.prefetch import finish
 from samdetr.engine.compute.activation_checkpoint import checkpoint_activations
-from samdetr.engine.compute.start_up import random_batch
 from samdetr.engine.distributed.parallel import wrap
 from samdetr.engine.distributed.world import ALONE
 from samdetr.engine.optim import build_optimizer
+from samdetr.engine.start_up import random_batch
 from samdetr.engine.step import train_step
 from samdetr.loss import build_criterion
 from samdetr.models import Detector, build_model
@@ -55,10 +55,9 @@ def build_step(recipe: Recipe, model: Detector, way: str, batch: Batch, device: 
     clip_norm = recipe.optim.clip_norm
 
     def step(turn: int) -> Tensor:
-        found = train_step(
+        return train_step(
             parallel_model, criterion, optimizer, [batch], device=device, clip_norm=clip_norm, world=ALONE, seeds=[turn]
         )
-        return found.values
 
     return step
 
