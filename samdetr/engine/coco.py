@@ -120,7 +120,7 @@ def _check_finite(results: CocoDetections, split: str) -> None:
         named = ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")
         raise NonFiniteError(
             f"the model's predictions are not finite in {len(ids)} images of the {split} split (image ids {named}): "
-            "its weights are damaged or have overflowed; go on from an earlier checkpoint with a lower optim.lr."
+            "its weights are damaged or have overflowed; continue from an earlier checkpoint with a lower optim.lr."
         )
 
 

@@ -28,7 +28,7 @@ class TrainState:
     def save(self, saver: Saver, facts: Mapping[str, object]) -> None:
         """Start to write the checkpoint ``last``. All processes must call it, at the same step.
 
-        facts: what of the run stays the same (`build.facts_of`). Raises as `Saver.save` does.
+        facts: the same in every checkpoint: recipe, categories, data, environment. Raises as `Saver.save` does.
         """
         self.progress.epoch_sums = self.epoch_meter.to_json()
         self.progress.interval_sums = self.interval_meter.to_json()

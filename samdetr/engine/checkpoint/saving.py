@@ -151,7 +151,7 @@ class Saver:
     ) -> None:
         try:
             if copied is not None:
-                torch.cuda.set_device(copied.device)  # a thread begins on the first GPU, whosever that is
+                torch.cuda.set_device(copied.device)  # a new thread would use the first GPU
                 copied.synchronize()
             save_checkpoint(self.folder, parts, progress=progress, meta=meta, world=self.world)
             self._remove_old()

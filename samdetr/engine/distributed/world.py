@@ -167,7 +167,7 @@ def init_world(device: torch.device, section: ParallelSection) -> Iterator[World
     leave = dist.destroy_process_group
     try:
         yield world
-        world.all_reduce_max(0)  # nobody leaves while another still needs its answer
+        world.all_reduce_max(0)  # no process leaves while another still waits for it
     except Exception:
         leave = _abort_process_group  # what is under way on the device may wait for a process that is lost
         raise

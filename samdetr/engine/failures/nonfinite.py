@@ -2,7 +2,7 @@
 
 Such a step changes nothing: the optimizer sees to that on the device (`optim.NonFiniteGuard`). The host learns of it
 here, on a GPU some steps later. After a skipped step the step's number, and with it learning rate and order of images,
-goes on, as does the warm-up of the averages, which themselves stay; AdamW's own count of updates does not.
+advance, as does the warm-up of the averages, which themselves stay; AdamW's own count of updates does not.
 """
 
 from __future__ import annotations
