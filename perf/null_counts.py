@@ -15,8 +15,7 @@ from torch import Tensor
 
 from perf import null_library
 from perf.sides import Side, build_model_on, build_ours
-from samdetr.engine.checkpoint.weights import choose_device
-from samdetr.engine.compute.precision import choose_compute
+from samdetr.engine.compute.precision import choose_compute, choose_device
 from samdetr.recipe import Recipe
 from samdetr.structures import Batch
 

@@ -85,9 +85,9 @@ def record_model(recipe: Recipe) -> None:
     from perf.null_counts import grid_sample_without_cudnn
     from perf.sides import build_model_on
     from samdetr.data.device import to_device
-    from samdetr.engine.checkpoint.weights import choose_device
-    from samdetr.engine.compute.start_up import random_batch
-    from samdetr.engine.step import forward, forward_backward
+    from samdetr.engine.compute.precision import autocast, choose_device
+    from samdetr.engine.start_up import random_batch
+    from samdetr.engine.step import forward_backward
     from samdetr.loss import build_criterion
 
     device = choose_device("cuda", recipe.compute.kernels)
@@ -101,8 +101,8 @@ def record_model(recipe: Recipe) -> None:
         with grid_sample_without_cudnn(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's ops that are not deterministic
             forward_backward(model.train(), criterion, batch, batch.targets.counts.sum(), precision=precision)
-            with torch.no_grad():
-                forward(model.eval(), criterion, batch, precision=precision)
+            with torch.no_grad(), autocast(precision, device):
+                model.eval()(batch.images, batch.image_sizes)
     torch.cuda.empty_cache()
 
 

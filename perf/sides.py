@@ -6,8 +6,7 @@ What a recipe key changes about our step is built in `build_ours`, and nowhere e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +23,10 @@ from perf.baseline import (
 )
 from samdetr.data.device import to_device
 from samdetr.engine.compute.precision import EXACT, Compute
-from samdetr.engine.compute.start_up import prepare_step
 from samdetr.engine.optim import build_optimizer
-from samdetr.engine.run.log import step_values
-from samdetr.engine.step import forward, forward_backward, train_step, update
+from samdetr.engine.run.metrics import step_values
+from samdetr.engine.start_up import prepare_step
+from samdetr.engine.step import forward_backward, train_step, update
 from samdetr.loss import SetCriterion, build_criterion
 from samdetr.models import Detector, build_model
 from samdetr.recipe import Recipe
@@ -36,6 +35,21 @@ from samdetr.structures import Batch, Targets
 Mark = Callable[[str], None]  # called at the end of every phase with its name
 STEP_VALUES = step_values(SetCriterion.logged)
 PHASES = ("data", "forward", "criterion", "backward", "update", "log")
+
+
+class Marked:
+    """A module that marks the end of a phase when its call is done; all else is the module's own."""
+
+    def __init__(self, module: nn.Module, mark: Mark, phase: str) -> None:
+        self.module, self.mark, self.phase = module, mark, phase
+
+    def __call__(self, *arguments: Any) -> Any:
+        found = self.module(*arguments)
+        self.mark(self.phase)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
 
 
 class Side(NamedTuple):
@@ -75,13 +89,13 @@ def build_ours(
     count, _, height, width = batches[0].images.shape
     graphs = prepare_step(
         model,
+        model,
         criterion,
         optimizer,
-        partial(forward_backward, model, criterion),
-        partial(update, optimizer, clip_norm),
         compute=compute,
         on_failure="error",
-        shapes=[(height, width)],
+        clip_norm=clip_norm,
+        bucket_shapes=[(height, width)],
         micro_batch=count,
         max_objects=batches[0].targets.labels.shape[1],
         device=device,
@@ -93,7 +107,7 @@ def build_ours(
         batch = [to_device(batches[turn % len(batches)], device)]
         return train_step(
             model, criterion, optimizer, batch, device=device, clip_norm=clip_norm, precision=precision, graphs=graphs
-        ).values
+        )
 
     def values(turn: int) -> dict[str, float]:
         return dict(zip(step_values(criterion.logged), step(turn).tolist(), strict=True))
@@ -102,13 +116,10 @@ def build_ours(
         optimizer.zero_grad(set_to_none=graphs is None)
         moved = to_device(batches[turn % len(batches)], device)
         mark("data")
-        outputs = forward(model, criterion, moved, precision=precision)
-        mark("forward")
-        losses = criterion(outputs, moved.targets, moved.targets.counts.sum())
-        mark("criterion")
-        losses.total.backward()
+        parts = Marked(model, mark, "forward"), Marked(criterion, mark, "criterion")
+        loss = forward_backward(*parts, moved, moved.targets.counts.sum(), precision=precision)[0]
         mark("backward")
-        update(optimizer, clip_norm, losses.total.detach())
+        update(optimizer, clip_norm, loss)
         mark("update")
 
     return Side("ours", model, optimizer, step, values, phases, recorded=graphs is not None)

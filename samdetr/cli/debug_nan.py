@@ -17,6 +17,6 @@ def debug_nan(
 
     Exit code 0 where all is finite now, 1 where it is not. Needs the training data of the run.
     """
-    from samdetr.engine.failures.debug_nan import debug_nan as replay
+    from samdetr.engine.debug_nan import debug_nan as replay
 
     sys.exit(0 if replay(file) else 1)

@@ -58,12 +58,12 @@ def train(
 
     processes = 1 if is_launched() else processes_wanted(nproc, resolved, visible_gpus(resolved))
     if processes > 1:
-        sys.exit(launch(processes, _as_typed(recipe, changes, resume, profile)))
+        sys.exit(launch(processes, _command_line(recipe, changes, resume, profile)))
     run_training(resolved, resume=resume, profile=profile)
 
 
-def _as_typed(recipe: str | None, overrides: list[str], resume: str | None, profile: bool) -> list[str]:
-    """The command line of one process."""
+def _command_line(recipe: str | None, overrides: list[str], resume: str | None, profile: bool) -> list[str]:
+    """Return the arguments of the command in one process."""
     arguments = ["train", *([recipe] if recipe else [])]
     arguments += [word for override in overrides for word in ("--set", override)]
     arguments += [] if resume is None else ["--resume", *([resume] if resume else [])]
@@ -71,6 +71,7 @@ def _as_typed(recipe: str | None, overrides: list[str], resume: str | None, prof
 
 
 def _recipe_of_run(resume: str | None) -> Path:
+    """Return the recipe file of the run to continue."""
     if not resume:
         raise typer.BadParameter("give a RECIPE, or --resume RUN to continue that run.", param_hint="RECIPE")
     file = Path(resume) / "recipe.toml"
@@ -80,9 +81,9 @@ def _recipe_of_run(resume: str | None) -> Path:
 
 
 def mark_resume(arguments: list[str]) -> list[str]:
-    """The arguments with ``--resume [RUN]`` written as ``--resume=RUN``; no RUN becomes ``--resume=``.
+    """Write ``--resume [RUN]`` among the arguments as ``--resume=RUN``, without a RUN as ``--resume=``.
 
-    What follows ``--resume`` is its RUN unless it is an option or a recipe file (it ends in .toml).
+    The word after ``--resume`` is its RUN unless it is an option or a recipe file (it ends in .toml).
     """
     marked: list[str] = []
     rest = iter(enumerate(arguments))

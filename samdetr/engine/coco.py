@@ -1,4 +1,4 @@
-"""Detections as columns, and the COCO numbers of them: by hotcoco, or by pycocotools, which defines them."""
+"""Detections as columns, and their COCO numbers: by hotcoco, or by pycocotools, which defines them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from samdetr.data.datasets import CocoData, Floats, Ints, positions
-from samdetr.engine.run.log import STAT_NAMES
 from samdetr.errors import NonFiniteError, RecipeError
 from samdetr.structures import Categories, Detections
 
 Evaluator = Literal["hotcoco", "pycocotools"]
+STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
 @dataclass(frozen=True)
 class CocoDetections:
-    """D lines of a COCO results file as columns, in the order of the images and the best of an image first."""
+    """D lines of a COCO results file as columns, in order of the images, the best of an image first."""
 
     image_ids: Ints  # [D]
     category_ids: Ints  # [D]
@@ -35,13 +35,13 @@ class CocoDetections:
         return len(self.scores)
 
     def where(self, chosen: NDArray[np.bool_] | Ints) -> CocoDetections:
-        """The detections that ``chosen`` names: [D] or, in a new order, their positions."""
+        """Select detections. chosen: a mask [D], or positions in a new order."""
         return CocoDetections(
             self.image_ids[chosen], self.category_ids[chosen], self.boxes[chosen], self.scores[chosen]
         )
 
     def lines(self) -> list[dict[str, Any]]:
-        """The results file: image_id, category_id, bbox and score of each detection."""
+        """Return the lines of a results file: image_id, category_id, bbox and score of each detection."""
         columns = (self.image_ids, self.category_ids, self.boxes, self.scores)
         return [
             {"image_id": image, "category_id": category, "bbox": box, "score": score}
@@ -57,7 +57,7 @@ class Evaluation(NamedTuple):
 
 
 def coco_detections(found: Detections, image_ids: Sequence[int], categories: Categories) -> CocoDetections:
-    """The detections of B images, in one transfer from their device.
+    """Copy the detections of B images to the host in one transfer, as columns.
 
     Logits without a category are left out, and scores of 0 of boxes at 0, which fill up an image that has fewer.
     """
@@ -75,7 +75,7 @@ def coco_detections(found: Detections, image_ids: Sequence[int], categories: Cat
 
 
 def choose_evaluator(wanted: Literal["auto", "fast", "pycocotools"]) -> Evaluator:
-    """Who computes the numbers, from the recipe key eval.evaluator. Raises RecipeError where "fast" is missing."""
+    """Return what computes the numbers, by the key eval.evaluator. Raises RecipeError where hotcoco is missing."""
     if wanted == "pycocotools":
         return "pycocotools"
     try:
@@ -91,7 +91,7 @@ def choose_evaluator(wanted: Literal["auto", "fast", "pycocotools"]) -> Evaluato
 
 
 def coco_evaluate(data: CocoData, results: CocoDetections, *, evaluator: Evaluator) -> Evaluation:
-    """The twelve COCO numbers and AP per class, the same to the last bit by either evaluator.
+    """Compute the twelve COCO numbers and AP per class, the same to the last bit by either evaluator.
 
     Crowds are handled, and detections with equal scores ordered, as pycocotools does. Raises NonFiniteError when
     a score or box is not finite.
@@ -113,19 +113,19 @@ def coco_evaluate(data: CocoData, results: CocoDetections, *, evaluator: Evaluat
 
 
 def _check_finite(results: CocoDetections, split: str) -> None:
-    """A NaN has no place among the scores: the evaluators would disagree about it, or stop."""
+    """Refuse NaN among the scores: the evaluators would disagree about it, or stop."""
     bad = ~(np.isfinite(results.scores) & np.isfinite(results.boxes).all(axis=1))
     if bad.any():
         ids = np.unique(results.image_ids[bad]).tolist()
         named = ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")
         raise NonFiniteError(
             f"the model's predictions are not finite in {len(ids)} images of the {split} split (image ids {named}): "
-            "its weights are damaged or have overflowed; go on from an earlier checkpoint with a lower optim.lr."
+            "its weights are damaged or have overflowed; continue from an earlier checkpoint with a lower optim.lr."
         )
 
 
 def _by_hotcoco(data: CocoData, results: CocoDetections) -> Any:
-    """Images and categories are numbered by rank: the results are an array of floats, in which large ids are not exact.
+    """Evaluate with images and categories numbered by rank: results are floats, in which large ids are not exact.
 
     Ranks keep the order of the ids, by which equal scores of different images are ordered.
     """
@@ -163,7 +163,7 @@ def _by_pycocotools(data: CocoData, results: CocoDetections) -> Any:
 
 
 def _coco_dataset(data: CocoData) -> dict[str, object]:
-    """Annotation ids are renumbered from 1: pycocotools takes an id of 0 for "unmatched"."""
+    """Build the ground truth with annotation ids from 1: pycocotools takes an id of 0 for "unmatched"."""
     columns = zip(
         data.ann_image_id.tolist(),
         data.ann_category.tolist(),

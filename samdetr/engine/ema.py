@@ -1,4 +1,4 @@
-"""The moving average of a model's weights, which is evaluated in their place."""
+"""The exponential moving average of a model's weights, which is evaluated in their place."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """decay: in (0, 1). The model must be on its device, and shared among processes, already."""
+        """Begin with the parameters. decay: in (0, 1). The model must be on its device, and sharded, already."""
         self.model, self.decay, self.count = model, decay, 0
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.averages = {name: value.detach().clone() for name, value in self.parameters.items()}
 
     def update(self, skipped: Tensor | None = None) -> None:
-        """Take the parameters in, after a step; not where ``skipped`` ([], on the device), if given, is not 0."""
+        """Average the parameters in after a step, unless ``skipped`` ([], on the device) is given and is not 0."""
         decay = min(self.decay, (1 + self.count) / (WARM_UP + self.count))
         parameters = [local_shard(value.detach()) for value in self.parameters.values()]
         averages = [local_shard(value) for value in self.averages.values()]
@@ -41,7 +41,7 @@ class EMA:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within the context the model's parameters hold their averages."""
+        """Put the averages into the model's parameters for the length of the context."""
         parameters = [local_shard(value.detach()) for value in self.parameters.values()]
         trained = [value.clone() for value in parameters]
         torch._foreach_copy_(parameters, [local_shard(value) for value in self.averages.values()])
@@ -53,9 +53,14 @@ class EMA:
             reshard(self.model)
 
     def load(self, averages: Mapping[str, Tensor], count: int) -> None:
-        """Go on from a checkpoint's averages. Raises CheckpointError where they are of other parameters."""
+        """Continue from a checkpoint's averages. Raises CheckpointError where they are of other parameters."""
         if averages.keys() != self.averages.keys():
             raise CheckpointError("the checkpoint has no averages of these weights: was optim.ema_decay 0 before?")
         for name, value in self.averages.items():
             value.copy_(shard_like(averages[name], value))
         self.count = count
+
+
+def build_ema(model: nn.Module, decay: float) -> EMA | None:
+    """Build the average that ``optim.ema_decay`` asks for; None where it is 0."""
+    return EMA(model, decay) if decay else None

@@ -1,9 +1,9 @@
-"""The model over a whole split, during training and for saved checkpoints."""
+"""Evaluation: the model over the whole val split, in a run and for saved checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -17,14 +17,16 @@ from samdetr.data.checks import check_data, raise_for_errors
 from samdetr.data.datasets import CocoData, make_categories, positions
 from samdetr.data.device import prefetch
 from samdetr.data.loader import EvalLoader
-from samdetr.data.splits import build_dataset, read_split
-from samdetr.engine.checkpoint.weights import choose_device, load_trained
-from samdetr.engine.coco import CocoDetections, choose_evaluator, coco_detections, coco_evaluate
+from samdetr.data.splits import Splits, build_dataset, read_split
+from samdetr.engine.checkpoint.weights import load_trained
+from samdetr.engine.coco import CocoDetections, Evaluator, choose_evaluator, coco_detections, coco_evaluate
 from samdetr.engine.compute.compile import eagerly
-from samdetr.engine.compute.precision import autocast, choose_precision
+from samdetr.engine.compute.precision import autocast, choose_device, choose_precision
 from samdetr.engine.distributed.world import World
-from samdetr.engine.failures.out_of_memory import START_UP, described, evaluating, named, placing
-from samdetr.engine.run.log import print_evaluation, print_findings, print_per_class
+from samdetr.engine.failures.out_of_memory import START_UP, batch_size, explain_evaluation, explain_place, note_place
+from samdetr.engine.run.log import RunLog, Timer, print_evaluation, print_findings, print_per_class
+from samdetr.engine.run.pictures import draw_validation
+from samdetr.engine.state import TrainState
 from samdetr.errors import RecipeError
 from samdetr.loss.boxes import cxcywh_to_xyxy
 from samdetr.models import Detector, build_model
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 def best_detections(
     outputs: Outputs, original_sizes: Tensor, top_k: int, classification: Literal["focal", "softmax"] = "focal"
 ) -> Detections:
-    """The ``top_k`` best scores of the final layer, in pixels of the original images, best first.
+    """Select the ``top_k`` best scores of the final layer, in pixels of the original images, best first.
 
     original_sizes: [B, 2] (h, w). "focal": of all query-class scores, N = min(top_k, Q * K) detections an image.
     "softmax": of each query's best class that is not the last, no object: N = min(top_k, Q).
@@ -69,10 +71,10 @@ def detect(
     precision: torch.dtype = torch.float32,
     after_batch: Callable[[int], None] | None = None,
 ) -> CocoDetections:
-    """Run the model in evaluation mode over all images; logits without a category are left out.
+    """Run the model in evaluation mode over all images and return its detections; logits without a category have none.
 
     The detections stay on the device until the last batch: nothing waits for it before. ``after_batch`` is called
-    ``len(loader)`` times, with the number of batches done, and may raise to stop.
+    ``len(loader)`` times with the number of batches done, and may raise to stop.
     """
     parts: list[Detections] = []
     image_ids: list[int] = []
@@ -81,7 +83,7 @@ def detect(
     try:
         for done, (batch,) in enumerate(prefetch(([batch] for batch in loader), device), start=1):
             # images of any size: nothing to compile
-            with named(partial(described, batch)), eagerly(), autocast(precision, device):
+            with note_place(batch_size(batch)), eagerly(), autocast(precision, device):
                 outputs = model(batch.images, batch.image_sizes)
             sizes = batch.original_sizes.to(device, non_blocking=True)
             parts.append(best_detections(outputs, sizes, top_k, classification))
@@ -95,10 +97,10 @@ def detect(
 
 
 def gather_detections(found: CocoDetections, world: World, order: NDArray[np.int64]) -> CocoDetections | None:
-    """The detections of all processes in the main one, as it would have found them alone; None in the others.
+    """Gather the detections of all processes in the main one, in order of the images; return None in the others.
 
     order: ids of the images in the order of the data set. Of an image that several processes ran (`EvalLoader`
-    repeats some) the first one's detections count.
+    repeats some) the detections of the lowest rank count.
     """
     if world.size == 1:
         return found
@@ -113,6 +115,62 @@ def gather_detections(found: CocoDetections, world: World, order: NDArray[np.int
     kept = np.flatnonzero(ranks == first[places])
     in_order = kept[np.argsort(places[kept], kind="stable")]
     return CocoDetections(image_ids, category_ids, boxes, scores).where(in_order)
+
+
+def evaluate_epoch(
+    state: TrainState,
+    loader: EvalLoader,
+    splits: Splits,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    evaluator: Evaluator,
+    precision: torch.dtype,
+    device: torch.device,
+    world: World,
+    log: RunLog,
+    after_batch: Callable[[], None],
+) -> bool:
+    """Evaluate a run on the val split, report and draw it; return whether the AP is the best, and keep it then.
+
+    folder: of the run. after_batch: called after each batch; it may raise to stop.
+    """
+    progress, timer = state.progress, Timer()
+
+    def count(done: int) -> None:
+        log.evaluating(progress.epoch, done, len(loader))
+        after_batch()
+
+    with state.averaged():
+        found = detect(
+            state.model,
+            loader,
+            splits.categories,
+            device=device,
+            top_k=recipe.eval.top_k,
+            classification=recipe.loss.classification,
+            precision=precision,
+            after_batch=count,
+        )
+    results = gather_detections(found, world, splits.val.image_ids)
+
+    def report() -> float:
+        assert results is not None  # in the main process
+        evaluation = coco_evaluate(splits.val, results, evaluator=evaluator)
+        ap = evaluation.stats["AP"]
+        best, seconds = ap > progress.best_ap, timer.lap()
+        log.evaluation(
+            progress.epoch, evaluation.stats, evaluation.per_class, evaluator=evaluator, seconds=seconds, best=best
+        )
+        picture, max_pixels = folder / "val_predictions.png", recipe.data.max_pixels
+        draw_validation(picture, splits.val, results, splits.categories, max_pixels=max_pixels)
+        return ap
+
+    ap = world.broadcast_from_main(report)
+    best = ap > progress.best_ap
+    if best:
+        progress.best_ap, progress.best_epoch = ap, progress.epoch
+    return best
 
 
 def evaluate_checkpoint(path: str, *, overrides: list[str]) -> None:
@@ -144,7 +202,7 @@ def evaluate_official(path: str, recipe: Recipe) -> None:
 
 
 def _evaluate_and_print(model: Detector, recipe: Recipe, raw: CocoData, categories: Categories, *, title: str) -> None:
-    """raw: the val split, unchecked."""
+    """Evaluate a model, whose weights are loaded, and print tables. raw: the val split, unchecked."""
     console = Console()
     device = choose_device(recipe.run.device, recipe.compute.kernels)
     evaluator = choose_evaluator(recipe.eval.evaluator)
@@ -158,9 +216,10 @@ def _evaluate_and_print(model: Detector, recipe: Recipe, raw: CocoData, categori
     raise_for_errors([report])
     dataset = build_dataset(data, categories, recipe.data, recipe.augment, seed=recipe.run.seed, training=False)
     loader = EvalLoader(dataset, batch=recipe.eval.batch, workers=recipe.data.workers, pin_memory=device.type == "cuda")
-    with placing(device, START_UP):
+    with explain_place(device, START_UP):
         model.to(device)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar, evaluating(recipe, device):
+    progress = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with progress as bar, explain_evaluation(recipe, device):
         task = bar.add_task("evaluating", total=len(loader))
         results = detect(
             model,

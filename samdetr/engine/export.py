@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from samdetr.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from samdetr.engine.checkpoint.format import EXPORTED, facts_of, meta_file, read_meta, reason_of, sync, write_meta
+from samdetr.engine.checkpoint.format import EXPORTED, meta_file, read_meta
+from samdetr.engine.checkpoint.saving import save_weights, write_whole
 from samdetr.engine.checkpoint.weights import load_trained
 from samdetr.engine.run.folder import METRICS_FILE
 from samdetr.errors import CheckpointError
@@ -23,7 +21,7 @@ PIXELS = {"channels": "RGB", "range": [0.0, 1.0], "mean": list(IMAGENET_MEAN), "
 
 
 def export(target: str, *, weights: str | None, official: str | None) -> list[Path]:
-    """Write the weights of a run or checkpoint, the averaged ones where it has them; returns the files.
+    """Write the weights of a run or checkpoint, the averaged ones where it has them, and return the files.
 
     weights: NAME.safetensors, beside which NAME.json gets the recipe, the categories, the step, the numbers of its
     evaluation and a checksum; ``init.checkpoint``, eval and predict read the pair strictly. official: a .pth file in
@@ -43,10 +41,8 @@ def export(target: str, *, weights: str | None, official: str | None) -> list[Pa
     state = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
     if official:
         layout = {"model": to_official(trained.model)}
-        written(Path(official), lambda file: torch.save(layout, file))
+        write_whole(Path(official), lambda file: torch.save(layout, file))
     if weights:
-        place = Path(weights)
-        written(place, lambda file: file.write_bytes(save(state, metadata={"format": "pt"})))
         meta = read_meta(meta_file(trained.path))
         content: dict[str, object] = {
             "system": trained.recipe.model.system,
@@ -58,30 +54,15 @@ def export(target: str, *, weights: str | None, official: str | None) -> list[Pa
             "pixels": PIXELS,
             "environment": {key: meta["environment"][key] for key in ("commit", "versions")},
             **{key: meta[key] for key in ("recipe", "categories", "data")},
-            "files": {place.name: facts_of(place)},
         }
-        written(place.with_suffix(".json"), lambda file: write_meta(file, content))
+        save_weights(Path(weights), state, content)
     return files
 
 
 def _metrics_of(path: Path, meta: Mapping[str, Any]) -> object:
-    """The evaluation of a checkpoint in a run, None where there was none."""
-    if "metrics" in meta:  # what is exported again
+    """Return the evaluation of a checkpoint in a run, None where there was none."""
+    if "metrics" in meta:  # of an export, exported again
         return meta["metrics"]
     file = path.parent.parent / METRICS_FILE
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     return next((line for line in lines if (line["kind"], line["step"]) == ("eval", meta["progress"]["step"])), None)
-
-
-def written(file: Path, write: Callable[[Path], object]) -> None:
-    """The whole file or none."""
-    unfinished = file.with_name(f".{file.name}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(unfinished)
-        sync(unfinished)
-        os.replace(unfinished, file)
-    except (OSError, RuntimeError) as error:  # torch's own errors of writing are RuntimeErrors
-        with suppress(OSError):
-            unfinished.unlink()
-        raise CheckpointError(f"cannot write {file} ({reason_of(error)}): choose another place.") from error

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class NonFiniteGuard(torch.optim.Optimizer):
-    """An optimizer that takes no step of which a number was not finite; nobody waits to find out.
+    """An optimizer that skips a step whose loss or gradient is not finite; the host does not wait to find out.
 
-    After more than ``max_skips`` such steps in a row it changes nothing any more: whoever notices, however late, finds
-    everything as it was at that step. The switch is ``found_inf`` ([] float32, 0 or 1), which torch's fused optimizers
-    read on the device, made for loss scaling; its steps in a row are ``consecutive_skips`` ([] float32). Parameters
-    must be on their device already.
+    After more than ``max_skips`` such steps in a row it changes nothing any more: when the host learns of it, however
+    late, everything is as it was at that step. The switch is ``found_inf`` ([] float32, 0 or 1), which torch's fused
+    optimizers read on the device for loss scaling; ``consecutive_skips`` ([] float32) counts the skipped steps in a
+    row. Parameters must be on their device already.
     """
 
     found_inf: Tensor
@@ -29,7 +29,7 @@ class NonFiniteGuard(torch.optim.Optimizer):
     max_skips: int = 0
 
     def prepare(self) -> None:
-        """Put the switch, and on a GPU the rates, where the fused step reads them."""
+        """Put the switch, and on a GPU the learning rates, where the fused step reads them."""
         device = self.param_groups[0]["params"][0].device
         if device.type == "cuda":  # a rate that a CUDA graph reads must be a tensor there, of each group its own
             for group in self.param_groups:
@@ -38,14 +38,14 @@ class NonFiniteGuard(torch.optim.Optimizer):
         self.consecutive_skips = torch.zeros((), device=device)
 
     def guard(self, *values: Tensor) -> None:
-        """Leave everything as it is in this step if one of ``values`` (scalars) is NaN or infinite."""
+        """Skip this step if one of ``values`` (scalars) is NaN or infinite."""
         finite = torch.stack([torch.isfinite(value) for value in values]).all()
         self.found_inf.copy_(~finite | (self.consecutive_skips > self.max_skips))
         self.consecutive_skips.add_(1).mul_(self.found_inf)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within the context no step changes anything, whatever `guard` sees."""
+        """Skip every step within the context, whatever `guard` finds."""
         before = self.consecutive_skips.clone()
         self.consecutive_skips.fill_(self.max_skips + 1)
         try:
@@ -56,19 +56,20 @@ class NonFiniteGuard(torch.optim.Optimizer):
 
 
 class RunningStatistics:
-    """The statistics of live BatchNorm, which a forward pass changes: `undo` puts them back after a skipped step."""
+    """The statistics of live BatchNorm, which a forward pass changes: `undo` restores them after a skipped step."""
 
-    def __init__(self, model: nn.Module) -> None:
-        live = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    def __init__(self, model: nn.Module, *, kept: bool) -> None:
+        """Find them. kept: whether a step may be skipped; without it the other calls do nothing."""
+        live = [part for part in model.modules() if kept and isinstance(part, nn.modules.batchnorm._BatchNorm)]
         self._buffers = [buffer for part in live for buffer in part.buffers()]
         self._before: list[Tensor] = []
 
     def keep(self) -> None:
-        """Copy them, before a step."""
+        """Copy the statistics, before a step."""
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def undo(self, skipped: Tensor) -> None:
-        """Put them back where ``skipped`` ([], on the device) is not 0."""
+        """Restore the statistics where ``skipped`` ([], on the device) is not 0."""
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(torch.where(skipped > 0, before, buffer))
 
@@ -128,7 +129,7 @@ def build_optimizer(model: Detector, section: OptimSection, *, max_skips: int = 
 
 
 def lr_factor(section: OptimSection, *, step: int, epoch: int, total_steps: int) -> float:
-    """What every base learning rate is multiplied by at a step (from 0, of ``total_steps``) of an epoch (from 0)."""
+    """Return the factor of all base learning rates at a step (from 0, of ``total_steps``) of an epoch (from 0)."""
     warmup = min(1.0, (step + 1) / section.warmup_steps) if section.warmup_steps else 1.0
     if section.schedule == "cosine":
         return warmup * 0.5 * (1 + math.cos(math.pi * step / total_steps))
@@ -136,7 +137,7 @@ def lr_factor(section: OptimSection, *, step: int, epoch: int, total_steps: int)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group to ``factor`` times its base rate; what is a tensor stays that tensor."""
+    """Set every group's learning rate to ``factor`` times its base rate; a tensor stays the same tensor."""
     for group in optimizer.param_groups:
         rate = group["base_lr"] * factor
         if isinstance(group["lr"], Tensor):

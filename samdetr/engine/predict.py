@@ -12,11 +12,11 @@ from torch import Tensor
 
 from samdetr.data.decode import decode_image
 from samdetr.data.transforms import build_eval_transform
-from samdetr.engine.checkpoint.weights import choose_device, load_trained
+from samdetr.engine.checkpoint.weights import load_trained
 from samdetr.engine.coco import CocoDetections, coco_detections
-from samdetr.engine.compute.precision import autocast, choose_precision
+from samdetr.engine.compute.precision import autocast, choose_device, choose_precision
 from samdetr.engine.evaluate import best_detections
-from samdetr.engine.failures.out_of_memory import START_UP, placing
+from samdetr.engine.failures.out_of_memory import START_UP, explain_place
 from samdetr.errors import DataError, SamdetrError
 from samdetr.visualize.predictions import draw_detections, save_png
 
@@ -42,7 +42,7 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
         "cpu" if recipe.run.device == "cpu" else "auto",  # "cuda" was the training machine's
         recipe.compute.kernels,
     )
-    with placing(device, START_UP):
+    with explain_place(device, START_UP):
         model.to(device).eval()
     precision = choose_precision(recipe.compute.precision, device)
     transform = build_eval_transform(recipe.augment)
@@ -59,7 +59,7 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
             continue
         _make_folder(folder)
         image, _, _ = transform(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        with placing(device, f"the prediction of {photo}"), autocast(precision, device):
+        with explain_place(device, f"the prediction of {photo}"), autocast(precision, device):
             outputs = model(image[None].to(device), torch.tensor([image.shape[-2:]], device=device))
             original = torch.tensor([pixels.shape[-2:]], device=device)
             found = best_detections(outputs, original, recipe.eval.top_k, recipe.loss.classification)
@@ -82,7 +82,7 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
 
 
 def draw_kept(pixels: Tensor, kept: CocoDetections, names: dict[int, str]) -> Tensor:
-    """The photo uint8 [3, H, W] with its detections; names by category id."""
+    """Draw the detections on the photo, uint8 [3, H, W]. names: by category id."""
     boxes = torch.from_numpy(kept.boxes).float()
     corners = torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=-1)
     labels = [names[number] for number in kept.category_ids.tolist()]
@@ -90,7 +90,7 @@ def draw_kept(pixels: Tensor, kept: CocoDetections, names: dict[int, str]) -> Te
 
 
 def find_photos(source: Path) -> list[Path]:
-    """The photo, or the photos of the folder by name. Raises DataError when there is none."""
+    """List the photo, or the photos of the folder by name. Raises DataError when there is none."""
     if source.is_dir():
         photos = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)
         if not photos:
@@ -109,7 +109,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _write_json(file: Path, content: dict[str, list[dict[str, object]]]) -> None:
-    """The whole file or none: half of one would be taken for an earlier prediction."""
+    """Write the whole file or none: half of one would be taken for an earlier prediction."""
     unfinished = file.with_name(f".{file.name}.tmp")
     try:
         unfinished.write_text(json.dumps(content, indent=1))

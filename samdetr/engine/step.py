@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from samdetr.engine.compute.cuda_graph import StepGraphs
 from samdetr.engine.compute.precision import autocast
 from samdetr.engine.distributed.parallel import full_tensor, no_grad_sync
 from samdetr.engine.distributed.world import ALONE, World
-from samdetr.engine.failures.out_of_memory import described, named
-from samdetr.structures import Batch, Outputs, RegionLosses
-
-if TYPE_CHECKING:
-    from samdetr.engine.compute.cuda_graph import StepGraphs
-    from samdetr.engine.optim import NonFiniteGuard
-    from samdetr.loss import Criterion
-
-
-class StepResult(NamedTuple):
-    """What one optimizer step reports, still on the device."""
-
-    values: Tensor  # float, in the order of `log.step_values`
+from samdetr.engine.failures.out_of_memory import batch_size, note_place
+from samdetr.engine.optim import NonFiniteGuard
+from samdetr.loss import Criterion
+from samdetr.structures import Batch
 
 
 def train_step(
@@ -39,54 +29,48 @@ def train_step(
     graphs: StepGraphs | None = None,
     world: World = ALONE,
     seeds: Sequence[int] | None = None,
-) -> StepResult:
-    """Forward, loss, backward over the micro-batches, then clip and update: one step of the whole batch.
+) -> Tensor:
+    """Take one step of the whole batch and return its values, float [V] on the device (`metrics.step_values`).
 
-    The loss is divided by the number of boxes of the whole step, so that its gradient does not depend on how the batch
-    is split, nor among how many processes: ``batch`` is this one's share, the values are the world's. clip_norm 0: no
-    clipping. precision: what matrix products and convolutions compute in, float32 or bfloat16; parameters, boxes, costs
-    and losses are float32 either way. graphs: replayed instead, if given. seeds: of each micro-batch's dropout; None:
-    torch's generator goes on. Nothing waits for the device: where the matching cost, the loss or the gradient is not
-    finite, the optimizer changes nothing in this step, nor in later ones where it may not skip so many in a row.
+    The loss is divided by the number of boxes of the whole step, so its gradient does not depend on how the batch is
+    split into micro-batches or among processes. ``batch`` is this process's share, the values are of all processes.
+    clip_norm: 0 clips nothing. precision: float32 or bfloat16, for matrix products and convolutions; parameters, boxes,
+    costs and losses are float32 either way. graphs: replayed in place of the eager step. seeds: of each micro-batch's
+    dropout; None continues torch's generator. The host never waits for the device. Where the matching cost, the loss or
+    the gradient is not finite the optimizer changes nothing (`NonFiniteGuard`).
     """
     optimizer.zero_grad(set_to_none=graphs is None)
     moved = [micro.to(device) for micro in batch]
     num_boxes = world.sum(torch.stack([micro.targets.counts.sum() for micro in moved]).sum())
-    run = graphs.forward_backward if graphs else partial(forward_backward, model, criterion, precision=precision)
     values: list[Tensor] = []
-    for place, micro in enumerate(moved, start=1):
+    for place, micro in enumerate(moved):
         if seeds is not None:
-            torch.manual_seed(seeds[place - 1])
-        with no_grad_sync(model, keep=place < len(moved)):
-            values.append(run(micro, num_boxes))
+            torch.manual_seed(seeds[place])
+        with no_grad_sync(model, keep=place < len(moved) - 1):
+            if graphs:
+                values.append(graphs.forward_backward(micro, num_boxes))
+            else:
+                values.append(forward_backward(model, criterion, micro, num_boxes, precision=precision))
     *sums, class_error = world.sum(torch.stack(values).sum(0)).unbind()
     grad_norm = graphs.update(sums[0]) if graphs else update(optimizer, clip_norm, sums[0])
-    return StepResult(torch.stack([*sums, class_error / (len(moved) * world.size), grad_norm]))
+    return torch.stack([*sums, class_error / (len(moved) * world.size), grad_norm])
 
 
 def forward_backward(
     model: nn.Module, criterion: Criterion, batch: Batch, num_boxes: Tensor, *, precision: torch.dtype
 ) -> Tensor:
-    """Add the gradients of one micro-batch to those of the parameters; its values, as in `log.step_values`."""
-    with named(partial(described, batch)):
-        outputs = forward(model, criterion, batch, precision=precision)
+    """Add one micro-batch's gradients to the parameters' and return its values, all of `step_values` but grad_norm."""
+    with note_place(batch_size(batch)):
+        with autocast(precision, batch.images.device):
+            outputs = model(batch.images, batch.image_sizes, *criterion.model_targets(batch.targets))
         losses = criterion(outputs, batch.targets, num_boxes)
         losses.total.backward()
     terms = losses.terms
     return torch.stack([losses.total.detach(), *(terms[name] for name in criterion.logged), terms["class_error"]])
 
 
-def forward(model: nn.Module, criterion: Criterion, batch: Batch, *, precision: torch.dtype) -> Outputs | RegionLosses:
-    """Call the model on a micro-batch as training does; the result is for the criterion. precision: of products."""
-    with autocast(precision, batch.images.device):
-        outputs: Outputs | RegionLosses = model(
-            batch.images, batch.image_sizes, *criterion.model_targets(batch.targets)
-        )
-    return outputs
-
-
 def update(optimizer: NonFiniteGuard, clip_norm: float, loss: Tensor) -> Tensor:
-    """Clip the gradients and take the optimizer's step; returns their norm before. All on the device."""
+    """Clip the gradients, take the optimizer's step, and return the gradient norm before clipping, on the device."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm else float("inf")))
     optimizer.guard(loss, grad_norm)

@@ -1,10 +1,9 @@
-"""Training: `train` builds everything from a recipe and loops over its epochs."""
+"""Training: `train` builds a run from its recipe and loops over its epochs and steps."""
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,24 +12,26 @@ import torch
 from rich.console import Console
 
 from samdetr.data.device import prefetch
-from samdetr.engine.build import Training, build_training
-from samdetr.engine.checkpoint.weights import choose_device
-from samdetr.engine.coco import CocoDetections, coco_evaluate
+from samdetr.engine.build import Run, build_run
+from samdetr.engine.checkpoint.saving import Saver
 from samdetr.engine.compute.cuda_graph import StepGraphs
-from samdetr.engine.compute.start_up import prepare_step
-from samdetr.engine.distributed.world import init_world, is_communication_error
-from samdetr.engine.evaluate import detect, gather_detections
-from samdetr.engine.failures.nonfinite import report_all, report_steps
-from samdetr.engine.failures.out_of_memory import START_UP, named, placing, said_of_training
-from samdetr.engine.failures.replay import step_seed
-from samdetr.engine.optim import lr_factor, set_learning_rate
-from samdetr.engine.run.folder import METRICS_FILE, resume_command
-from samdetr.engine.run.log import Meter, RunLog, Stopwatch
-from samdetr.engine.run.metrics import RunAheadLimit, Step
-from samdetr.engine.run.pictures import draw_validation
+from samdetr.engine.compute.precision import choose_device
+from samdetr.engine.distributed.decision import Decision, Stopped, agree
+from samdetr.engine.distributed.signals import StopSignal
+from samdetr.engine.distributed.world import World, init_world
+from samdetr.engine.evaluate import evaluate_epoch
+from samdetr.engine.failures.errors import translate_errors
+from samdetr.engine.failures.nonfinite import StepReports
+from samdetr.engine.failures.out_of_memory import START_UP, explain_place, note_place
+from samdetr.engine.failures.replay import step_seeds
+from samdetr.engine.optim import RunningStatistics, lr_factor, set_learning_rate
+from samdetr.engine.run.folder import CHECKPOINTS, METRICS_FILE
+from samdetr.engine.run.log import RunLog, Timer
+from samdetr.engine.run.metrics import Meter, RunAheadLimit, Step
 from samdetr.engine.run.profile import StepProfiler
-from samdetr.engine.step import forward_backward, train_step, update
-from samdetr.errors import DataError, SamdetrError
+from samdetr.engine.start_up import prepare_step
+from samdetr.engine.step import train_step
+from samdetr.errors import DataError
 from samdetr.recipe import with_absolute_paths
 from samdetr.structures import Batch
 from samdetr.visualize.curves import plot_curves
@@ -52,256 +53,158 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
     device = choose_device(recipe.run.device, recipe.compute.kernels)
     with init_world(device, recipe.parallel) as world:
         console = Console(quiet=not world.is_main)
-        with placing(device, START_UP):
-            training = build_training(
-                recipe, resume=resume, device=device, world=world, console=console, train_step=train_step
-            )
-        return run(training, profile=profile)
+        with explain_place(device, START_UP):
+            run = build_run(recipe, resume=resume, device=device, world=world, console=console)
+        recipe, state, facts, folder, loader = run.recipe, run.state, run.facts, run.folder, run.train_loader
+        progress, epochs, precision = state.progress, run.recipe.train.epochs, run.compute.precision
+        say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        stop = StopSignal(prints=world.is_main)
+        saver = Saver(
+            folder / CHECKPOINTS, world, keep=recipe.checkpoint.keep, timeout=recipe.parallel.timeout, say=say
+        )
+        log = open_log(run, console, world)
+        reports = StepReports(state, recipe, folder, world, log, loader.image_ids, facts)
+        profiler = StepProfiler(folder / "profile" if profile and world.is_main else None, log.note)
+        statistics = RunningStatistics(state.model, kept=recipe.train.skips_allowed > 0)
+        translated = translate_errors(
+            recipe, progress, folder, world=world, stop=stop, saver=saver, say=say, device=device, precision=precision
+        )
+        with stop, closing(loader), closing(run.val_loader), translated, log, profiler:
+            graphs = start_up(run, device, world, stop, saver, log)
+            while progress.epoch < epochs:
+                stop_if_asked(world, stop, saver)
+                state.model.train()
+                batches = prefetch(loader.epoch(progress.epoch, progress.step_in_epoch), device)
+                timer, run_ahead = Timer(), RunAheadLimit(device)
+                while not progress.evaluation_due:
+                    data_timer = Timer()
+                    batch, bad_image = next_batch(batches)
+                    decision = agree(
+                        world, stop, bad_image=bool(bad_image), save_failed=saver.failed, not_finite=reports.failed
+                    )
+                    if decision is Decision.SAVE_FAILED:
+                        saver.wait()  # raises in the processes that know the reason
+                        raise SystemExit(1)
+                    if decision is not Decision.CONTINUE:
+                        reports.finish()  # raises NonFiniteError after Decision.NOT_FINITE
+                        state.save(saver, facts)  # between two steps: nothing done is lost
+                        saver.wait()
+                        raise Stopped if decision is Decision.STOP else bad_image or SystemExit(1)
+                    waited = data_timer.lap()
+                    factor = lr_factor(recipe.optim, step=progress.step, epoch=progress.epoch, total_steps=log.steps)
+                    set_learning_rate(state.optimizer, factor)
+                    statistics.keep()
+                    values = train_step(
+                        run.parallel_model,
+                        run.criterion,
+                        state.optimizer,
+                        batch,
+                        device=device,
+                        clip_norm=recipe.optim.clip_norm,
+                        precision=precision,
+                        graphs=graphs,
+                        world=world,
+                        seeds=step_seeds(recipe.run.seed, progress.step, len(batch), world),
+                    )
+                    statistics.undo(state.optimizer.found_inf)
+                    if state.ema:
+                        state.ema.update(state.optimizer.found_inf if recipe.train.skips_allowed else None)
+                    run_ahead.step()
+                    step = Step(progress.step + 1, progress.epoch, progress.step_in_epoch, recipe.optim.lr * factor)
+                    progress.step, progress.step_in_epoch = step.number, step.step_in_epoch + 1
+                    log.step(step.epoch, seconds=timer.lap(), waited=waited, images=recipe.train.total_batch)
+                    profiler.step()
+                    reports.add(step, values)
+                    epoch_done = progress.step_in_epoch == loader.steps_per_epoch
+                    if epoch_done or (recipe.checkpoint.every and step.number % recipe.checkpoint.every == 0):
+                        reports.finish()
+                        if epoch_done:
+                            log.epoch(step.epoch, state.epoch_meter.means())
+                            progress.evaluation_due, state.epoch_meter = True, Meter(state.epoch_meter.names)
+                        state.save(saver, facts)
+                best = is_evaluated(recipe, progress.epoch) and evaluate_epoch(
+                    state,
+                    run.val_loader,
+                    run.splits,
+                    recipe,
+                    folder,
+                    evaluator=run.evaluator,
+                    precision=precision,
+                    device=device,
+                    world=world,
+                    log=log,
+                    after_batch=partial(stop_if_asked, world, stop, saver),
+                )
+                progress.epoch, progress.step_in_epoch, progress.evaluation_due = progress.epoch + 1, 0, False
+                progress.finished = progress.epoch == epochs
+                saver.update(progress, best=best)
+                if world.is_main:
+                    plot_curves(folder / METRICS_FILE, folder / "curves.png")
+        found = f"best AP {progress.best_ap:.3f} in epoch {progress.best_epoch + 1}; "
+        log.note(f"finished: {found if progress.best_epoch >= 0 else ''}everything is in {folder}")
+        return folder
 
 
-def run(training: Training, *, profile: bool) -> Path:
-    """The epochs that are left, each with its evaluation; returns the run folder. See `train`."""
-    recipe, progress, world = training.recipe, training.progress, training.world
-    epochs = recipe.train.epochs
-    log = RunLog(
-        training.folder,
+def start_up(
+    run: Run, device: torch.device, world: World, stop: StopSignal, saver: Saver, log: RunLog
+) -> StepGraphs | None:
+    """Compile, record and check the step as the recipe asks, and return its CUDA graphs; a signal stops in between."""
+
+    def started(part: str) -> None:
+        log.starting(part)
+        stop_if_asked(world, stop, saver)
+
+    run.state.model.train()
+    with note_place(START_UP):
+        return prepare_step(
+            run.state.model,
+            run.parallel_model,
+            run.criterion,
+            run.state.optimizer,
+            compute=run.compute,
+            on_failure=run.recipe.compute.on_failure,
+            clip_norm=run.recipe.optim.clip_norm,
+            bucket_shapes=run.train_loader.bucket_shapes or (),
+            micro_batch=run.recipe.train.images,
+            max_objects=run.train_loader.max_objects,
+            device=device,
+            started=started,
+            note=log.note,
+        )
+
+
+def next_batch(batches: Iterator[list[Batch]]) -> tuple[list[Batch], DataError | None]:
+    """Return the next step's batch on the device, or no batch and the error of an image that cannot be used."""
+    try:
+        return next(batches), None
+    except DataError as error:
+        return [], error
+
+
+def stop_if_asked(world: World, stop: StopSignal, saver: Saver) -> None:
+    """Raise Stopped in all processes once the save under way is on the disk, if a signal came to any of them.
+
+    All processes must call it, at the same place.
+    """
+    if agree(world, stop) is Decision.STOP:
+        saver.wait()
+        raise Stopped
+
+
+def open_log(run: Run, console: Console, world: World) -> RunLog:
+    """Open the log where the run begins or continues."""
+    epochs, progress = run.recipe.train.epochs, run.state.progress
+    return RunLog(
+        run.folder,
         epochs=epochs,
-        steps=training.train_loader.steps_per_epoch * epochs,
-        evaluations=sum(is_evaluated(recipe, epoch) for epoch in range(progress.epoch, epochs)),
+        steps=run.train_loader.steps_per_epoch * epochs,
+        evaluations=sum(is_evaluated(run.recipe, epoch) for epoch in range(progress.epoch, epochs)),
         progress=progress,
-        console=training.console,
+        console=console,
         writes=world.is_main,
     )
-    profiled = training.folder / "profile" if profile and world.is_main else None
-    with training.stop, translate_errors(training), log, StepProfiler(profiled, log.note) as profiler:
-        with named(lambda: START_UP):
-            training.graphs = start_step(training, log)
-        while progress.epoch < epochs:
-            if training.asked_to_stop():
-                training.leave()
-            if not progress.evaluation_due:
-                train_epoch(training, log, profiler)
-                training.save()
-            best = is_evaluated(recipe, progress.epoch) and evaluate_epoch(training, log)
-            progress.epoch, progress.step_in_epoch, progress.evaluation_due = progress.epoch + 1, 0, False
-            progress.finished = progress.epoch == epochs
-            training.saver.update(progress, best=best)
-            if world.is_main:
-                plot_curves(training.folder / METRICS_FILE, training.folder / "curves.png")
-    found = f"best AP {progress.best_ap:.3f} in epoch {progress.best_epoch + 1}; " if progress.best_epoch >= 0 else ""
-    log.note(f"finished: {found}everything is in {training.folder}")
-    return training.folder
-
-
-@contextmanager
-def translate_errors(training: Training) -> Iterator[None]:
-    """Ends the loaders' processes; makes sentences, which say how to go on, of what torch raises."""
-    folder = training.folder
-    try:
-        yield
-    except KeyboardInterrupt:
-        if training.stop.at_once:
-            training.saver.end(at_once=True)
-            training.say_how_to_continue("stopped at once; what came after the last checkpoint is lost")
-            training.stop.leave()
-        raise
-    except SamdetrError as error:
-        training.saver.end()
-        if training.saver.failed:  # before this: a full disk stops the pictures too
-            training.console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-            training.saver.wait()
-        raise
-    except torch.OutOfMemoryError as error:
-        training.saver.end()  # what it writes is there to go on from
-        raise SamdetrError(said_of_training(training, error)) from error
-    except RuntimeError as error:
-        if training.world.size == 1 or not is_communication_error(error):
-            raise
-        silent = ", ".join(map(str, training.world.unresponsive_ranks())) or "none of them now"
-        place = [frame.name for frame in traceback.extract_tb(error.__traceback__) if "samdetr" in frame.filename][-1]
-        raise SamdetrError(
-            f"a process does not answer (silent: {silent}) after step {training.progress.step}, in {place}: "
-            f"{str(error).splitlines()[0]}; it hangs or has ended, and what it last said stands above. Continue with "
-            f"{resume_command(folder)}."
-        ) from error
-    finally:
-        training.saver.end(at_once=training.stop.at_once)
-        torch.compiler.set_stance("default")  # a failed compilation may have changed it, for the whole process
-        training.train_loader.close()
-        training.val_loader.close()
-
-
-def start_step(training: Training, log: RunLog) -> StepGraphs | None:
-    """Compile and record the step as the recipe asks; a signal stops between two shapes."""
-    model, criterion, optimizer = training.model, training.criterion, training.optimizer
-    model.train()
-    values_of = partial(forward_backward, training.parallel_model, criterion)
-
-    def started(what: str) -> None:
-        log.starting(what)
-        if training.asked_to_stop():
-            training.leave()
-
-    return prepare_step(
-        model,
-        criterion,
-        optimizer,
-        values_of,
-        partial(update, optimizer, training.recipe.optim.clip_norm),
-        compute=training.compute,
-        on_failure=training.recipe.compute.on_failure,
-        shapes=training.train_loader.bucket_shapes or (),
-        micro_batch=training.recipe.train.images,
-        max_objects=training.train_loader.max_objects,
-        device=training.device,
-        started=started,
-        note=log.note,
-    )
-
-
-def train_epoch(training: Training, log: RunLog, profiler: StepProfiler) -> None:
-    """Take the epoch's remaining steps."""
-    recipe, progress, epoch = training.recipe, training.progress, training.progress.epoch
-    training.model.train()
-    total, data, lead = Stopwatch(), Stopwatch(), RunAheadLimit(training.device)
-    for batch in agreed_batches(training, log):
-        waited = data.lap()
-        if training.statistics:
-            training.statistics.keep()
-        factor = lr_factor(recipe.optim, step=progress.step, epoch=epoch, total_steps=log.steps)
-        set_learning_rate(training.optimizer, factor)
-        first = training.world.rank
-        places = range(first, first + len(batch) * training.world.size, training.world.size)
-        result = train_step(
-            training.parallel_model,
-            training.criterion,
-            training.optimizer,
-            batch,
-            device=training.device,
-            clip_norm=recipe.optim.clip_norm,
-            precision=training.compute.precision,
-            graphs=training.graphs,
-            world=training.world,
-            seeds=[step_seed(recipe.run.seed, progress.step, place) for place in places],
-        )
-        skipped = training.optimizer.found_inf if training.statistics else None
-        if training.statistics:
-            training.statistics.undo(training.optimizer.found_inf)
-        if training.ema:
-            training.ema.update(skipped)
-        step = Step(progress.step + 1, epoch, progress.step_in_epoch, recipe.optim.lr * factor)
-        training.metrics.add(step, result.values)
-        lead.step()
-        progress.step += 1
-        progress.step_in_epoch += 1
-        log.step(epoch, seconds=total.lap(), waited=waited, images=recipe.train.total_batch)
-        profiler.step()
-        if training.device.type == "cpu" or progress.step % recipe.train.log_every == 0:
-            training.metrics.flush()
-        report_steps(training, log, training.metrics.ready())
-        if is_saved(training):
-            report_all(training, log)
-            training.save()
-        data.lap()
-    report_all(training, log)
-    log.epoch(epoch, training.epoch_meter.means())
-    progress.evaluation_due, training.epoch_meter = True, Meter(training.epoch_meter.names)
-
-
-def agreed_batches(training: Training, log: RunLog) -> Iterator[list[Batch]]:
-    """This process's batches of the epoch's remaining steps, on the device, while every process has the next one.
-
-    Where one was asked to stop, or met an image that cannot be used, all save after the same step and end; the
-    DataError is raised in the process that met it. Where a save has failed, all end with its reason; where a step was
-    not finite, which a GPU may tell one process before another, all end with its file (`report_all`).
-    """
-    progress = training.progress
-    batches = prefetch(training.train_loader.epoch(progress.epoch, progress.step_in_epoch), training.device)
-    while progress.step_in_epoch < training.train_loader.steps_per_epoch:
-        batch, failure = None, None
-        try:
-            batch = next(batches)
-        except DataError as error:
-            failure = error
-        own = 3 if training.failed else 2 if training.saver.failed else int(failure is not None)
-        failed = training.world.all_reduce_max(own)
-        if failed == 3:
-            report_all(training, log)
-        if failed == 2:
-            training.saver.wait()
-            raise SystemExit(1)  # of another process, which says so
-        if training.asked_to_stop() or failed:
-            report_all(training, log)
-            training.save()  # between two steps: nothing done is lost
-            training.saver.wait()
-            if failed:
-                raise failure or SystemExit(1)  # the process that met it says so
-            training.leave()
-        assert batch is not None
-        yield batch
-
-
-def evaluate_epoch(training: Training, log: RunLog) -> bool:
-    """Evaluate, report and draw; True if this is the best AP so far."""
-    recipe, progress = training.recipe, training.progress
-
-    def after_batch(done: int) -> None:
-        log.evaluating(progress.epoch, done, len(training.val_loader))
-        if training.asked_to_stop():
-            training.leave()  # the epoch's steps are saved; its evaluation is done when the run continues
-
-    watch = Stopwatch()
-    with training.ema.in_place() if training.ema else nullcontext():
-        found = detect(
-            training.model,
-            training.val_loader,
-            training.splits.categories,
-            device=training.device,
-            top_k=recipe.eval.top_k,
-            classification=recipe.loss.classification,
-            precision=training.compute.precision,
-            after_batch=after_batch,
-        )
-    results = gather_detections(found, training.world, training.splits.val.image_ids)
-    ap = training.world.broadcast_from_main(
-        lambda: report_evaluation(training, log, results, watch) if results is not None else -1.0
-    )
-    best = ap > progress.best_ap
-    if best:
-        progress.best_ap, progress.best_epoch = ap, progress.epoch
-    return best
-
-
-def report_evaluation(training: Training, log: RunLog, results: CocoDetections, watch: Stopwatch) -> float:
-    """The COCO numbers of the val split's detections, in the log and as pictures; returns AP."""
-    recipe, progress = training.recipe, training.progress
-    evaluation = coco_evaluate(training.splits.val, results, evaluator=training.evaluator)
-    ap = evaluation.stats["AP"]
-    log.evaluation(
-        progress.epoch,
-        evaluation.stats,
-        evaluation.per_class,
-        evaluator=training.evaluator,
-        seconds=watch.lap(),
-        best=ap > progress.best_ap,
-    )
-    draw_validation(
-        training.folder / "val_predictions.png",
-        training.splits.val,
-        results,
-        training.splits.categories,
-        max_pixels=recipe.data.max_pixels,
-    )
-    return ap
 
 
 def is_evaluated(recipe: Recipe, epoch: int) -> bool:
-    """Whether the epoch (from 0) ends with an evaluation; the last one always does."""
+    """Return whether the epoch (from 0) ends with an evaluation; the last one always does."""
     return (epoch + 1) % recipe.eval.every == 0 or epoch + 1 == recipe.train.epochs
-
-
-def is_saved(training: Training) -> bool:
-    """Whether a checkpoint is due between two steps of an epoch; its end always is one."""
-    every, progress = training.recipe.checkpoint.every, training.progress
-    inside = progress.step_in_epoch < training.train_loader.steps_per_epoch
-    return bool(every) and inside and progress.step % every == 0

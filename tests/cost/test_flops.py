@@ -208,6 +208,23 @@ def test_memory_besides_activations() -> None:
     assert training_memory(build_on_meta(averaged.model), averaged).optimizer == 3 * memory.gradients
 
 
+def test_memory_that_keys_save() -> None:
+    random = ("data.batching=random", "train.micro_batch=4")
+    whole, halved, layers, smaller = (
+        training_memory(build_on_meta(recipe.model), recipe)
+        for recipe in (
+            recipe_of("r50_12ep", *random),
+            recipe_of("r50_12ep", *random, "train.micro_batch=2"),
+            recipe_of("r50_12ep", *random, 'compute.activation_checkpointing="layers"'),
+            recipe_of("r50_12ep", *random, "augment.train_sizes=[600]", "augment.max_size=999"),
+        )
+    )
+    assert whole.total == pytest.approx(4.79 * 2**30, rel=0.002)
+    assert whole.total - halved.total == pytest.approx(whole.activations / 2, rel=0.05)
+    assert whole.total - layers.total == pytest.approx(1.778 * 2**30, rel=0.01)
+    assert 0.25 * whole.activations < whole.total - smaller.total < (1 - 0.75**2) * whole.activations
+
+
 def test_memory_of_attention_does_not_grow_with_the_square_of_the_map() -> None:
     """DC5's encoder has 4200 x 4200 weights a head, of which a fused kernel keeps none."""
     recipe = recipe_of("detr_r50_dc5_500ep")

@@ -17,7 +17,7 @@ from samdetr.data.batching import Shape
 from samdetr.engine.compute.activation_checkpoint import checkpoint_activations, counting_saved
 from samdetr.engine.compute.compile import compile_parts
 from samdetr.engine.compute.precision import Compute, choose_compute
-from samdetr.engine.compute.start_up import random_batch
+from samdetr.engine.start_up import random_batch
 from samdetr.engine.step import forward_backward
 from samdetr.engine.train import train
 from samdetr.errors import RecipeError, SamdetrError

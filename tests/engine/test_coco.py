@@ -18,8 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from samdetr.data.datasets import CocoData, make_categories, read_coco
-from samdetr.engine.coco import CocoDetections, Evaluator, choose_evaluator, coco_detections, coco_evaluate
-from samdetr.engine.run.log import STAT_NAMES
+from samdetr.engine.coco import STAT_NAMES, CocoDetections, Evaluator, choose_evaluator, coco_detections, coco_evaluate
 from samdetr.errors import NonFiniteError, RecipeError
 from samdetr.structures import Categories, Detections
 from tests.engine.runs import Command, sentence

@@ -15,10 +15,10 @@ from samdetr.data.device import prefetch
 from samdetr.engine.compute.compile import compile_parts, graphs_compiled
 from samdetr.engine.compute.cuda_graph import StepGraphs
 from samdetr.engine.compute.precision import Compute, choose_compute
-from samdetr.engine.compute.start_up import check_step, prepare_step, random_batch
 from samdetr.engine.distributed.parallel import wrap
 from samdetr.engine.distributed.world import ALONE
 from samdetr.engine.optim import GuardedAdamW, build_optimizer, set_learning_rate
+from samdetr.engine.start_up import check_step, prepare_step, random_batch
 from samdetr.engine.step import forward_backward, train_step, update
 from samdetr.errors import SamdetrError
 from samdetr.loss import SetCriterion, build_criterion
@@ -99,13 +99,13 @@ class Setup:
     ) -> StepGraphs | None:
         return prepare_step(
             self.model,
+            self.model,
             self.criterion,
             self.optimizer,
-            partial(forward_backward, self.model, self.criterion),
-            partial(update, self.optimizer, 1.0),
             compute=Compute(precision, compile, cuda_graph),
             on_failure=on_failure,
-            shapes=SHAPES,
+            clip_norm=1.0,
+            bucket_shapes=SHAPES,
             micro_batch=micro_batch,
             max_objects=5,
             device=CPU,
@@ -129,10 +129,10 @@ class Setup:
             torch.manual_seed(step)
             batch = random_batch(SHAPES[step % shapes], images, 5)
             batch = batch._replace(images=batch.images.to(self.dtype))
-            result = train_step(
+            values = train_step(
                 self.model, self.criterion, self.optimizer, [batch], device=CPU, clip_norm=1.0, precision=precision
             )
-            losses.append(result.values[0].item())
+            losses.append(values[0].item())
         return losses
 
 
@@ -283,7 +283,7 @@ def test_a_wrong_loss_or_gradient_is_refused() -> None:
         return run
 
     sentence = check_step(model, giving(1.05, 3.0), giving(1.0, 2.0), batch)
-    assert sentence.startswith("start-up check: loss 1.0500, gradient norm 3 as they will be computed; loss 1.0000, ")
+    assert sentence.startswith("start-up check: loss 1.0500, gradient norm 3 as configured; loss 1.0000, ")
     with pytest.raises(SamdetrError, match=r"the loss of the start-up .* is 1.2 .* but 1 .*more than 10%.*precision"):
         check_step(model, giving(1.2, 2.0), giving(1.0, 2.0), batch)
     with pytest.raises(SamdetrError, match=r"the gradient norm of .* is 5 .* but 2 .*more than 50%.*cuda_graph"):
@@ -313,7 +313,7 @@ def test_a_failing_compilation_falls_back_aloud(make_recipe: MakeRecipe) -> None
     _breaks(setup.model)
     setup.prepare(on_failure="eager")
     assert "torch.compile failed" in setup.notes[0]
-    assert "Going on without it" in setup.notes[0]
+    assert "Continuing without it" in setup.notes[0]
     assert setup.steps(3) == eager.steps(3)
 
 
@@ -338,7 +338,7 @@ def test_nothing_of_the_step_is_read_back(
     monkeypatch.setattr(optimizer, "step", lambda: None)
     batch = [random_batch(shape, 2, 5).to(meta) for shape in SHAPES]
     with _NothingComesFromTheHost():
-        values = train_step(setup.model, setup.criterion, optimizer, batch, device=meta, clip_norm=1.0).values
+        values = train_step(setup.model, setup.criterion, optimizer, batch, device=meta, clip_norm=1.0)
     assert values.device == meta
     assert all(parameter.grad is not None for parameter in setup.model.parameters() if parameter.requires_grad)
     with pytest.raises(RuntimeError, match="meta"):
@@ -384,7 +384,7 @@ def test_a_failed_recording_leaves_compilation_and_the_optimizer_alone(
     assert setup.prepare(cuda_graph=True, on_failure="eager") is None
     assert recorded == [96 * 80, 64 * 64] * 2
     assert setup.optimizer.consecutive_skips == setup.optimizer.found_inf == 0
-    assert any("Going on without it" in sentence for sentence in setup.notes)
+    assert any("Continuing without it" in sentence for sentence in setup.notes)
     assert all(parameter.grad is None for parameter in setup.model.parameters())
     graphs = graphs_compiled()
     before = setup.model.decoder.reference_boxes.detach().clone()
@@ -426,7 +426,7 @@ def test_graphs_give_the_eager_losses(make_recipe: MakeRecipe) -> None:
             graphs.record_update()
         batch = [random_batch(shape, 2, 5) for shape in SHAPES]
         run = partial(train_step, setup.model, setup.criterion, optimizer, device=gpu, clip_norm=1.0, graphs=graphs)
-        losses.append([run([batch[step % len(SHAPES)]]).values.tolist() for step in range(9)])
+        losses.append([run([batch[step % len(SHAPES)]]).tolist() for step in range(9)])
     assert losses[0] == [pytest.approx(values, rel=1e-4) for values in losses[1]]
 
 
@@ -446,7 +446,7 @@ def test_nothing_of_the_step_waits_for_the_gpu(make_recipe: MakeRecipe, compile:
     torch.compiler.set_stance("fail_on_recompile")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        values = [run(batch, precision=torch.bfloat16).values for batch in prefetch(pinned, gpu)]
+        values = [run(batch, precision=torch.bfloat16) for batch in prefetch(pinned, gpu)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len({value[0].item() for value in values}) == 3

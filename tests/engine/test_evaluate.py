@@ -14,9 +14,8 @@ from torch import Tensor, nn
 import samdetr.engine.evaluate
 from samdetr.data.loader import EvalLoader
 from samdetr.data.splits import build_dataset, load_splits
-from samdetr.engine.coco import coco_evaluate
+from samdetr.engine.coco import STAT_NAMES, coco_evaluate
 from samdetr.engine.evaluate import best_detections, detect, evaluate_checkpoint
-from samdetr.engine.run.log import STAT_NAMES
 from samdetr.errors import RecipeError
 from samdetr.models import build_model
 from samdetr.models.official import to_official

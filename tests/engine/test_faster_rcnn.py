@@ -16,9 +16,9 @@ from samdetr.cost.memory import training_memory
 from samdetr.cost.meta import Size, build_on_meta
 from samdetr.engine.compute.compile import compile_parts
 from samdetr.engine.compute.precision import choose_compute
-from samdetr.engine.compute.start_up import random_batch
 from samdetr.engine.optim import build_optimizer, set_learning_rate
 from samdetr.engine.predict import predict
+from samdetr.engine.start_up import random_batch
 from samdetr.engine.step import train_step
 from samdetr.engine.train import train
 from samdetr.loss import build_criterion
@@ -123,8 +123,8 @@ def test_a_step_is_the_mean_of_its_micro_batches(reduced: MakeRecipe) -> None:
         criterion = build_criterion(recipe)
         criterion.step_images = len(seeds)
         optimizer = build_optimizer(model, recipe.optim.model_copy(update={"lr": 1e-30, "backbone_lr": 0.0}))
-        step = train_step(model, criterion, optimizer, [batch] * len(seeds), device=CPU, clip_norm=0.0, seeds=seeds)
-        values.append(step.values)
+        step = [batch] * len(seeds)
+        values.append(train_step(model, criterion, optimizer, step, device=CPU, clip_norm=0.0, seeds=seeds))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(values[2][:-1], (values[0] + values[1])[:-1] / 2)
     torch.testing.assert_close(gradients[2], (gradients[0] + gradients[1]) / 2, rtol=1e-4, atol=1e-6)
@@ -222,5 +222,5 @@ def test_eight_pictures_are_learned_by_heart(name: str, reduced: MakeRecipe) -> 
     losses = []
     for step in range(steps):
         set_learning_rate(optimizer, min(1.0, (step + 1) / 20) * (0.1 if step > steps * 3 // 4 else 1.0))
-        losses.append(train_step(model, criterion, optimizer, batch, device=CPU, clip_norm=1.0).values[0].item())
+        losses.append(train_step(model, criterion, optimizer, batch, device=CPU, clip_norm=1.0)[0].item())
     assert sum(losses[-5:]) / 5 < losses[0] / 10, losses[:: steps // 10]

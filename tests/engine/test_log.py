@@ -12,14 +12,13 @@ from rich.console import Console
 from samdetr.engine.checkpoint.format import Progress
 from samdetr.engine.run.log import (
     STAT_NAMES,
-    Meter,
     RunLog,
     duration,
     print_evaluation,
     print_findings,
     print_per_class,
-    step_values,
 )
+from samdetr.engine.run.metrics import Meter, step_values
 from samdetr.errors import SamdetrError
 from samdetr.loss import SetCriterion
 

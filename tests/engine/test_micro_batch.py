@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 from samdetr.data.splits import build_dataset, largest_shape, load_splits
-from samdetr.engine.compute import micro_batch as memory
-from samdetr.engine.compute.micro_batch import (
+from samdetr.engine import micro_batch as memory
+from samdetr.engine.compute.precision import EXACT
+from samdetr.engine.distributed.launch import processes_wanted
+from samdetr.engine.distributed.world import ALONE
+from samdetr.engine.micro_batch import (
     GIB,
     Trial,
     choose_micro_batch,
@@ -22,9 +25,6 @@ from samdetr.engine.compute.micro_batch import (
     peak_bytes,
     try_sizes,
 )
-from samdetr.engine.compute.precision import EXACT
-from samdetr.engine.distributed.launch import processes_wanted
-from samdetr.engine.distributed.world import ALONE
 from samdetr.engine.step import train_step
 from samdetr.engine.train import train
 from samdetr.errors import RecipeError
@@ -52,7 +52,7 @@ def test_the_most_that_leaves_the_margin() -> None:
 def test_the_table() -> None:
     trials = [Trial(1, (800, 1344), 3 * GIB), Trial(2, (800, 1344), 10 * GIB), Trial(4, (1344, 1344), None)]
     assert memory_table(trials, 10 * GIB, boxes=63) == [
-        "memory of a step with 63 boxes an image; 10.00 GiB can be had, 10% stay free",
+        "memory of a step with 63 boxes an image; 10.00 GiB are usable, 10% stay free",
         "micro_batch   largest batch       peak   fits",
         "          1      800 x 1344   3.00 GiB   yes",
         "          2      800 x 1344  10.00 GiB   no",
@@ -98,6 +98,7 @@ class Gauge:
         self.needed, self.batches = iter(needed), list[list[Batch]]()
         patch.setattr(memory, "usable_bytes", lambda device: 1000)
         patch.setattr(memory, "peak_bytes", self.peak)
+        patch.setattr(memory, "train_step", self.step)
 
     def peak(self, run: partial[None], device: torch.device) -> int | None:
         run()
@@ -113,7 +114,7 @@ def test_trials_are_whole_steps_and_leave_no_trace(make_recipe: MakeRecipe, monk
     splits = load_splits(recipe.data, num_queries=12, num_classes=8)
     gauge = Gauge(monkeypatch, [500, 900, None])
     before = torch.get_rng_state()
-    found = choose_micro_batch(recipe, splits, EXACT, CPU, ALONE, train_step=gauge.step, say=said.append)
+    found = choose_micro_batch(recipe, splits, EXACT, CPU, ALONE, said.append)
     assert torch.equal(torch.get_rng_state(), before)
     assert found.train.images == 2 and found == recipe.model_copy(update={"train": found.train})
     assert said[-1] == "train.micro_batch = 2; the run keeps it when it is continued"
@@ -167,7 +168,7 @@ def test_memory_is_freed_after_one_that_does_not_fit(monkeypatch: pytest.MonkeyP
 
 PATCH = """
 import os
-from samdetr.engine.compute import micro_batch as memory
+from samdetr.engine import micro_batch as memory
 needed = iter([[1, 2, 3], [1, 901]][int(os.environ["RANK"])])
 memory.usable_bytes = lambda device: 1000
 memory.peak_bytes = lambda run, device: (run(), next(needed))[1]

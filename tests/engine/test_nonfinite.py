@@ -13,15 +13,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import samdetr.engine.step
 import samdetr.engine.train
 from samdetr.data.batching import Sample, epoch_order
 from samdetr.data.datasets import DetectionDataset
 from samdetr.data.transforms import TrainTransform
 from samdetr.engine.checkpoint.format import MODEL, Progress, model_tensors
 from samdetr.engine.checkpoint.saving import Staging, save_checkpoint
-from samdetr.engine.compute.start_up import random_batch
-from samdetr.engine.failures.debug_nan import compute
+from samdetr.engine.debug_nan import compute
 from samdetr.engine.run.metrics import AsyncMetrics
+from samdetr.engine.start_up import random_batch
 from samdetr.engine.train import train
 from samdetr.errors import NonFiniteError
 from samdetr.loss import build_criterion
@@ -110,7 +111,9 @@ def test_a_bad_image_stops_and_is_named(
         run = folder_of(recipe)
         file = replay_of(run)
         assert f"samdetr debug-nan {file}. Lower" in str(caught.value)
-        assert f"--resume {run} --set train.on_nonfinite=skip; what" in str(caught.value)
+        assert f"skip such steps with samdetr-train --resume {run} --set train.on_nonfinite=skip; what" in str(
+            caught.value
+        )
         assert_weights_of_step(run, 2)
         result = samdetr_command("debug-nan", str(file))
         train(make_recipe(*KEEP_ALL, *SKIP), resume=str(run))
@@ -237,7 +240,7 @@ def test_what_is_meant_to_be_infinite_is_not_reported(make_recipe: MakeRecipe, k
     for batch, seed in zip(batches, (1, 2), strict=True):
         torch.manual_seed(seed)
         losses.append(
-            samdetr.engine.train.forward_backward(model, criterion, batch, num_boxes, precision=torch.float32)[0]
+            samdetr.engine.step.forward_backward(model, criterion, batch, num_boxes, precision=torch.float32)[0]
         )
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert found.loss == pytest.approx(float(sum(losses)), rel=1e-6)

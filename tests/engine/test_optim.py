@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from samdetr.engine.checkpoint.format import load_checkpoint
-from samdetr.engine.checkpoint.weights import choose_device, load_initial_weights
+from samdetr.engine.checkpoint.weights import load_initial_weights
+from samdetr.engine.compute.precision import choose_device
 from samdetr.engine.optim import GuardedSGD, build_optimizer, lr_factor, set_learning_rate
 from samdetr.engine.train import train
 from samdetr.errors import CheckpointError, RecipeError, SamdetrError

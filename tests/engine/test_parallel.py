@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,12 +21,12 @@ import torch.distributed as dist
 from samdetr.data.loader import EvalLoader, Shard, TrainLoader
 from samdetr.data.splits import build_dataset, load_splits
 from samdetr.engine.coco import CocoDetections
-from samdetr.engine.distributed import parallel
+from samdetr.engine.distributed import world as processes
 from samdetr.engine.distributed.launch import processes_wanted
 from samdetr.engine.distributed.parallel import wrap
 from samdetr.engine.distributed.world import ALONE, World, init_world, micro_batches_of
 from samdetr.engine.evaluate import gather_detections
-from samdetr.engine.failures.nonfinite import report_all
+from samdetr.engine.failures.nonfinite import StepReports
 from samdetr.engine.run.metrics import AsyncMetrics, Step
 from samdetr.errors import RecipeError, SamdetrError
 from samdetr.models import build_model
@@ -156,7 +156,7 @@ def test_a_lost_process_ends_the_others_and_is_named(
     result = end(process)
     assert time.monotonic() - begin < limit
     assert result.code == 1
-    found = re.search(r"error: a process does not answer \(silent: 1\) after step (\d+), in \w+: .*gloo", result.err)
+    found = re.search(r"error: rank 1 stopped responding after step (\d+), in \w+: .*gloo", result.err)
     assert found, result.err
     assert int(found[1]) >= 8
     assert f"samdetr-train --resume {run}" in result.err
@@ -192,11 +192,11 @@ def test_whoever_leaves_by_an_error_waits_for_no_call(limits: list[float], monke
     """Destroying a group of NCCL would wait for its calls under way, which a lost process never joins."""
     left: list[str] = []
     monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append("destroyed"))
-    monkeypatch.setattr(parallel, "_abort_process_group", lambda: left.append("aborted"))
+    monkeypatch.setattr(processes, "_abort_process_group", lambda: left.append("aborted"))
     with init_world(torch.device("cuda"), ParallelSection()):
         pass
     with pytest.raises(SamdetrError), init_world(torch.device("cuda"), ParallelSection()):
-        raise SamdetrError("a process does not answer")
+        raise SamdetrError("rank 1 stopped responding")
     assert left == ["destroyed", "aborted"]
 
 
@@ -210,15 +210,17 @@ def test_the_groups_of_hsdp_have_the_recipes_limit(one_of_one: None, make_recipe
 
 def test_the_hosts_meet_before_one_waits_for_its_device() -> None:
     class Lost(World):
-        def most(self, value: int) -> int:
-            raise RuntimeError("gloo: a process does not answer")
+        def all_reduce_max(self, value: int) -> int:
+            raise RuntimeError("gloo: connection closed by peer")
 
     class Waiting(AsyncMetrics):
         def drain(self) -> Iterator[tuple[Step, list[float]]]:
             raise AssertionError("the device waits for the lost process")
 
-    with pytest.raises(RuntimeError, match="does not answer"):
-        report_all(SimpleNamespace(world=Lost(0, 2), metrics=Waiting()), None)
+    nothing: Any = None
+    reports = StepReports(nothing, nothing, Path(), Lost(0, 2), nothing, nothing, {}, metrics=Waiting())
+    with pytest.raises(RuntimeError, match="connection closed by peer"):
+        reports.finish()
 
 
 def test_a_bad_image_in_one_process_stops_all_with_everything_saved(recipe_file: Path, tmp_path: Path) -> None:

@@ -9,21 +9,21 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 import samdetr.engine.build
 import samdetr.engine.checkpoint.format
+import samdetr.engine.evaluate
 import samdetr.engine.train
 from samdetr.cli.main import main_train
 from samdetr.data.splits import Splits, load_splits
-from samdetr.engine.build import Training
 from samdetr.engine.checkpoint.folder import newest_first
 from samdetr.engine.checkpoint.format import MODEL, OPTIMIZER, load_checkpoint, read_meta
-from samdetr.engine.failures.interrupt import SAVING, StopSignal
+from samdetr.engine.distributed.decision import Decision, agree
+from samdetr.engine.distributed.signals import SAVING, StopSignal
+from samdetr.engine.distributed.world import World
 from samdetr.engine.run.folder import find_run
 from samdetr.engine.train import train
 from samdetr.errors import CheckpointError, RecipeError
@@ -160,7 +160,11 @@ def test_ctrl_c_during_an_evaluation_keeps_the_epoch(
 def test_ctrl_c_at_the_end_of_an_evaluation_takes_no_further_step(
     make_recipe: MakeRecipe, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = interrupted(monkeypatch, make_recipe(), "draw_validation", 1)
+    with monkeypatch.context() as patch:
+        signal_at(patch, samdetr.engine.evaluate, "draw_validation", 1, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            train(make_recipe())
+    run = Path(make_recipe().run.folder) / "tiny" / "1"
     progress = read_meta(run / "checkpoints" / "last" / "meta.json")["progress"]
     assert (progress["epoch"], progress["step"], progress["evaluation_due"]) == (1, 6, False)
     assert len(metrics(run, "train")) == 6
@@ -207,8 +211,8 @@ def test_signals_of_a_process(recipe_file: Path, make_recipe: MakeRecipe, traine
         ("checkpoint.saving", "publish", 2),  # the second checkpoint is whole, but has no name
         ("checkpoint.folder", "link", 3),  # it has, but is not the last one yet
         ("checkpoint.saving", "remove_old", 3),
-        ("train", "coco_evaluate", 2),
-        ("train", "draw_validation", 2),  # the line of the evaluation is written, its result is not saved
+        ("evaluate", "coco_evaluate", 2),
+        ("evaluate", "draw_validation", 2),  # the line of the evaluation is written, its result is not saved
         ("checkpoint.saving", "update_progress", 1),
         ("checkpoint.folder", "write_meta", 1),  # best is linked, the result is not saved
         ("train", "plot_curves", 1),
@@ -250,7 +254,7 @@ def test_a_changed_recipe_is_refused(make_recipe: MakeRecipe, trained: Path) -> 
     assert str(caught.value).splitlines() == [
         f"--resume: model.dropout is 0.2, but {trained} was trained with 0.1",
         f"--resume: optim.lr is 0.5, but {trained} was trained with 0.001; start a new run from its weights with "
-        f"--set init.checkpoint={trained}, or go on as it was with samdetr-train --resume {trained}",
+        f"--set init.checkpoint={trained}, or continue it unchanged with samdetr-train --resume {trained}",
     ]
     free = make_recipe("train.epochs=9", "train.log_every=7", "eval.batch=1", "data.workers=3", 'run.device="auto"')
     assert find_run(free, str(trained)) == trained
@@ -295,7 +299,7 @@ def test_the_command_names_a_changed_key(train_command: Command, trained: Path) 
     result = train_command("--resume", str(trained), "--set", "optim.lr=0.5")
     message = sentence(result, 2)
     assert message.startswith(f"--resume: optim.lr is 0.5, but {trained} was trained with 0.001; ")
-    assert message.endswith(f" or go on as it was with samdetr-train --resume {trained}")
+    assert message.endswith(f" or continue it unchanged with samdetr-train --resume {trained}")
 
 
 def test_the_newest_unfinished_run_is_found(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +355,7 @@ def weights_of(run: Path) -> list[torch.Tensor]:
 def test_a_second_ctrl_c_ends_at_once() -> None:
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop
+        assert stop.number == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -406,17 +410,17 @@ def test_a_second_ctrl_c_while_saving_tells_what_is_left(
 
 
 def test_a_second_sigterm_ends_at_once_unless_it_is_the_first_passed_on_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    with StopSignal(speaks=False) as stop:
+    with StopSignal(prints=False) as stop:
         stop.number = signal.SIGTERM  # another process's, which this one was told before its own came
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop and not stop.at_once
-        monkeypatch.setattr(samdetr.engine.failures.interrupt, "AGAIN", 0.0)
+        assert stop.number == signal.SIGTERM and not stop.at_once
+        monkeypatch.setattr(samdetr.engine.distributed.signals, "REPEAT_AFTER", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.at_once
         with pytest.raises(SystemExit) as caught:
-            stop.leave()
+            stop.exit()
     assert caught.value.code == 143
 
 
@@ -425,22 +429,21 @@ def test_sigterm_is_exit_code_143() -> None:
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(SystemExit) as caught:
-            stop.leave()
+            stop.exit()
     assert caught.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_signal_that_comes_while_the_processes_agree_is_heard_the_next_time() -> None:
-    class Agreeing:
-        def most(self, value: int) -> int:
+    class Agreeing(World):
+        def all_reduce_max(self, value: int) -> int:
             if value == 0:
                 os.kill(os.getpid(), signal.SIGTERM)  # between what this process told and what it hears
             return value
 
     with StopSignal() as stop:
-        training: Any = SimpleNamespace(stop=stop, world=Agreeing())
-        assert not Training.asked_to_stop(training)  # none of them knew
-        assert Training.asked_to_stop(training) and stop.number == signal.SIGTERM
+        assert agree(Agreeing(), stop) is Decision.CONTINUE  # none of them knew
+        assert agree(Agreeing(), stop) is Decision.STOP and stop.number == signal.SIGTERM
 
 
 def test_other_data_is_refused(make_recipe: MakeRecipe, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

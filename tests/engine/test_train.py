@@ -76,10 +76,7 @@ def test_twenty_steps_on_a_fixed_batch_repeat(make_recipe: MakeRecipe) -> None:
         model = model_of(recipe)
         optimizer = build_optimizer(model, recipe.optim)
         criterion = build_criterion(recipe)
-        return [
-            train_step(model, criterion, optimizer, [batch], device=CPU, clip_norm=1.0).values.tolist()
-            for _ in range(20)
-        ]
+        return [train_step(model, criterion, optimizer, [batch], device=CPU, clip_norm=1.0).tolist() for _ in range(20)]
 
     first, second = twenty_steps(), twenty_steps()
     assert first == second
@@ -113,10 +110,10 @@ def test_gradients_do_not_depend_on_the_micro_batch(make_recipe: MakeRecipe, mic
         model = model_of(recipe)
         optimizer = GuardedAdamW(model.parameters(), lr=0.0)
         pieces = [part(batch, slice(start, start + size)) for start in range(0, 4, size)]
-        result = train_step(model, build_criterion(recipe), optimizer, pieces, device=CPU, clip_norm=0.0)
+        values = train_step(model, build_criterion(recipe), optimizer, pieces, device=CPU, clip_norm=0.0)
         found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         assert len(found) == len(list(model.parameters()))
-        return found, result.values.tolist()
+        return found, values.tolist()
 
     whole, whole_values = gradients(4)
     split, split_values = gradients(micro)
@@ -142,10 +139,10 @@ def test_clipping(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("model.dropout=0.0")
     model = model_of(recipe)
     optimizer = GuardedAdamW(model.parameters(), lr=0.0)
-    result = train_step(model, build_criterion(recipe), optimizer, [random_batch((2, 2))], device=CPU, clip_norm=0.125)
+    values = train_step(model, build_criterion(recipe), optimizer, [random_batch((2, 2))], device=CPU, clip_norm=0.125)
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]).norm()
     assert norm.item() == pytest.approx(0.125, rel=1e-4)
-    assert result.values[5].item() > 1  # what is reported is the norm before clipping
+    assert values[5].item() > 1  # what is reported is the norm before clipping
 
 
 class Exploding(SetCriterion):
@@ -170,8 +167,8 @@ def test_a_step_that_is_not_finite_changes_no_parameter(make_recipe: MakeRecipe,
         bad.images[1, 0, 5, 5] = torch.nan
     failing = criterion if place == "image" else Exploding()
     pieces = [random_batch((1, 1)), bad]
-    result = train_step(model, failing, optimizer, pieces, device=CPU, clip_norm=1.0)
-    assert not torch.isfinite(result.values[0] + result.values[5])
+    values = train_step(model, failing, optimizer, pieces, device=CPU, clip_norm=1.0)
+    assert not torch.isfinite(values[0] + values[5])
     train_step(model, criterion, optimizer, [random_batch((2, 2))], device=CPU, clip_norm=1.0)  # nor does the next
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     after = [value for state in optimizer.state.values() for value in state.values()]

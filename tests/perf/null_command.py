@@ -27,14 +27,19 @@ PROCESSES = 2  # at most
 def count_epochs() -> list[dict[str, int]]:
     """Count the waits of each epoch's steps, by the call that waits; the list grows with them."""
     waits: list[dict[str, int]] = []
-    train_epoch = training.train_epoch
+    before: Counter[str] = Counter()
+    prefetch, report_epoch = training.prefetch, training.RunLog.epoch
 
-    def counted(*arguments: Any) -> None:
+    def begin(*arguments: Any) -> Any:  # called when an epoch begins
+        nonlocal before
         before = Counter(null_library.counts().waits)
-        train_epoch(*arguments)
-        waits.append(dict(Counter(null_library.counts().waits) - before))
+        return prefetch(*arguments)
 
-    training.train_epoch = counted
+    def end(*arguments: Any) -> None:  # and when its steps are done
+        waits.append(dict(Counter(null_library.counts().waits) - before))
+        report_epoch(*arguments)
+
+    training.prefetch, training.RunLog.epoch = begin, end
     return waits
 
 

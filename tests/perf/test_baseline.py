@@ -148,7 +148,7 @@ def test_a_step_changes_the_parameters_as_ours_does() -> None:
     device, before = torch.device("cpu"), to_official(model)
     before = {key: value.clone() for key, value in before.items()}
     own = build_optimizer(model, recipe.optim)
-    values = train_step(model, criterion, own, [batch], device=device, clip_norm=0.1).values
+    values = train_step(model, criterion, own, [batch], device=device, clip_norm=0.1)
     published = published_in(batch, torch.float64)
     logged = baseline_step(baseline, BaselineCriterion(recipe.loss), optimizer, published, device=device, clip_norm=0.1)
     assert logged["loss"] == pytest.approx(values[0].item(), rel=1e-6)

@@ -17,7 +17,6 @@ from perf.inputs import object_classes, training_batch
 from perf.profile_step import main as profile_step
 from perf.sides import build_baseline, build_model_on, build_ours
 from perf.train_step import NOISE, main
-from samdetr.engine.step import StepResult
 from samdetr.errors import RecipeError
 from samdetr.recipe import load_recipe
 from samdetr_kernels import linear_assignment
@@ -189,8 +188,8 @@ def test_a_red_gate_prints_no_speed(
 ) -> None:
     right = sides.train_step
 
-    def wrong(*arguments: object, **options: object) -> StepResult:
-        return StepResult(right(*arguments, **options).values * 1.001)  # type: ignore[arg-type]
+    def wrong(*arguments: object, **options: object) -> Tensor:
+        return right(*arguments, **options) * 1.001  # type: ignore[arg-type]
 
     monkeypatch.setattr(sides, "train_step", wrong)
     path = tmp_path / "step.json"
@@ -224,9 +223,9 @@ def test_what_is_timed_in_bf16_passes_a_gate_of_its_own(
     assert "baseline      float32" in capsys.readouterr().out
     right = sides.train_step
 
-    def wrong(*arguments: object, **options: object) -> StepResult:
+    def wrong(*arguments: object, **options: object) -> Tensor:
         factor = 1.05 if options["precision"] == torch.bfloat16 else 1
-        return StepResult(right(*arguments, **options).values * factor)  # type: ignore[arg-type]
+        return right(*arguments, **options) * factor  # type: ignore[arg-type]
 
     monkeypatch.setattr(sides, "train_step", wrong)
     assert main([*arguments, "--json", str(path)]) == 1

@@ -1,1 +1,1 @@
-"""Checkpoints: their format, their folder, writing them while a run goes on, weights to start from."""
+"""Checkpoints: their format, their folder, saving them while the run continues, weights to start from."""

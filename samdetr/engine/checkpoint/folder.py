@@ -1,7 +1,7 @@
 """The checkpoints of a run: ``step-<n>`` folders, complete or absent, and the links ``last`` and ``best``.
 
-A checkpoint is written beside its place and renamed; the links move after it is on the disk, and only then are older
-ones removed. So a run that dies at any moment leaves at least the checkpoint before.
+A checkpoint is written under another name and renamed; the links move after it is on the disk, and only then are older
+ones removed. So a run that is killed at any moment leaves at least the checkpoint before.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _DAMAGED = "damaged-"
 
 
 def name_of(step: int) -> str:
-    """The folder of the checkpoint after a step; a second one of the same step gets a number behind it."""
+    """Return the name of the checkpoint after a step; a second one of the same step gets a number appended."""
     return f"step-{step:08d}"
 
 
 def unfinished(folder: Path, name: str) -> Path:
-    """Where a checkpoint is written before it has its name."""
+    """Return where a checkpoint is written before it has its name."""
     return folder / f".{name}.tmp"
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in a run's ``checkpoints``, damaged or not."""
+    """List the checkpoints in a run's ``checkpoints``, damaged or not, newest first."""
     entries = folder.iterdir() if folder.is_dir() else ()
     names = {entry: _NAME.fullmatch(entry.name) for entry in entries if entry.is_dir() and not entry.is_symlink()}
     found = {entry: (int(name[1]), int(name[2] or 1)) for entry, name in names.items() if name}
@@ -51,22 +51,22 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def newest_progress(folder: Path) -> Progress | None:
-    """The progress of the newest checkpoint that says so; None where there is none."""
+    """Return the progress of the newest checkpoint whose meta.json can be read; None where there is none."""
     for path in newest_first(folder):
         try:
             return Progress(**read_meta(path / META_FILE)["progress"])
         except CheckpointError:
-            continue  # loading names it
+            continue  # an error names it when the run is loaded
     return None
 
 
 def load_newest(folder: Path, world: World, say: Callable[[str], None]) -> Checkpoint:
-    """The newest checkpoint that is whole in every process, which then is ``last``; leftovers are removed.
+    """Load the newest checkpoint that every process finds whole, make it ``last``, and remove leftovers.
 
-    Those that are damaged are named by ``say`` and set aside. Raises CheckpointError when none is left.
+    Damaged ones are renamed, and ``say`` prints which. Raises CheckpointError when none is left.
     """
     reason = "there is none"
-    for path in world.broadcast_from_main(lambda: _tidied(folder)):
+    for path in world.broadcast_from_main(lambda: _tidy(folder)):
         checkpoint, reason = None, ""
         try:
             checkpoint = load_checkpoint(path, with_optimizer=True)
@@ -82,16 +82,16 @@ def load_newest(folder: Path, world: World, say: Callable[[str], None]) -> Check
 
 
 def publish(temporary: Path, target: Path) -> Path:
-    """Give a checkpoint that is on the disk its name, and make it ``last``. Returns its path."""
+    """Give a checkpoint that is on the disk its name, make it ``last``, and return its path."""
     place = _free_place(target)
     temporary.rename(place)
     return link(target.parent, LAST, place)
 
 
 def update_progress(folder: Path, progress: Progress, *, best: bool) -> Path:
-    """Store the progress after an evaluation in ``folder/last``; with ``best`` point ``folder/best`` at it first.
+    """Store the progress after an evaluation in ``folder/last`` and return its path.
 
-    The link moves first: what dies in between is evaluated again, and moves it again. Returns the checkpoint's path.
+    With ``best`` the link ``folder/best`` moves there first: a run killed in between evaluates, and moves it, again.
     Raises CheckpointError when the disk refuses.
     """
     checkpoint = (folder / LAST).resolve()
@@ -109,7 +109,7 @@ def update_progress(folder: Path, progress: Progress, *, best: bool) -> Path:
 
 
 def remove_old(folder: Path, *, keep: int) -> list[str]:
-    """Remove all checkpoints but the newest ``keep`` and what a link names; a sentence for each that stays anyway."""
+    """Remove all checkpoints but the newest ``keep`` and the linked ones; return a warning for each that cannot be."""
     linked = {(folder / name).resolve() for name in (LAST, BEST)}
     problems = []
     for path in newest_first(folder)[keep:]:
@@ -122,14 +122,14 @@ def remove_old(folder: Path, *, keep: int) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint: first its name, so that no half of one is taken for it."""
+    """Remove a checkpoint; first its name, so that what is left of it is not taken for one."""
     doomed = path.with_name(f".{path.name}.removed")
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def link(folder: Path, name: str, target: Path) -> Path:
-    """Point ``folder/name`` at a checkpoint, at once; returns that."""
+    """Point ``folder/name`` at a checkpoint atomically, and return the checkpoint."""
     temporary = folder / f".{name}.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
@@ -138,8 +138,8 @@ def link(folder: Path, name: str, target: Path) -> Path:
     return target
 
 
-def _tidied(folder: Path) -> list[Path]:
-    """The checkpoints, newest first, after what a killed or copied run left is in order."""
+def _tidy(folder: Path) -> list[Path]:
+    """Clean up after a killed or copied run, and list the checkpoints, newest first."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.name.startswith(".") and (entry.is_symlink() or entry.is_file()):
             entry.unlink()
@@ -155,7 +155,7 @@ def _tidied(folder: Path) -> list[Path]:
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint so that it is not taken for one again."""
+    """Rename a damaged checkpoint, so that it is not taken for one again, and return its new path."""
     best = path.parent / BEST
     if best.resolve() == path.resolve():
         best.unlink()
@@ -164,7 +164,7 @@ def _set_aside(path: Path) -> Path:
 
 
 def _free_place(target: Path) -> Path:
-    """The path itself, or with a number behind it: what is there is never removed to make room."""
+    """Return the path, with a number appended where it exists already."""
     place, number = target, 2
     while place.exists():
         place, number = target.with_name(f"{target.name}-{number}"), number + 1

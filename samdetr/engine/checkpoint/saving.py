@@ -1,14 +1,17 @@
-"""Writing checkpoints while the run goes on: the steps wait for a copy of the state, a thread does the rest."""
+"""Saves checkpoints while the run continues: the steps wait for a copy of the state, a thread does the rest."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Thread
 
 import torch
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
@@ -22,7 +25,7 @@ from samdetr.engine.distributed.world import ALONE, World
 from samdetr.errors import CheckpointError
 
 FILE_BYTES = 2**25  # of a file, about: Python waits while one is put together
-AT_ONCE = 1.0  # seconds that a write under way has when nothing is to be saved any more
+AT_ONCE = 1.0  # seconds that a save under way gets when the run is to end at once
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 
@@ -30,28 +33,28 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 def save_checkpoint(
     folder: Path, parts: Parts, *, progress: Progress, meta: Mapping[str, object], world: World = ALONE
 ) -> Path:
-    """Write ``folder/step-<n>`` and point ``folder/last`` at it. Returns its path.
+    """Write ``folder/step-<n>``, point ``folder/last`` at it, and return its path.
 
-    parts: by checkpoint.MODEL, ...: tensors by name, contiguous and on the CPU. Every process calls this with its own;
-    what all have is shared out among them, of a DTensor each writes what it holds. The last file is the main process's
+    parts: by format.MODEL, ...: tensors by name, contiguous and on the CPU. Every process calls this with its own. A
+    tensor that all have is written by one of them; of a DTensor each writes its shard. Last the main process writes
     meta.json, with ``meta``, ``progress`` and the size and checksum of every file.
 
-    Raises CheckpointError when the disk of one process refuses, SystemExit in the others; what was there before stays
-    whole.
+    Raises CheckpointError in the main process when the disk of any process refuses, SystemExit in the others; the
+    checkpoint before stays whole.
     """
     target = folder / name_of(progress.step)
     temporary = unfinished(folder, target.name)
     try:
-        world.broadcast_from_main(lambda: _made_anew(temporary))
+        world.broadcast_from_main(lambda: _empty_folder(temporary))
         for part, tensors in parts.items():
             if tensors:
                 writer = HuggingFaceStorageWriter(str(temporary / part), _file_numbers(tensors), save_distributed=True)
                 writer.per_thread_copy_ahead = 0  # all is on the CPU: wait for no GPU stream
                 dcp.save(dict(tensors), storage_writer=writer, process_group=world.group, no_dist=world.size == 1)
-        return world.broadcast_from_main(lambda: _completed(temporary, target, {**meta, "progress": asdict(progress)}))
+        return world.broadcast_from_main(lambda: _complete(temporary, target, {**meta, "progress": asdict(progress)}))
     except (OSError, CheckpointException) as error:
         if not world.is_main:
-            raise SystemExit(1) from error  # the main process says why
+            raise SystemExit(1) from error  # the main process prints why
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"cannot save the checkpoint {target} ({reason_of(error)}); the previous checkpoint is intact. "
@@ -59,13 +62,39 @@ def save_checkpoint(
         ) from error
 
 
+def save_weights(file: Path, tensors: Mapping[str, Tensor], content: Mapping[str, object]) -> None:
+    """Write NAME.safetensors and NAME.json, which `load_checkpoint` reads.
+
+    tensors: on the CPU, contiguous. content: of the JSON, besides the size and checksum of the file. Raises
+    CheckpointError where one cannot be written.
+    """
+    write_whole(file, lambda place: place.write_bytes(to_safetensors(dict(tensors), metadata={"format": "pt"})))
+    whole = {**content, "files": {file.name: facts_of(file)}}
+    write_whole(file.with_suffix(".json"), lambda place: write_meta(place, whole))
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that it is there whole or not at all. write: fills the path it gets. Raises CheckpointError."""
+    unfinished = file.with_name(f".{file.name}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(unfinished)
+        sync(unfinished)
+        os.replace(unfinished, file)
+    except (OSError, RuntimeError) as error:  # torch's own errors of writing are RuntimeErrors
+        with suppress(OSError):
+            unfinished.unlink()
+        raise CheckpointError(f"cannot write {file} ({reason_of(error)}): choose another place.") from error
+
+
 class Saver:
-    """Writes a run's checkpoints. All processes must call it at the same places."""
+    """Saves a run's checkpoints. All processes must call it at the same places."""
 
     def __init__(self, folder: Path, world: World, *, keep: int, timeout: float, say: Callable[[str], None]) -> None:
-        """folder: the run's ``checkpoints``. keep: how many stay, besides the best.
+        """Join the processes in a group for the thread. All must do so.
 
-        timeout: seconds that a process waits for another. say: for what a person should know, from the thread.
+        folder: the run's ``checkpoints``. keep: how many stay, besides the best. timeout: seconds that a process waits
+        for another. say: prints warnings, also from the thread.
         """
         self.folder, self.keep, self.say = folder, keep, say
         self.world = world.with_own_group(timeout)
@@ -76,13 +105,13 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether this process knows that a save has failed; `wait` then raises in all of them."""
+        """Whether a save is known to have failed in this process; `wait` then raises."""
         return self._failure is not None
 
     def save(self, parts: Parts, progress: Progress, meta: Mapping[str, object]) -> None:
-        """Copy the state and start to write it, once the save before is whole. The same point is saved once.
+        """Wait for the save before, copy the state, and start to write it. The same progress is saved once.
 
-        Raises what the save before did.
+        Raises as `wait` does.
         """
         self.wait()
         if progress == self._saved:
@@ -93,9 +122,9 @@ class Saver:
         self._thread.start()
 
     def update(self, progress: Progress, *, best: bool) -> None:
-        """Store the progress after an evaluation in the last checkpoint, which with ``best`` is the best one.
+        """Store the progress after an evaluation in the last checkpoint; with ``best`` make that the best one.
 
-        Raises CheckpointError, in the main process, when it or the save before failed; SystemExit in the others.
+        Raises CheckpointError in the main process when this or the save before failed, SystemExit in the others.
         """
         self.wait()
         self.world.broadcast_from_main(lambda: update_progress(self.folder, progress, best=best))
@@ -104,7 +133,7 @@ class Saver:
     def wait(self) -> None:
         """Return once the save under way, if any, is on the disk.
 
-        Raises CheckpointError, in the main process, when it failed; SystemExit in the others.
+        Raises CheckpointError in the main process when it failed, SystemExit in the others.
         """
         self.end()
         if self._failure is not None:
@@ -112,7 +141,7 @@ class Saver:
             raise failure
 
     def end(self, *, at_once: bool = False) -> None:
-        """Wait for the save under way, if any, whatever becomes of it; not long where all is to end ``at_once``."""
+        """Wait for the save under way, if any, and raise nothing; ``at_once``: wait for `AT_ONCE` seconds at most."""
         if self._thread is not None:
             self._thread.join(AT_ONCE if at_once else None)
             self._thread = None
@@ -122,7 +151,7 @@ class Saver:
     ) -> None:
         try:
             if copied is not None:
-                torch.cuda.set_device(copied.device)  # a thread begins on the first GPU, whosever that is
+                torch.cuda.set_device(copied.device)  # a new thread would use the first GPU
                 copied.synchronize()
             save_checkpoint(self.folder, parts, progress=progress, meta=meta, world=self.world)
             self._remove_old()
@@ -143,10 +172,10 @@ class Staging:
         self._meshes: dict[DeviceMesh, DeviceMesh] = {}
 
     def copy(self, parts: Parts) -> tuple[dict[str, dict[str, Tensor]], torch.cuda.Event | None]:
-        """The parts, contiguous; those that were returned before are overwritten.
+        """Copy the parts, contiguous, over the copies of the last call, and return them.
 
-        With tensors on a GPU the copies are under way until the event, which is also returned, has come. What the
-        device does later, such as the next step's update, waits for them; the host does not.
+        With tensors on a GPU an event is returned too: until it the copies are under way. What the device does later,
+        such as the next step's update, waits for them; the host does not.
         """
         copies = {
             part: {name: self._copy((part, name), value.detach()) for name, value in tensors.items()}
@@ -176,7 +205,7 @@ class Staging:
 
 
 def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The file of each tensor, counted from 1."""
+    """Return the number of each tensor's file, from 1."""
     total, numbers = 0, {}
     for name, value in tensors.items():
         numbers[name] = 1 + total // FILE_BYTES
@@ -184,15 +213,15 @@ def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return numbers
 
 
-def _made_anew(folder: Path) -> Path:
-    """An empty folder."""
+def _empty_folder(folder: Path) -> Path:
+    """Make a folder, or empty it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
-def _completed(temporary: Path, target: Path, meta: Mapping[str, object]) -> Path:
-    """Name all files, each of which is on the disk, with size and checksum in a last one; then publish them."""
+def _complete(temporary: Path, target: Path, meta: Mapping[str, object]) -> Path:
+    """Write meta.json, which names all other files with size and checksum; then publish the checkpoint."""
     files = sorted(file for file in temporary.rglob("*") if file.is_file())
     for part in {file.parent for file in files}:
         sync(part)

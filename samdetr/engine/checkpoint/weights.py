@@ -1,20 +1,17 @@
-"""What training, evaluation and prediction start from: a device, a model, its weights."""
+"""The weights that training, evaluation and prediction start from."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from samdetr.engine.checkpoint.format import find_checkpoint, load_checkpoint, load_model_state
-from samdetr.errors import CheckpointError, RecipeError, SamdetrError
+from samdetr.errors import CheckpointError, RecipeError
 from samdetr.models import Detector, build_model
 from samdetr.models.backbone import load_backbone_weights
 from samdetr.models.official import load_official, read_official
 from samdetr.recipe import Recipe, stored_recipe
 from samdetr.structures import Categories
-from samdetr_kernels import force_reference
 
 
 class Trained(NamedTuple):
@@ -26,23 +23,11 @@ class Trained(NamedTuple):
     path: Path  # the checkpoint folder
 
 
-def choose_device(name: str, kernels: str) -> torch.device:
-    """The device of ``run.device``: "auto" is the first GPU if there is one, else the CPU.
-
-    kernels: ``compute.kernels``, from now on what the ops run there. Raises SamdetrError when "cuda" is asked for and
-    there is no GPU.
-    """
-    force_reference(kernels == "reference")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SamdetrError('run.device = "cuda", but torch finds no GPU: set it to "cpu" or "auto".')
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def load_initial_weights(model: Detector, recipe: Recipe) -> str:
-    """Load what the recipe starts from, and return a sentence that says so.
+    """Load the weights that the recipe starts from, and return a sentence that names them.
 
-    From another model (init.official, init.checkpoint) the class heads are taken over only if they have as many
-    classes. Raises CheckpointError when a file is absent or does not fit.
+    From another model (init.official, init.checkpoint) the class heads are loaded only if they have as many classes.
+    Raises CheckpointError when a file is absent or does not fit.
     """
     if recipe.init.official:
         remade = load_official(model, read_official(recipe.init.official), remake_class_heads=True)
@@ -62,7 +47,7 @@ def load_initial_weights(model: Detector, recipe: Recipe) -> str:
 
 
 def load_trained(path: str) -> Trained:
-    """Read a run or checkpoint. Raises CheckpointError when it cannot be read."""
+    """Load the model of a run or checkpoint. Raises CheckpointError when it cannot be read."""
     checkpoint = load_checkpoint(find_checkpoint(path), with_optimizer=False)
     try:
         recipe = stored_recipe(checkpoint.meta["recipe"], str(checkpoint.path))

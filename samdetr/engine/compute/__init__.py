@@ -1,1 +1,1 @@
-"""How a step computes: precision, compiled regions, CUDA graphs, activation checkpointing, the micro-batch."""
+"""How a step computes: device, precision, compiled regions, CUDA graphs, activation checkpointing."""

@@ -1,4 +1,4 @@
-"""The step's two halves as CUDA graphs: recorded once, replayed with one launch each."""
+"""The two halves of a step as CUDA graphs: recorded once, replayed with one launch each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Recorded:
     output: Tensor
 
     def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """The function's result for ``inputs``, of the recorded shapes."""
+        """Return the function's result for ``inputs``, which have the recorded shapes."""
         for recorded, given in zip(self.inputs, inputs, strict=True):
             recorded.copy_(given, non_blocking=True)
         self.graph.replay()
@@ -33,11 +33,10 @@ class Recorded:
 
 
 class StepGraphs:
-    """Forward, loss and backward for every batch shape, and clip and update: graphs that share one memory pool.
+    """Graphs that share one memory pool: forward, loss and backward for every bucket shape, and clip and update.
 
     They are recorded on one stream, since memory is reused within a stream only. Record the largest shape first: the
-    images of the others then take its place. Gradients are allocated once and stay where they are: set them to zero
-    between steps, not to None.
+    images of the others then use its memory. Gradients are allocated once: set them to zero between steps, not to None.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class StepGraphs:
         forward_backward: Callable[[Batch, Tensor], Tensor],
         update: Callable[[Tensor], Tensor],
     ) -> None:
-        """forward_backward: (micro-batch, number of boxes) -> values. update: loss -> gradient norm."""
+        """Allocate the gradients. forward_backward: (micro-batch, number of boxes) -> values. update: loss -> norm."""
         self._model, self._optimizer = model, optimizer
         self._forward_backward, self._update = forward_backward, update
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -61,14 +60,14 @@ class StepGraphs:
                 self._gradients.append((parameter, parameter.grad))
 
     def forward_backward(self, batch: Batch, num_boxes: Tensor) -> Tensor:
-        """The recorded pass of the batch's shape; one that was not recorded runs as it is."""
+        """Replay the graph of the batch's shape; run a shape that was not recorded eagerly."""
         recorded = self._passes.get(batch.images.shape)
         if recorded is None:
             return self._forward_backward(batch, num_boxes)
         return recorded.replay((*batch.step_tensors(), num_boxes))
 
     def update(self, loss: Tensor) -> Tensor:
-        """Clip the gradients and take the optimizer's step; their norm before.
+        """Clip the gradients, take the optimizer's step, and return their norm before clipping.
 
         Raises RuntimeError where a parameter's gradient is no longer the tensor that the graphs write.
         """
@@ -77,9 +76,9 @@ class StepGraphs:
         return self._update(loss) if self._last is None else self._last.replay((loss,))
 
     def record(self, batch: Batch) -> None:
-        """Record the pass for batches of this one's shapes. It must be compiled already.
+        """Record the graph for batches of this one's shape, which must be compiled already.
 
-        Buffers that training changes (live BatchNorm) move on: the caller restores them. Raises SamdetrError.
+        Changes the buffers of live BatchNorm: the caller restores them. Raises SamdetrError.
         """
         num_boxes = batch.targets.counts.sum()
 
@@ -97,7 +96,7 @@ class StepGraphs:
             self._last = self._recorded(self._update, (torch.zeros_like(self._optimizer.found_inf),))
 
     def _placed(self, images: Tensor) -> Tensor:
-        """A copy of the images in the memory that all shapes share."""
+        """Copy the images into the memory that all bucket shapes share."""
         if self._pixels is None or self._pixels.numel() < images.numel():
             self._pixels = torch.empty(images.numel(), dtype=images.dtype, device=images.device)
         return self._pixels[: images.numel()].as_strided(images.shape, images.stride()).copy_(images)
@@ -108,7 +107,7 @@ class StepGraphs:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 function(*inputs)  # libraries choose algorithms and allocate their workspaces
-                torch.cuda.set_sync_debug_mode("error")  # what would break a recording is named before it begins
+                torch.cuda.set_sync_debug_mode("error")  # an error here names what would break the recording
                 function(*inputs)
             torch.cuda.set_sync_debug_mode(before)
             torch.cuda.current_stream().wait_stream(self._stream)
@@ -119,7 +118,7 @@ class StepGraphs:
         except RuntimeError as error:
             raise SamdetrError(
                 f"recording a CUDA graph failed: {str(error.__context__ or error).splitlines()[0]} "
-                'Set compute.cuda_graph = "off", or compute.on_failure = "eager" to go on without it.'
+                'Set compute.cuda_graph = "off", or compute.on_failure = "eager" to continue without it.'
             ) from error
         finally:
             torch.cuda.set_sync_debug_mode(before)

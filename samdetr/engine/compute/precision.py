@@ -1,4 +1,4 @@
-"""What a recipe's compute section means on a device: precision, compiled or not, recorded or not."""
+"""What a recipe asks of a device, decided for this machine: which device, precision, compilation, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from samdetr.errors import SamdetrError
+from samdetr_kernels import force_reference
 
 if TYPE_CHECKING:
     from samdetr.recipe import ComputeSection
@@ -23,6 +24,18 @@ class Compute(NamedTuple):
 
 
 EXACT = Compute(torch.float32, compile=False, cuda_graph=False)
+
+
+def choose_device(name: str, kernels: str) -> torch.device:
+    """Return the device of ``run.device``: "auto" is the first GPU if there is one, else the CPU.
+
+    kernels: ``compute.kernels``, which the ops use from now on. Raises SamdetrError when "cuda" is asked for and there
+    is no GPU.
+    """
+    force_reference(kernels == "reference")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SamdetrError('run.device = "cuda", but torch finds no GPU: set it to "cpu" or "auto".')
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def choose_compute(section: ComputeSection, device: torch.device, *, buckets: bool, processes: int = 1) -> Compute:
@@ -53,7 +66,7 @@ def choose_compute(section: ComputeSection, device: torch.device, *, buckets: bo
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of ``compute.precision``; "auto" is bfloat16 where the device multiplies it itself."""
+    """Return the dtype of ``compute.precision``; "auto" is bfloat16 where the device multiplies it in hardware."""
     if name != "auto":
         return torch.bfloat16 if name == "bf16" else torch.float32
     if device.type == "cuda":
@@ -65,5 +78,5 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(precision: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """Within the context products and convolutions on the device take and give ``precision``."""
+    """Return a context in which matrix products and convolutions on the device compute in ``precision``."""
     return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)

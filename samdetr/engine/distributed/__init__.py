@@ -1,1 +1,1 @@
-"""Several processes: what they tell each other, a model among them, starting them."""
+"""Several processes: launching them, what they tell each other, what they decide, and a model among them."""

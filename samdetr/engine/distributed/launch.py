@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from samdetr.engine.failures.interrupt import SIGNALS, Heard
+from samdetr.engine.distributed.signals import SIGNALS, SignalCounter
 from samdetr.errors import SamdetrError
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ STOPPED = "stopped at once; what came after the last checkpoint is lost\n"
 
 
 def processes_wanted(asked: int | None, recipe: Recipe, gpus: int) -> int:
-    """``--nproc``, by default as many as can share the recipe's micro-batches equally, one for each of ``gpus``.
+    """Return ``--nproc``, or by default as many of ``gpus`` as can share the recipe's micro-batches equally.
 
-    What stays unused is said. Raises SamdetrError for more processes than there are GPUs.
+    Prints how many GPUs stay unused. Raises SamdetrError for more processes than there are GPUs.
     """
     if asked is None:
         train = recipe.train
@@ -39,8 +39,8 @@ def processes_wanted(asked: int | None, recipe: Recipe, gpus: int) -> int:
         processes = max(number for number in range(1, max(gpus, 1) + 1) if parts % number == 0)
         if processes < gpus:
             sys.stdout.write(
-                f"using {processes} of {gpus} GPUs: so many share the micro-batches of a step ({parts}) equally; with "
-                "a smaller train.micro_batch there are more\n"
+                f"using {processes} of {gpus} GPUs: as many as can share the {parts} micro-batches of a step equally; "
+                "a smaller train.micro_batch allows more\n"
             )
         return processes
     if gpus and asked > gpus:
@@ -49,25 +49,25 @@ def processes_wanted(asked: int | None, recipe: Recipe, gpus: int) -> int:
 
 
 def visible_gpus(recipe: Recipe) -> int:
-    """How many GPUs ``run.device`` lets the recipe use."""
+    """Return how many GPUs ``run.device`` lets the recipe use."""
     return 0 if recipe.run.device == "cpu" else torch.cuda.device_count()
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Run ``python -m samdetr ARGUMENTS`` in each of the processes; returns the exit code of the whole.
+    """Run ``python -m samdetr ARGUMENTS`` in each of the processes and return the exit code of the whole.
 
-    A signal is passed on and the processes have torch's grace (30 s, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT) to save; a
-    second one ends them at once. Where one fails the others are ended.
+    A signal is passed on, and the processes have 30 s (or TORCH_ELASTIC_SHUTDOWN_TIMEOUT) to save; a second one kills
+    them. Where one process fails the others are ended.
     """
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes speak for themselves
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes print their own errors
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    heard = Heard()
+    counter = SignalCounter()
 
     def handle(number: int, _: FrameType | None) -> None:
-        if not heard.first():
-            if not heard.second(number):
+        if not counter.is_first():
+            if not counter.is_second(number):
                 return
             os.write(2, STOPPED.encode())
             _kill_children()
@@ -101,7 +101,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
 
 def _kill_children() -> None:
-    """SIGKILL to the processes that this one started, each of which leads a group of its own, and to their groups."""
+    """Kill the process groups that this process started; each child leads one."""
     for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
         with suppress(ProcessLookupError):
             os.killpg(int(child), signal.SIGKILL)

@@ -1,6 +1,6 @@
 """The processes of a run: how they start together, what they tell each other, and who has stopped responding.
 
-A process alone is a world of one, for which every call here does nothing.
+A single process is a world of one, for which every call here does nothing.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ROLL_CALL = 3.0  # seconds between the first process that gives up waiting and the last
-
-AFTERWARDS = 0.2  # seconds
-
-DEVICE_PATIENCE = 3  # limits of the host, which calls within one, waits one, and says so before NCCL ends the process
+GLOO_CLEANUP = 0.2  # seconds that gloo's threads get before its groups are destroyed
+# times the host's timeout: the host calls within one, waits one, and prints an error before NCCL ends the process
+DEVICE_PATIENCE = 3
 
 
 class World(NamedTuple):
@@ -45,17 +44,17 @@ class World(NamedTuple):
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, on the device of ``values``, which it replaces."""
+        """Return the sum over all processes, on the device of ``values``, which it overwrites."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def all_reduce_max(self, value: int) -> int:
-        """The largest of the processes' numbers. The host waits for the slowest of them, but for no device."""
+        """Return the largest of the processes' numbers. The host waits for the slowest process, but for no device."""
         if self.size == 1:
             return value
         values = torch.tensor(value)
@@ -63,7 +62,7 @@ class World(NamedTuple):
         return int(values)
 
     def broadcast_from_main(self, make: Callable[[], T]) -> T:
-        """What the main process makes; all others wait for it. Where it fails, they end too."""
+        """Return in all processes what ``make`` returns in the main one; if it fails there, raise SystemExit here."""
         if self.size == 1:
             return make()
         made: list[T | None] = [None]
@@ -75,20 +74,20 @@ class World(NamedTuple):
                 failure = error
         dist.broadcast_object_list(made, group=self.group)
         if made[0] is None:
-            raise failure or SystemExit(1)  # the main process says why
+            raise failure or SystemExit(1)  # the main process prints why
         return made[0]
 
     def first_message(self, text: str) -> str:
-        """The text of the first process that has one, "" where none has."""
+        """Return the text of the first process that has one, "" where none has."""
         texts = [text] * self.size
         if self.size > 1:
             dist.all_gather_object(texts, text, group=self.group)
         return next(filter(None, texts), "")
 
     def with_own_group(self, timeout: float) -> World:
-        """The same processes, talking on the CPU past what they say here: for a thread. All of them must ask.
+        """Return the same processes with a group of their own on the CPU, which a thread may use. All must call it.
 
-        timeout: seconds that one waits for another.
+        timeout: seconds that one process waits for another.
         """
         if self.size == 1:
             return self
@@ -97,7 +96,7 @@ class World(NamedTuple):
         return self._replace(group=group)
 
     def gather(self, rows: Tensor) -> Tensor | None:
-        """The rows [n, ...] of all processes, on the CPU, in the order of ranks; None except in the main process."""
+        """Return the rows [n, ...] of all processes on the CPU, in order of rank; None except in the main process."""
         rows = rows.cpu()
         if self.size == 1:
             return rows
@@ -113,7 +112,7 @@ class World(NamedTuple):
         return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
 
     def unresponsive_ranks(self) -> list[int]:
-        """The processes that have not called this within `ROLL_CALL` seconds, as one does that has given up waiting."""
+        """Return the ranks that do not call this too within `ROLL_CALL` seconds; who gives up waiting calls it."""
         assert self.store is not None
         self.store.set(f"given_up/{self.rank}", "")
         time.sleep(ROLL_CALL)
@@ -121,7 +120,7 @@ class World(NamedTuple):
 
     @contextmanager
     def local_main_first(self) -> Iterator[None]:
-        """One process of each machine runs the block before the others do: it may fill a cache that they share."""
+        """Run the block in one process of each machine before the others: it may fill a cache that they share."""
         if self.local_rank > 0:
             self.all_reduce_max(0)
         yield
@@ -133,15 +132,16 @@ ALONE = World()
 
 
 def is_launched() -> bool:
-    """Whether a launcher such as torchrun started this process as one of several."""
+    """Return whether a launcher such as torchrun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
 def init_world(device: torch.device, section: ParallelSection) -> Iterator[World]:
-    """The world that the launcher's environment describes, for the length of the context.
+    """Join the processes that the launcher's environment describes; leave them at the end of the context.
 
-    A call that waits longer than ``parallel.timeout`` for another process ends this one; of the device, `device_limit`.
+    A call that waits longer than ``parallel.timeout`` for another process raises; a call on a GPU's tensors waits for
+    `device_limit`.
     """
     if not is_launched():
         yield ALONE
@@ -167,30 +167,30 @@ def init_world(device: torch.device, section: ParallelSection) -> Iterator[World
     leave = dist.destroy_process_group
     try:
         yield world
-        world.all_reduce_max(0)  # nobody leaves while another still needs its answer
+        world.all_reduce_max(0)  # no process leaves while another still waits for it
     except Exception:
         leave = _abort_process_group  # what is under way on the device may wait for a process that is lost
         raise
     finally:
         # gloo's threads drop the tensors of a finished call under a lock, for which they need the GIL; a group's
         # destructor takes that lock and keeps the GIL: let them finish
-        time.sleep(AFTERWARDS)
+        time.sleep(GLOO_CLEANUP)
         gc.collect()  # sharded modules hold groups in cycles, and groups must go before the interpreter does
         leave()
 
 
 def device_limit(section: ParallelSection, device: torch.device) -> timedelta:
-    """Return how long a call on tensors of ``device`` waits for another process: on a GPU longer than the host does."""
+    """Return how long a call on tensors of ``device`` waits for a process: on a GPU, longer than the host does."""
     return timedelta(seconds=section.timeout * (DEVICE_PATIENCE if device.type == "cuda" else 1))
 
 
 def is_communication_error(error: RuntimeError) -> bool:
-    """Whether a collective call failed because another process did not answer."""
+    """Return whether a collective call failed because another process stopped responding."""
     return isinstance(error, dist.DistBackendError) or "gloo" in str(error)
 
 
 def micro_batches_of(world: World, *, total_batch: int, micro_batch: int) -> int:
-    """How many micro-batches of a step each process takes. Raises RecipeError where they cannot be shared equally."""
+    """Return how many micro-batches of a step each process takes. Raises RecipeError where they differ."""
     count = total_batch // micro_batch
     if count % world.size:
         fitting = [n for n in range(1, micro_batch) if total_batch % (n * world.size) == 0]

@@ -1,1 +1,1 @@
-"""What goes wrong: signals, memory that runs out, numbers that are not finite, and their replay."""
+"""Failures of a run: memory, numbers that are not finite and their replay, processes that are lost."""

@@ -1,4 +1,4 @@
-"""The folder of a run: ``<run.folder>/<run.name>/<n>``, with everything needed to repeat or continue it."""
+"""The folder of a run: ``<run.folder>/<run.name>/<n>``, with all that is needed to repeat or continue it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _PACKAGES = (
 
 
 def new_run(recipe: Recipe, environment: Mapping[str, object]) -> Path:
-    """Make the next free numbered folder, with the resolved recipe and the environment. Never reuses one.
+    """Make the next free numbered folder, with the resolved recipe and the environment; never reuse one.
 
     Raises SamdetrError when it cannot be written.
     """
@@ -67,13 +67,13 @@ def new_run(recipe: Recipe, environment: Mapping[str, object]) -> Path:
 
 
 def write_environment(folder: Path, environment: Mapping[str, object], *, step: int | None = None) -> None:
-    """Record where a run begins, or goes on after a step: it may be another machine or torch."""
+    """Record where a run begins, or continues after ``step``: the machine or torch may be another one."""
     name = ENVIRONMENT_FILE if step is None else f"environment-after-step-{step}.json"
     (folder / name).write_text(json.dumps(environment, indent=1))
 
 
 def find_run(recipe: Recipe, resume: str) -> Path:
-    """The run to continue: ``resume`` itself, or with "" the newest unfinished run of the recipe's name.
+    """Return the run to continue: ``resume`` itself, or with "" the newest unfinished run of the recipe's name.
 
     Raises CheckpointError when there is none, RecipeError when the recipe is not the run's own.
     """
@@ -100,22 +100,22 @@ def find_run(recipe: Recipe, resume: str) -> Path:
             for key in changed
         ]
         lines[-1] += f"; start a new run from its weights with --set init.checkpoint={shlex.quote(str(folder))}"
-        lines[-1] += f", or go on as it was with {resume_command(folder)}"
+        lines[-1] += f", or continue it unchanged with {resume_command(folder)}"
         raise RecipeError("\n".join(lines))
     return folder
 
 
 def run_of_launch(recipe: Recipe) -> str | None:
-    """The unfinished run that this process's launch began, if its launcher has started the processes again.
+    """Return the unfinished run that this launch began, if its launcher has restarted the processes; else None.
 
-    A launch is known by torchrun's ``--rdzv-id``, which each run's environment.json has. None: a new run is to begin.
-    Raises CheckpointError where processes were started again and have no such id.
+    A launch is known by torchrun's ``--rdzv-id``, which each run's environment.json has. Raises CheckpointError where
+    processes were restarted and have no such id.
     """
     launch = _launch()
     if launch is None:
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             raise CheckpointError(
-                "torchrun has started the processes again, but without an id of the launch they cannot tell their run: "
+                "torchrun has restarted the processes, but without an id of the launch they cannot find their run: "
                 "give torchrun --rdzv-id, or continue the run with --resume RUN."
             )
         return None
@@ -131,22 +131,31 @@ def run_of_launch(recipe: Recipe) -> str | None:
 
 
 def with_micro_batch_of(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe; where it says "auto", with the micro-batch that the run in ``folder`` began with.
-
-    Another one would round otherwise.
-    """
+    """Replace "auto" by the micro-batch that the run in ``folder`` began with; another one would round differently."""
     if recipe.train.micro_batch != "auto":
         return recipe
     return with_micro_batch(recipe, load_stored_recipe(folder / RECIPE_FILE).train.images)
 
 
 def resume_command(folder: Path) -> str:
-    """What continues the run in a folder with its own recipe, to be typed as it stands."""
+    """Return the command that continues the run in a folder with its own recipe."""
     return f"samdetr-train --resume {shlex.quote(str(folder))}"
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether the run in a folder has a checkpoint to continue from."""
+    return (folder / CHECKPOINTS / LAST).exists()
+
+
+def how_to_continue(folder: Path) -> str:
+    """Return the end of a stopped run's last line: the command that continues it, if there is a checkpoint."""
+    if has_checkpoint(folder):
+        return f"continue with: {resume_command(folder)}"
+    return "there is no checkpoint yet, start it again"
+
+
 def environment_of(recipe: Recipe, device: torch.device) -> dict[str, object]:
-    """What a person needs to know to repeat a run: commit, versions, device, seed, command."""
+    """Return what is needed to repeat a run: commit, versions, device, seed, command."""
     versions = {name: metadata.version(name) for name in _PACKAGES if _installed(name)}
     versions["torch"] = str(torch.__version__)  # which also names its CUDA version
     return {
@@ -182,14 +191,14 @@ def _newest_unfinished(parent: Path) -> Path:
 
 
 def _numbered(parent: Path) -> list[Path]:
-    """The runs in a folder, newest first."""
+    """List the runs in a folder, newest first."""
     entries = parent.iterdir() if parent.is_dir() else ()
     return sorted((entry for entry in entries if entry.name.isdigit()), key=lambda entry: -int(entry.name))
 
 
 def _launch() -> str | None:
-    """What a launcher calls all processes that it starts, those that it starts again too."""
-    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # which torchrun says where nothing was given
+    """Return the id that a launcher gives all processes it starts and restarts; None without one."""
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's value where no id was given
     return None if launch == "none" else launch
 
 
@@ -216,7 +225,7 @@ def _installed(name: str) -> bool:
 
 
 def _commit() -> str:
-    """The commit of this source tree, with "+changes" where files differ; "" outside a git checkout."""
+    """Return the commit of this source tree, with "+changes" where files differ; "" outside a git checkout."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return ""

@@ -1,4 +1,4 @@
-"""What a person sees of a run, and metrics.jsonl."""
+"""What a run prints and shows, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from rich.table import Table
 from rich.text import Text
 
 from samdetr.engine.checkpoint.format import Progress
+from samdetr.engine.coco import STAT_NAMES
 from samdetr.engine.run.folder import METRICS_FILE
 from samdetr.engine.run.metrics import Step
 from samdetr.errors import SamdetrError
 
-LOSS_NAMES = {  # of a finished epoch's line
+LOSS_NAMES = {  # in the line of a finished epoch
     "loss": "loss",
     "loss_ce": "class",
     "loss_bbox": "L1",
@@ -33,45 +34,6 @@ LOSS_NAMES = {  # of a finished epoch's line
     "loss_classifier": "class",
     "loss_box_reg": "boxes",
 }
-STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-
-
-def step_values(logged: Sequence[str]) -> tuple[str, ...]:
-    """The names of what a step reports, in their order; logged: the criterion's terms."""
-    return ("loss", *logged, "class_error", "grad_norm")
-
-
-class Meter:
-    """Means of the step values ``names`` over some steps."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
-        self.count = 0
-        self.sums = [0.0] * len(names)
-
-    def add(self, values: Sequence[float]) -> None:
-        """Count one step; values in the order of the names."""
-        self.sums = [total + value for total, value in zip(self.sums, values, strict=True)]
-        self.count += 1
-
-    def means(self) -> dict[str, float]:
-        """Mean of every step value, by name; empty if there was no step."""
-        if not self.count:
-            return {}
-        return {name: total / self.count for name, total in zip(self.names, self.sums, strict=True)}
-
-    def to_json(self) -> dict[str, float]:
-        """The sums and their count, for `from_json`."""
-        return {"count": self.count, **dict(zip(self.names, self.sums, strict=True))}
-
-    @classmethod
-    def from_json(cls, names: Sequence[str], value: Mapping[str, float] | None) -> Meter:
-        """The inverse of `to_json`; an empty meter from None."""
-        meter = cls(names)
-        if value:
-            meter.count = int(value["count"])
-            meter.sums = [value[name] for name in names]
-        return meter
 
 
 class RunLog:
@@ -88,9 +50,11 @@ class RunLog:
         console: Console,
         writes: bool = True,
     ) -> None:
-        """epochs, steps: of the whole run. evaluations: those to come. progress: where the run begins or goes on.
+        """Set up, and show nothing yet.
 
-        writes: whether metrics.jsonl is this process's; of several only one writes it.
+        epochs, steps: of the whole run. evaluations: those to come. progress: where the run begins or continues.
+
+        writes: whether this process writes metrics.jsonl; of several processes only one does.
         """
         self.folder, self.console, self.writes = folder, console, writes
         self.epochs, self.steps, self.evaluations = epochs, steps, evaluations
@@ -135,7 +99,7 @@ class RunLog:
             ) from error
 
     def step(self, epoch: int, *, seconds: float, waited: float, images: int) -> None:
-        """Count one optimizer step that took ``seconds``, of which ``waited`` waiting for data."""
+        """Count one optimizer step that took ``seconds``, ``waited`` of them waiting for data."""
         self.done += 1
         self.step_seconds += seconds
         self.data_seconds += waited
@@ -151,7 +115,7 @@ class RunLog:
         self._bar.update(self._task, completed=self.done, description=self._name(epoch), eta=self.eta())
 
     def interval(self, epoch: int, step: int, means: Mapping[str, float], lr: float) -> None:
-        """Report the steps since the last call, up to ``step``: one line in metrics.jsonl, and on the terminal."""
+        """Report the steps since the last call, up to ``step``, in a line of metrics.jsonl and on the terminal."""
         self.write(
             "train",
             epoch=epoch,
@@ -170,7 +134,7 @@ class RunLog:
         self.images = 0
 
     def skipped(self, step: Step, terms: Sequence[str], image_ids: Sequence[int], *, in_row: int) -> None:
-        """Report a step of which ``terms`` were not finite, the last of ``in_row``; its update was not applied."""
+        """Report a skipped step, the last of ``in_row``, of which ``terms`` were not finite."""
         self.write("skip", epoch=step.epoch, step=step.number, terms=terms, image_ids=image_ids, in_row=in_row)
         numbers = ", ".join(map(str, image_ids))
         self.note(
@@ -178,18 +142,18 @@ class RunLog:
         )
 
     def eta(self) -> str:
-        """Time to the end of the run, evaluations included as soon as one has been timed."""
+        """Return the time to the end of the run, with evaluations as soon as one has been timed."""
         steps = self.steps - self.done
         return duration(self._mean_step * steps + self.evaluation_seconds * self.evaluations)
 
     def epoch(self, epoch: int, means: Mapping[str, float]) -> None:
-        """The permanent line of a finished epoch."""
+        """Report a finished epoch with its mean values."""
         self.write("epoch", epoch=epoch, step=self.done, **means)
         losses = (f"{LOSS_NAMES[name]} {value:.3f}" for name, value in means.items() if name in LOSS_NAMES)
         self.note("  ".join((self._name(epoch), *losses, f"ETA {self.eta()}")))
 
     def starting(self, what: str) -> None:
-        """Show what happens before the first step."""
+        """Show what is done before the first step."""
         self._bar.update(self._task, description=what)
         if not self.console.is_terminal:
             self.note(what)
@@ -208,7 +172,7 @@ class RunLog:
         seconds: float,
         best: bool,
     ) -> None:
-        """The table of an evaluation, whose numbers ``evaluator`` computed."""
+        """Report an evaluation, whose numbers ``evaluator`` computed, with a table."""
         self.evaluations -= 1
         self.evaluation_seconds = seconds
         classes = dict(per_class)
@@ -219,7 +183,7 @@ class RunLog:
         print_evaluation(self.console, stats, f"{title}, evaluated in {duration(seconds)} by {evaluator}")
 
     def note(self, text: str) -> None:
-        """A line that stays above the progress bar."""
+        """Print a line that stays above the progress bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _name(self, epoch: int) -> str:
@@ -231,7 +195,7 @@ class RunLog:
 
 
 def print_evaluation(console: Console, stats: Mapping[str, float], title: str) -> None:
-    """The twelve COCO numbers under each other's names: 72 columns, which fit any terminal."""
+    """Print the twelve COCO numbers below their names: 72 columns, which fit any terminal."""
     console.print(title, markup=False, highlight=False, soft_wrap=True)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in STAT_NAMES:
@@ -241,7 +205,7 @@ def print_evaluation(console: Console, stats: Mapping[str, float], title: str) -
 
 
 def print_per_class(console: Console, per_class: Mapping[str, float]) -> None:
-    """AP of every class."""
+    """Print the AP of every class."""
     table = Table("class", title="AP per class", title_justify="left")
     table.add_column("AP", justify="right")
     for name, value in per_class.items():
@@ -250,7 +214,7 @@ def print_per_class(console: Console, per_class: Mapping[str, float]) -> None:
 
 
 def print_findings(console: Console, rows: Sequence[tuple[str, str, str, str, str]]) -> None:
-    """What the checks of the data set dropped or noted; errors among the rows are left to their own message."""
+    """Print what the checks of the data set dropped or noted; errors have a message of their own."""
     rows = [row for row in rows if row[1] != "error"]
     if rows:
         table = Table("split", "severity", "count", "finding", "examples", title="data checks", title_justify="left")
@@ -260,33 +224,33 @@ def print_findings(console: Console, rows: Sequence[tuple[str, str, str, str, st
 
 
 def duration(seconds: float) -> str:
-    """h:mm:ss."""
+    """Format seconds as h:mm:ss."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def memory_mb() -> float:
-    """Peak memory of the GPU if one is in use, else of this process, MiB."""
+    """Return the peak memory of the GPU if one is in use, else of this process, in MiB."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-class Stopwatch:
-    """Seconds since the last lap."""
+class Timer:
+    """Measures the seconds between laps."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the last call, or since the beginning."""
+        """Return the seconds since the last call, or since the timer was made."""
         now = time.perf_counter()
         elapsed, self._start = now - self._start, now
         return elapsed
 
 
 def _drop_later_lines(file: Path, progress: Progress) -> None:
-    """Forget what was logged after the checkpoint that a run continues from: it is done, and logged, again.
+    """Remove the lines logged after the checkpoint that a run continues from: those steps are taken and logged again.
 
     Raises SamdetrError when the file cannot be read or written.
     """
@@ -327,5 +291,5 @@ def _plain(value: object) -> object:
 
 
 def _number(value: float) -> str:
-    """A COCO number, "-" where the data cannot define it."""
+    """Format a COCO number, "-" where the data cannot define it."""
     return "-" if not math.isfinite(value) or value < 0 else f"{value:.3f}"

@@ -1,17 +1,22 @@
-"""What the host and the device know of each other: values on their way to the host, and how far ahead the host is."""
+"""Values of steps: their names, means, way from the device to the host, and how far the host runs ahead."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+def step_values(logged: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the values of `train_step`, in their order. logged: the criterion's terms."""
+    return ("loss", *logged, "class_error", "grad_norm")
+
+
 class Step(NamedTuple):
-    """What the host knows of a step when it starts it. Numbers from 0, but ``number``, the steps done with it."""
+    """What the host knows of a step when it launches it. Counted from 0, except ``number``, the steps done with it."""
 
     number: int
     epoch: int
@@ -19,10 +24,43 @@ class Step(NamedTuple):
     lr: float
 
 
+class Meter:
+    """Means of the step values ``names`` over some steps."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.count = 0
+        self.sums = [0.0] * len(names)
+
+    def add(self, values: Sequence[float]) -> None:
+        """Count one step; values in the order of the names."""
+        self.sums = [total + value for total, value in zip(self.sums, values, strict=True)]
+        self.count += 1
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of every step value by name; nothing if there was no step."""
+        if not self.count:
+            return {}
+        return {name: total / self.count for name, total in zip(self.names, self.sums, strict=True)}
+
+    def to_json(self) -> dict[str, float]:
+        """Return the sums and their count, for `from_json`."""
+        return {"count": self.count, **dict(zip(self.names, self.sums, strict=True))}
+
+    @classmethod
+    def from_json(cls, names: Sequence[str], value: Mapping[str, float] | None) -> Meter:
+        """Restore what `to_json` returned; from None, an empty meter."""
+        meter = cls(names)
+        if value:
+            meter.count = int(value["count"])
+            meter.sums = [value[name] for name in names]
+        return meter
+
+
 class RunAheadLimit:
     """Keeps the host at most ``steps`` ahead of a GPU: their batches are in memory, and a signal waits for them.
 
-    The wait itself leaves the device work: the step before is still under way when the host goes on.
+    When the wait ends the GPU still has work: the step before is under way.
     """
 
     def __init__(self, device: torch.device, steps: int = 2) -> None:
@@ -30,7 +68,7 @@ class RunAheadLimit:
         self._events: deque[torch.cuda.Event] = deque()
 
     def step(self) -> None:
-        """A step has been launched: wait for the one ``steps`` before it."""
+        """Wait for the step launched ``steps`` before the one just launched."""
         if self._device.type != "cuda":
             return
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -41,20 +79,20 @@ class RunAheadLimit:
 
 
 class AsyncMetrics:
-    """Values of steps in their order. On a GPU they arrive some steps late, in bundles; on a CPU at once."""
+    """Values of steps in their order. From a GPU they arrive some steps late, in bundles; on a CPU at once."""
 
     def __init__(self) -> None:
-        self._steps: list[Step] = []  # not sent yet, with
-        self._values: list[Tensor] = []  # theirs
+        self._steps: list[Step] = []  # not sent yet
+        self._values: list[Tensor] = []  # of these steps
         self._sent: tuple[list[Step], Tensor, torch.cuda.Event | None] | None = None
 
     def add(self, step: Step, values: Tensor) -> None:
-        """values: 1-D, on the device; not written to any more."""
+        """Keep a step's values: [V] on the device, not written to any more."""
         self._steps.append(step)
         self._values.append(values)
 
     def flush(self) -> None:
-        """Start the copy of what has been added since the last call, unless one is still under way."""
+        """Start to copy what was added since the last call, unless a copy is still under way."""
         if self._sent is not None or not self._steps:
             return
         stacked, event = torch.stack(self._values), None
@@ -68,13 +106,13 @@ class AsyncMetrics:
         self._steps, self._values = [], []
 
     def ready(self) -> Iterator[tuple[Step, list[float]]]:
-        """The steps whose values have been copied since the last call. Does not wait."""
+        """Yield the steps whose values have been copied since the last call. Does not wait."""
         event = self._sent[2] if self._sent is not None else None
         if event is None or event.query():  # type: ignore[no-untyped-call]
             yield from self._take()
 
     def drain(self) -> Iterator[tuple[Step, list[float]]]:
-        """All steps that have not been returned yet; waits for the device."""
+        """Yield all steps that have not been yielded yet; waits for the device."""
         yield from self._take()
         self.flush()
         yield from self._take()

@@ -1,4 +1,4 @@
-"""val_predictions.png of a run."""
+"""The picture val_predictions.png of a run."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ def draw_validation(
 
 
 def _corners(boxes: Floats) -> Tensor:
-    """(x, y, w, h) rows -> float32 [n, 4] (x0, y0, x1, y1)."""
+    """Convert rows (x, y, w, h) to float32 [N, 4] (x0, y0, x1, y1)."""
     tensor = torch.from_numpy(boxes).float()
     return torch.cat((tensor[:, :2], tensor[:, :2] + tensor[:, 2:]), dim=-1)

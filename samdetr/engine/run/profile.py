@@ -1,4 +1,4 @@
-"""A profile of some training steps: a Chrome trace, the operations that take the time, and the gaps between them."""
+"""A profile of some training steps: a Chrome trace, the slowest operations, and the gaps between them."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Gap(NamedTuple):
 
 
 class StepProfiler:
-    """Profiles the steps ``first`` to ``last`` (from 1) of those that `step` counts; the one before is its warm-up.
+    """Profiles the steps ``first`` to ``last`` (from 1) of those that `step` counts; the step before is its warm-up.
 
     Writes ``trace.json.gz`` (chrome://tracing, ui.perfetto.dev) and ``profile.txt`` into ``folder``; with None it does
-    nothing. Fewer steps than ``last`` are a shorter profile; with fewer than ``first`` there is none. ``note`` is told.
+    nothing. A run of fewer steps than ``last`` has a shorter profile, of fewer than ``first`` none. ``note`` prints it.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class StepProfiler:
         return self
 
     def step(self) -> None:
-        """Call it after every step."""
+        """Count a step that was just taken."""
         self.taken += 1
         if self._profiler is not None and self.taken <= self.last:
             self._profiler.step()
@@ -94,7 +94,7 @@ class StepProfiler:
 
 
 def report(profiler: profile, *, steps: int) -> str:
-    """The tables of a finished profile of ``steps`` steps: top kernels and gaps; without a GPU the top operations."""
+    """Format the tables of a profile of ``steps`` steps: top kernels and gaps; without a GPU the top operations."""
     events: Sequence[FunctionEvent] = profiler.events()  # type: ignore[no-untyped-call]
     kernels = [
         Interval(event.time_range.start, event.time_range.end, event.name)
@@ -114,7 +114,7 @@ def report(profiler: profile, *, steps: int) -> str:
 
 
 def top_table(what: str, rows: Iterable[tuple[str, float]], *, steps: int) -> str:
-    """Names by their summed microseconds, largest first, as times and calls of one step."""
+    """Format a table of names by their summed microseconds, largest first, with time and calls of one step."""
     times: dict[str, float] = {}
     calls: dict[str, int] = {}
     for name, microseconds in rows:
@@ -132,7 +132,7 @@ def top_table(what: str, rows: Iterable[tuple[str, float]], *, steps: int) -> st
 
 
 def find_gaps(kernels: Sequence[Interval]) -> list[Gap]:
-    """Where no kernel of any stream ran, between the first and the last, in order of time."""
+    """Find where no kernel of any stream ran, between the first and the last, in order of time."""
     gaps: list[Gap] = []
     latest: Interval | None = None
     for kernel in sorted(kernels):
@@ -144,7 +144,7 @@ def find_gaps(kernels: Sequence[Interval]) -> list[Gap]:
 
 
 def gap_table(kernels: Sequence[Interval], *, steps: int) -> str:
-    """How often and how long the device idled, by the length of the gap, and the longest gaps with their neighbours."""
+    """Format a table of how often and how long the device idled, and the longest gaps with their neighbours."""
     gaps = find_gaps(kernels)
     span = max(kernel.end for kernel in kernels) - min(kernel.start for kernel in kernels)
     idle = sum(gap.microseconds for gap in gaps)

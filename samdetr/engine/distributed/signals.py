@@ -8,46 +8,43 @@ import signal
 import threading
 import time
 from types import FrameType, TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAVING = "\nsaving; Ctrl-C again stops at once, without saving\n"
-AGAIN = 1.0  # seconds: a scheduler and a launcher may both pass one SIGTERM on
+REPEAT_AFTER = 1.0  # seconds: a scheduler and a launcher may both pass the same SIGTERM on
 
 
-class Heard:
-    """Tells the first signal of a process from a second one, which wants no more saving."""
+class SignalCounter:
+    """Tells the first signal of a process from a second one, which means: stop at once, without saving."""
 
     def __init__(self) -> None:
         self._since: float | None = None
 
-    def first(self) -> bool:
-        """Whether no signal has been counted yet; counts one."""
+    def is_first(self) -> bool:
+        """Count a signal and return whether it is the first."""
         if self._since is not None:
             return False
         self._since = time.monotonic()
         return True
 
-    def second(self, number: int) -> bool:
-        """Whether one that is not the first is meant: a Ctrl-C, or a SIGTERM not at the same time as the first."""
-        return self._since is not None and (number == signal.SIGINT or time.monotonic() - self._since >= AGAIN)
+    def is_second(self, number: int) -> bool:
+        """Return whether a later signal is meant as a second one: a Ctrl-C, or a SIGTERM some time after the first."""
+        return self._since is not None and (number == signal.SIGINT or time.monotonic() - self._since >= REPEAT_AFTER)
 
 
 class StopSignal:
-    """While active, the first signal only sets ``number`` and says so; a second one ends the process at once.
+    """While active, the first signal only sets ``number`` and prints that; a second one raises KeyboardInterrupt.
 
-    Other processes may set ``number`` before this one's own signal comes.
+    ``number`` may also be set to another process's signal, before this process's own comes.
     """
 
-    def __init__(self, *, speaks: bool = True) -> None:
+    def __init__(self, *, prints: bool = True) -> None:
         self.number: int | None = None
-        self.speaks = speaks
+        self.prints = prints
         self.at_once = False  # a second signal came: nothing more is saved
-        self._heard = Heard()
+        self._counter = SignalCounter()
         self._previous: dict[int, object] = {}
-
-    def __bool__(self) -> bool:
-        return self.number is not None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -61,18 +58,18 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._heard.first():
-            if self._heard.second(number):
+        if not self._counter.is_first():
+            if self._counter.is_second(number):
                 self.number, self.at_once = number, True
                 raise KeyboardInterrupt
             return
         self.number = self.number or number
-        if number == signal.SIGINT and self.speaks:
+        if number == signal.SIGINT and self.prints:
             with contextlib.suppress(OSError):
                 os.write(2, SAVING.encode())  # print must not be entered twice, as a handler could
 
-    def leave(self) -> None:
-        """End the program as the signal asks (call after saving): KeyboardInterrupt, or exit code 143."""
+    def exit(self) -> NoReturn:
+        """End the program as the signal asks: raise KeyboardInterrupt, or SystemExit with code 143 after SIGTERM."""
         if self.number == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The start-up of a step: compile every shape, record the graphs, and compare one step with eager float32."""
+"""The start-up of a step: compile every bucket shape, record CUDA graphs, compare a step with eager float32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from samdetr.engine.compute.compile import compile_parts, eagerly
 from samdetr.engine.compute.cuda_graph import StepGraphs
 from samdetr.engine.compute.precision import EXACT, Compute
 from samdetr.engine.distributed.parallel import full_tensor
+from samdetr.engine.step import forward_backward, update
 from samdetr.errors import SamdetrError
 from samdetr.structures import Batch, Targets
 
@@ -28,72 +29,68 @@ if TYPE_CHECKING:
     from samdetr.loss import Criterion
     from samdetr.models import Detector
 
-# bf16 keeps 8 bits; the two ways also differ by their dropout masks, some per cent at a small batch
+# bf16 keeps 8 bits; the two results also differ by their dropout masks, some per cent at a small batch
 MAX_LOSS_DIFFERENCE, MAX_GRADIENT_DIFFERENCE = 0.1, 0.5
 
-PassOf = Callable[[Batch, Tensor], Tensor]  # a micro-batch and the number of boxes -> the values of `train_step`
+ForwardBackward = Callable[[Batch, Tensor], Tensor]  # a micro-batch, the number of boxes -> the values of the step
 
 
 def arrange(model: Detector, criterion: Criterion, compute: Compute, *, shapes: int) -> None:
-    """Change how the model computes, as ``compute`` says; recomputation is around what is compiled."""
+    """Change how the model computes, as ``compute`` says; activation checkpointing wraps what is compiled."""
     if compute.compile:
         compile_parts(model, criterion, shapes=shapes)
     if compute.activation_checkpoint:
         checkpoint_activations(model)
 
 
-class ForwardBackward(Protocol):
-    """A micro-batch, the number of boxes and a precision -> the values of `train_step`, the total first."""
-
-    def __call__(self, batch: Batch, num_boxes: Tensor, *, precision: torch.dtype) -> Tensor: ...
-
-
 def prepare_step(
     model: Detector,
+    parallel_model: nn.Module,
     criterion: Criterion,
     optimizer: NonFiniteGuard,
-    forward_backward: ForwardBackward,
-    update: Callable[[Tensor], Tensor],
     *,
     compute: Compute,
     on_failure: str,
-    shapes: Sequence[Shape],
+    clip_norm: float,
+    bucket_shapes: Sequence[Shape],
     micro_batch: int,
     max_objects: int,
     device: torch.device,
     started: Callable[[str], None],
     note: Callable[[str], None],
 ) -> StepGraphs | None:
-    """Compile and record what ``compute`` asks for, check a step, and return the graphs if there are any.
+    """Compile and record what ``compute`` asks for, check a step, and return the CUDA graphs if there are any.
 
-    Weights, buffers, moments and random states are left as they were. ``started`` hears what begins, and may raise to
-    stop; ``note`` hears what a person should know. Raises SamdetrError when something fails and on_failure is "error".
+    Weights, buffers, moments and random states are left as they were. parallel_model: what a forward pass calls.
+    bucket_shapes: the padded shapes of batches; none if they are not known. micro_batch: images in one. max_objects: of
+    an image. started: called with the name of each part before it begins; it may raise to stop. note: prints a line.
+    Raises SamdetrError when a part fails and on_failure is "error"; with "eager" the run continues without the part.
     """
-    as_computed = partial(forward_backward, precision=compute.precision)
+    as_computed = partial(forward_backward, parallel_model, criterion, precision=compute.precision)
     graphs = None
 
-    def made_up(shape: Shape) -> Batch:
+    def batch_of(shape: Shape) -> Batch:
         return to_device(random_batch(shape, micro_batch, max_objects), device)
 
     def failed(error: SamdetrError) -> None:
         if on_failure == "error":
             raise error
-        note(f"{error} Going on without it, as compute.on_failure says.")
+        note(f"{error} Continuing without it, as compute.on_failure asks.")
 
     with preserve_buffers_and_rng(model, device):
-        arrange(model, criterion, compute, shapes=len(shapes))
+        arrange(model, criterion, compute, shapes=len(bucket_shapes))
         if compute.compile:
             try:
-                _compile_shapes(model, as_computed, shapes, made_up, started, note)
+                _compile_shapes(model, as_computed, bucket_shapes, batch_of, started, note)
             except SamdetrError as error:
                 failed(error)
                 torch.compiler.set_stance("force_eager")
         if compute.cuda_graph:
             try:
                 started("recording CUDA graphs")
-                graphs = StepGraphs(model, optimizer, as_computed, update)
-                for shape in sorted(shapes, key=math.prod, reverse=True):
-                    graphs.record(made_up(shape))
+                graphs = StepGraphs(model, optimizer, as_computed, partial(update, optimizer, clip_norm))
+                for shape in sorted(bucket_shapes, key=math.prod, reverse=True):
+                    graphs.record(batch_of(shape))
                 graphs.record_update()
             except SamdetrError as error:
                 failed(error)
@@ -101,17 +98,17 @@ def prepare_step(
                 model.zero_grad(set_to_none=True)
     if compute != EXACT:
         started("checking a step")
-        batch = made_up(min(shapes, key=math.prod, default=(256, 256)))
-        exact = partial(forward_backward, precision=torch.float32)
+        batch = batch_of(min(bucket_shapes, key=math.prod, default=(256, 256)))
+        exact = partial(forward_backward, parallel_model, criterion, precision=torch.float32)
         note(check_step(model, graphs.forward_backward if graphs else as_computed, exact, batch))
         model.zero_grad(set_to_none=graphs is None)
     return graphs
 
 
-def check_step(model: nn.Module, as_computed: PassOf, exact: PassOf, batch: Batch) -> str:
-    """Compare loss and gradient norm of a batch as training computes them, and eagerly in float32; returns a sentence.
+def check_step(model: nn.Module, as_computed: ForwardBackward, exact: ForwardBackward, batch: Batch) -> str:
+    """Compare loss and gradient norm of a batch as training computes them with eager float32; return a sentence.
 
-    Raises SamdetrError when they differ by more than MAX_LOSS_DIFFERENCE or MAX_GRADIENT_DIFFERENCE, relatively.
+    Raises SamdetrError when the relative difference exceeds MAX_LOSS_DIFFERENCE or MAX_GRADIENT_DIFFERENCE.
     """
     num_boxes, device = batch.targets.counts.sum(), batch.images.device
     found = []
@@ -127,15 +124,15 @@ def check_step(model: nn.Module, as_computed: PassOf, exact: PassOf, batch: Batc
             raise SamdetrError(
                 f"the {name} of the start-up check is {fast:.4g} as configured, but {right:.4g} computed eagerly in "
                 f'fp32: more than {limit:.0%} apart. Set compute.precision = "fp32", compute.compile = "off" or '
-                'compute.cuda_graph = "off", and see which of them mends it.'
+                'compute.cuda_graph = "off", and see which of them helps.'
             )
-    said = [f"loss {values['loss']:.4f}, gradient norm {values['gradient norm']:.3g}" for values in found]
-    return f"start-up check: {said[0]} as they will be computed; {said[1]} eagerly in fp32"
+    configured, eager = (f"loss {values['loss']:.4f}, gradient norm {values['gradient norm']:.3g}" for values in found)
+    return f"start-up check: {configured} as configured; {eager} eagerly in fp32"
 
 
 @contextmanager
 def preserve_buffers_and_rng(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Afterwards the model's buffers (live BatchNorm) and the random states are as before."""
+    """Restore the model's buffers (of live BatchNorm) and the random states at the end of the context."""
     buffers = [buffer.clone() for buffer in model.buffers()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
@@ -146,18 +143,19 @@ def preserve_buffers_and_rng(model: nn.Module, device: torch.device) -> Iterator
 
 def _compile_shapes(
     model: nn.Module,
-    as_computed: PassOf,
-    shapes: Sequence[Shape],
-    made_up: Callable[[Shape], Batch],
+    as_computed: ForwardBackward,
+    bucket_shapes: Sequence[Shape],
+    batch_of: Callable[[Shape], Batch],
     started: Callable[[str], None],
     note: Callable[[str], None],
 ) -> None:
+    """Compile the step for every bucket shape. Raises SamdetrError."""
     begun = time.monotonic()
-    for number, shape in enumerate(shapes):
+    for number, shape in enumerate(bucket_shapes):
         taken = time.monotonic() - begun
-        left = f", about {taken / number * (len(shapes) - number):.0f} s left" if number else ""
-        started(f"compiling {number + 1}/{len(shapes)} ({shape[0]} x {shape[1]}){left}")
-        batch = made_up(shape)
+        left = f", about {taken / number * (len(bucket_shapes) - number):.0f} s left" if number else ""
+        started(f"compiling {number + 1}/{len(bucket_shapes)} ({shape[0]} x {shape[1]}){left}")
+        batch = batch_of(shape)
         try:
             as_computed(batch, batch.targets.counts.sum())
         except (torch.OutOfMemoryError, KeyboardInterrupt):
@@ -167,17 +165,17 @@ def _compile_shapes(
             reason = next((line for line in str(cause).splitlines() if line.strip()), repr(cause))
             raise SamdetrError(
                 f"torch.compile failed at {shape[0]} x {shape[1]} pixels: {reason} "
-                'Set compute.compile = "off", or compute.on_failure = "eager" to go on without it.'
+                'Set compute.compile = "off", or compute.on_failure = "eager" to continue without it.'
             ) from error
         model.zero_grad(set_to_none=True)
     seconds = time.monotonic() - begun
-    note(f"compiled for {len(shapes)} shapes in {seconds:.0f} s; the graphs are kept in {cache_dir()}")
+    note(f"compiled for {len(bucket_shapes)} shapes in {seconds:.0f} s; the graphs are kept in {cache_dir()}")
 
 
 def random_batch(shape: Shape, images: int, max_objects: int, *, least: int = 0) -> Batch:
-    """Noise with random boxes, as a loader gives it, the same for the same arguments; every image fills ``shape``.
+    """Make a batch of noise with random boxes, as a loader gives it; every image fills ``shape``.
 
-    An image has at least ``least`` boxes and at most ``max_objects``.
+    An image has at least ``least`` and at most ``max_objects`` boxes. The same arguments give the same batch.
     """
     generator = torch.Generator().manual_seed(0)
     boxes = torch.rand(images, max_objects, 4, generator=generator) * 0.4 + 0.3

@@ -1,4 +1,4 @@
-"""Where a number stopped being finite: the step of a replay file again, eagerly, with a look at every module."""
+"""Where a number stopped being finite: the step of a replay file again, eagerly, with hooks on every module."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from samdetr.data.device import to_device
 from samdetr.data.splits import load_splits
 from samdetr.engine.build import build_loaders
 from samdetr.engine.checkpoint.format import EXPORTED, find_checkpoint, meta_file, read_meta
-from samdetr.engine.checkpoint.weights import choose_device, load_trained
-from samdetr.engine.compute.precision import choose_precision
+from samdetr.engine.checkpoint.weights import load_trained
+from samdetr.engine.compute.precision import choose_device, choose_precision
 from samdetr.engine.distributed.world import ALONE
-from samdetr.engine.failures.out_of_memory import placing
+from samdetr.engine.failures.out_of_memory import explain_place
 from samdetr.engine.failures.replay import REPLAY
 from samdetr.engine.step import forward_backward
 from samdetr.errors import CheckpointError
@@ -33,23 +33,23 @@ PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 @dataclass
 class Replayed:
-    """What a step came to in one precision."""
+    """The result of a step in one precision."""
 
     loss: float
     grad_norm: float
-    terms: list[str]  # of the loss, not finite, in the order in which the criterion gives them
-    first: str = ""  # what was not finite first in time, and the module; empty where all was
-    micro_batch: int = -1  # of which, from 0
+    terms: list[str]  # of the loss that are not finite, in the criterion's order
+    first: str = ""  # what was not finite first in time, and its module; empty where all was finite
+    micro_batch: int = -1  # in which that was, from 0
 
     @property
     def finite(self) -> bool:
-        """Whether the run would have gone on."""
+        """Whether the run would have continued."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 @dataclass
 class Watch:
-    """Hooks on every module of a model and its criterion, which keep what was not finite first in time."""
+    """Hooks on every module of a model and its criterion, which record what was not finite first in time."""
 
     terms: list[str] = field(default_factory=list)
     first: str = ""
@@ -59,7 +59,7 @@ class Watch:
     _within: list[str] = field(default_factory=list)  # the modules whose forward pass is under way
 
     def attach(self, model: nn.Module, criterion: nn.Module) -> list[Any]:
-        """Hook in; returns the handles. Modules of the model have their own names, the model is ``model``."""
+        """Register the hooks and return their handles. Modules have their own names, the model is ``model``."""
         self._names = {part: name or "model" for name, part in model.named_modules()} | {criterion: "criterion"}
         handles: list[Any] = [criterion.register_forward_hook(self._losses)]
         for part in self._names:
@@ -72,11 +72,11 @@ class Watch:
         return handles
 
     def begin(self, micro_batch: int) -> None:
-        """A micro-batch is next."""
+        """Note which micro-batch is next."""
         self._now = micro_batch
 
     def _see(self, what: str, tensor: Tensor, *, masks: bool = False) -> None:
-        """Keep ``what`` if ``tensor`` is the first that is not finite. masks: minus infinity may be meant."""
+        """Record ``what`` if ``tensor`` is the first that is not finite. masks: minus infinity is allowed."""
         if self.first or not tensor.is_floating_point():
             return
         bad = tensor.isnan() | (tensor == math.inf) if masks else ~tensor.isfinite()
@@ -84,10 +84,10 @@ class Watch:
             self.first, self.micro_batch = what, self._now
 
     def _before(self, module: nn.Module, arguments: Any, named: Any) -> Any:
-        """Give the module views of its inputs, whose gradients are then its own share, and look at both."""
+        """Check the inputs, and give the module views of them, whose gradients are then this module's alone."""
         name, made = self._names[module], self._made()
         self._within.append(name)
-        views: dict[int, Tensor] = {}  # an input that is given twice stays one
+        views: dict[int, Tensor] = {}  # an input that is passed twice stays one tensor
 
         def view(tensor: Tensor) -> Tensor:
             if name == "model" or tensor.requires_grad:
@@ -109,11 +109,11 @@ class Watch:
                 self._look_back(f"the gradient that comes to an output of {name}{self._made()}", tensor)
 
     def _made(self) -> str:
-        """Where what is between two modules is computed."""
+        """Name the module that computes what is between two modules."""
         return f", made in {self._within[-1]}" if self._within else ""
 
     def _look_back(self, what: str, tensor: Tensor) -> None:
-        """See ``what``, the gradient of ``tensor``, when backward comes to it."""
+        """Check ``what``, the gradient of ``tensor``, when backward reaches it."""
         if tensor.requires_grad:
             tensor.register_hook(partial(self._see, what))  # type: ignore[no-untyped-call]
 
@@ -126,10 +126,11 @@ class Watch:
 
 
 def debug_nan(file: str) -> bool:
-    """Replay ``file``, print what was not finite and where it began; whether all is finite as the run computed it.
+    """Replay ``file``, print what was not finite and where it began; return whether all is finite as configured.
 
-    The step is computed as configured and in the other precision (float32 and bfloat16), eagerly, in one process: the
-    micro-batches of all processes in their order. Raises CheckpointError where the file is none, or its data another.
+    The step is computed as configured and in the other precision (float32 or bfloat16), eagerly, in one process: the
+    micro-batches of all processes in their order. Raises CheckpointError where the file is no replay, or the data have
+    changed.
     """
     path = find_checkpoint(file.removesuffix(".json") + EXPORTED if file.endswith(".json") else file)
     meta = read_meta(meta_file(path))
@@ -138,7 +139,7 @@ def debug_nan(file: str) -> bool:
     replay = meta[REPLAY]
     model, recipe, _, _ = load_trained(str(path))
     device = choose_device("cpu" if recipe.run.device == "cpu" else "auto", recipe.compute.kernels)
-    with placing(device, "the replay"):
+    with explain_place(device, "the replay"):
         batches = [to_device(batch, device) for batch in _load(recipe, meta, device)]
         say = partial(Console().print, markup=False, highlight=False, soft_wrap=True)
         values = ", ".join(f"{name} {value}" for name, value in replay["values"].items())
@@ -164,7 +165,7 @@ def debug_nan(file: str) -> bool:
 def compute(
     model: nn.Module, criterion: Criterion, batches: Sequence[Batch], seeds: Sequence[int], *, precision: torch.dtype
 ) -> Replayed:
-    """Forward, loss and backward over a step's micro-batches, on their device, each after its dropout's seed."""
+    """Run forward, loss and backward over a step's micro-batches, on their device, each with its dropout seed."""
     num_boxes = torch.stack([batch.targets.counts.sum() for batch in batches]).sum()
     model.zero_grad(set_to_none=True)
     watch, total = Watch(), 0.0
@@ -182,7 +183,7 @@ def compute(
 
 
 def _load(recipe: Recipe, meta: Mapping[str, Any], device: torch.device) -> list[Batch]:
-    """The micro-batches of all processes, in their order, as the loader gives them."""
+    """Load the micro-batches of all processes in their order, as the loader gives them."""
     splits = load_splits(
         recipe.data,
         num_queries=recipe.model.most_objects,
@@ -202,7 +203,7 @@ def _load(recipe: Recipe, meta: Mapping[str, Any], device: torch.device) -> list
 
 
 def _bad_images(batches: Sequence[Batch]) -> list[str]:
-    """A sentence for each image whose pixels or boxes are not finite."""
+    """Describe each image whose pixels or boxes are not finite."""
     sentences = []
     for batch in batches:
         for row, image_id in enumerate(batch.image_ids.tolist()):
@@ -213,7 +214,7 @@ def _bad_images(batches: Sequence[Batch]) -> list[str]:
 
 
 def _bad_weights(model: nn.Module) -> list[str]:
-    """A sentence for each parameter, and buffer that a forward pass in training reads, that is not finite."""
+    """Describe each parameter, and each buffer that a forward pass in training reads, that is not finite."""
     live = {
         id(part)
         for module in model.modules()

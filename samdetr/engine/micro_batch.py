@@ -1,9 +1,9 @@
 """``train.micro_batch = "auto"``: whole steps of the largest batches, tried on the GPU until one does not fit.
 
-Every process tries on its own GPU and alone, so that one that runs out of memory leaves no other waiting; the smallest
-answer is everybody's. A trial has a model, optimizer and average of its own, which are gone before the run's are made,
-and holds them whole: with sharding a step takes less. It runs eagerly; what compiled code, CUDA graphs, collectives
-and fragmentation take besides must find room in the margin.
+Every process tries on its own GPU, alone, so that none waits for one that is out of memory; the smallest result is
+everybody's. A trial has its own model, optimizer and average, freed before the run's are built, and holds them whole:
+with sharding a step needs less. It runs eagerly; compiled code, CUDA graphs, collectives and fragmentation need the
+margin.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from samdetr.data.batching import Shape
 from samdetr.data.device import to_device
 from samdetr.data.splits import Splits, build_dataset, largest_shape
 from samdetr.engine.compute.precision import Compute
-from samdetr.engine.compute.start_up import arrange, random_batch
 from samdetr.engine.distributed.world import World, micro_batches_of
-from samdetr.engine.ema import EMA
+from samdetr.engine.ema import build_ema
 from samdetr.engine.optim import build_optimizer
+from samdetr.engine.start_up import arrange, random_batch
+from samdetr.engine.step import train_step
 from samdetr.errors import RecipeError
 from samdetr.loss import build_criterion
 from samdetr.models import build_model
@@ -30,20 +31,20 @@ from samdetr.recipe import with_micro_batch
 if TYPE_CHECKING:
     from samdetr.recipe import Recipe
 
-MARGIN = 0.1  # of the memory that a run can have, to be left free
+MARGIN = 0.1  # of the usable memory, to be left free
 STEPS = 2  # the first one allocates the optimizer's state
 GIB = 2**30
 
 
 class Trial(NamedTuple):
-    """What a step with a micro-batch needed."""
+    """The memory that a step with a micro-batch needed."""
 
     images: int
     shape: Shape  # padded height and width
     peak: int | None  # bytes; None: out of memory
 
     def fits(self, usable: int) -> bool:
-        """Whether the margin is left of so many bytes."""
+        """Return whether the step leaves the margin of ``usable`` bytes free."""
         return self.peak is not None and self.peak <= (1 - MARGIN) * usable
 
 
@@ -53,14 +54,12 @@ def choose_micro_batch(
     compute: Compute,
     device: torch.device,
     world: World,
-    *,
-    train_step: Callable[..., object],
     say: Callable[[str], None],
 ) -> Recipe:
-    """The recipe with the largest micro-batch that fits into the GPUs of all processes, and divides their shares.
+    """Return the recipe with the largest micro-batch that fits on the GPUs of all processes and divides their shares.
 
-    The trials' table is told to ``say``. Random states are as before. All processes must call it. Raises RecipeError on
-    a CPU, where the processes cannot share a step, or where one image is too much.
+    Prints a table of the trials with ``say`` and restores random states. All processes must call it. Raises RecipeError
+    on a CPU, where the processes cannot share a step, or where one image does not fit.
     """
     usable, share = usable_bytes(device), micro_batches_of(world, total_batch=recipe.train.total_batch, micro_batch=1)
     dataset = build_dataset(
@@ -71,7 +70,7 @@ def choose_micro_batch(
         shape = largest_shape(dataset, recipe.data, images)
 
         def run() -> None:
-            try_steps(recipe, compute, device, train_step, shape, (images, share // images, dataset.max_objects))
+            try_steps(recipe, compute, device, shape, (images, share // images, dataset.max_objects))
 
         return Trial(images, shape, peak_bytes(run, device))
 
@@ -92,12 +91,12 @@ def choose_micro_batch(
 
 
 def divisors(share: int) -> list[int]:
-    """The micro-batches that cut a process's images of a step evenly, ascending."""
+    """Return the micro-batches that divide a process's images of a step evenly, ascending."""
     return [images for images in range(1, share + 1) if share % images == 0]
 
 
 def try_sizes(sizes: Iterable[int], attempt: Callable[[int], Trial], usable: int) -> list[Trial]:
-    """The trials of ascending micro-batches, up to the first that does not fit."""
+    """Try ascending micro-batches, up to the first that does not fit."""
     trials = []
     for images in sizes:
         trials.append(attempt(images))
@@ -107,9 +106,9 @@ def try_sizes(sizes: Iterable[int], attempt: Callable[[int], Trial], usable: int
 
 
 def memory_table(trials: Iterable[Trial], usable: int, *, boxes: int) -> list[str]:
-    """The trials as lines for a person."""
+    """Format the trials as a table."""
     lines = [
-        f"memory of a step with {boxes} boxes an image; {usable / GIB:.2f} GiB can be had, {MARGIN:.0%} stay free",
+        f"memory of a step with {boxes} boxes an image; {usable / GIB:.2f} GiB are usable, {MARGIN:.0%} stay free",
         "micro_batch   largest batch       peak   fits",
     ]
     for trial in trials:
@@ -120,7 +119,7 @@ def memory_table(trials: Iterable[Trial], usable: int, *, boxes: int) -> list[st
 
 
 def usable_bytes(device: torch.device) -> int:
-    """What this process can have of its GPU's memory. Raises RecipeError on a CPU."""
+    """Return how many bytes of its GPU's memory this process can use. Raises RecipeError on a CPU."""
     if device.type != "cuda":
         raise RecipeError(
             'train.micro_batch = "auto" tries steps on a GPU, and this run is on the CPU: set it to a number.'
@@ -131,7 +130,7 @@ def usable_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(run: Callable[[], None], device: torch.device) -> int | None:
-    """The most bytes of the GPU's memory that were allocated at once in the call; None where there were too few."""
+    """Return the peak of allocated GPU memory, bytes, in the call ``run``; None where it is out of memory."""
     torch.cuda.reset_peak_memory_stats(device)
     peak = None
     try:
@@ -148,11 +147,10 @@ def try_steps(
     recipe: Recipe,
     compute: Compute,
     device: torch.device,
-    train_step: Callable[..., object],
     shape: Shape,
     counts: tuple[int, int, int],
 ) -> None:
-    """Two steps of a new model with everything in memory that a run has there.
+    """Take two steps of a new model with everything in memory that a run has there.
 
     counts: images of a micro-batch, micro-batches of this process's step, boxes of an image.
     """
@@ -160,7 +158,7 @@ def try_steps(
     model, criterion = build_model(recipe.model).to(device).train(), build_criterion(recipe)
     arrange(model, criterion, compute._replace(compile=False), shapes=1)
     optimizer = build_optimizer(model, recipe.optim)
-    average = EMA(model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
+    ema = build_ema(model, recipe.optim.ema_decay)
     # a step's batches are there while the next ones arrive
     held = [to_device(random_batch(shape, images, boxes, least=boxes), device) for _ in range(2 * parts)]
     for _ in range(STEPS):
@@ -173,5 +171,5 @@ def try_steps(
             clip_norm=recipe.optim.clip_norm,
             precision=compute.precision,
         )
-        if average:
-            average.update()
+        if ema:
+            ema.update()

@@ -1,0 +1,51 @@
+"""The train state: exactly what a checkpoint saves and a resumed run continues from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from samdetr.engine.checkpoint.format import AVERAGE, MODEL, OPTIMIZER, Progress, model_tensors, optimizer_tensors
+from samdetr.engine.checkpoint.saving import Saver
+from samdetr.engine.ema import EMA
+from samdetr.engine.optim import NonFiniteGuard
+from samdetr.engine.run.metrics import Meter
+from samdetr.models import Detector
+
+
+@dataclass
+class TrainState:
+    """What the steps of a run change."""
+
+    model: Detector
+    optimizer: NonFiniteGuard
+    ema: EMA | None
+    progress: Progress
+    epoch_meter: Meter  # of the epoch's steps so far
+    interval_meter: Meter  # of the steps since the last line of metrics.jsonl
+
+    def save(self, saver: Saver, facts: Mapping[str, object]) -> None:
+        """Start to write the checkpoint ``last``. All processes must call it, at the same step.
+
+        facts: the same in every checkpoint: recipe, categories, data, environment. Raises as `Saver.save` does.
+        """
+        self.progress.epoch_sums = self.epoch_meter.to_json()
+        self.progress.interval_sums = self.interval_meter.to_json()
+        parts = {
+            # other processes' statistics of BatchNorm are not the run's; first, as it gives up gathered layers
+            MODEL: model_tensors(self.model, with_buffers=saver.world.is_main),
+            OPTIMIZER: optimizer_tensors(self.model, self.optimizer),
+            AVERAGE: self.ema.averages if self.ema else {},
+        }
+        averaged_steps = self.ema.count if self.ema else 0
+        saver.save(parts, self.progress, {**facts, "averaged_steps": averaged_steps})
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged weights, where there are any, into the model for the length of the context."""
+        if self.ema is None:
+            yield
+        else:
+            with self.ema.in_place():
+                yield
