@@ -51,7 +51,7 @@ class Variant(NamedTuple):
 def published_variants(
     dtype: torch.dtype, run: Run, name: str = "published", gate: Run | None = None, tolerance: float | None = None
 ) -> list[Variant]:
-    """The published code in fp32, in which it was published, and in the case's dtype, in which ours computes.
+    """Make variants of the published code in fp32, in which it was published, and in the case's dtype, as ours.
 
     tolerance: of the first, whose convolutions may be in TF32.
     """

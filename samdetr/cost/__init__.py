@@ -1,1 +1,1 @@
-"""What a model costs: operations, memory and parameters, beside what is published."""
+"""Cost of a model: operations, memory and parameters, beside published numbers."""

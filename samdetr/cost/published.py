@@ -1,9 +1,9 @@
-"""What is published about the recipes that reproduce a row of the SAM-DETR paper's comparison.
+"""Published numbers of the recipes that reproduce a row of the SAM-DETR paper's comparison.
 
 AP is of COCO val2017; GFLOPs (one multiply-accumulate is one) are the mean over its first 100 images at 800/1333.
-Source: Zhang et al., CVPR 2022, and the tables of the published code. What is called counted was counted in that code:
-its parameters to the unit, its operations by fvcore (and baddbmm, which fvcore leaves out). Nothing here was measured
-with this package.
+Source: Zhang et al., CVPR 2022, and the tables of the published code. Counted numbers were counted in that code:
+parameters to the unit, operations by fvcore (and baddbmm, which fvcore leaves out). Nothing here was measured with this
+package.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    """A row of the table."""
+    """Row of the table."""
 
     system: str
     backbone: str

@@ -52,10 +52,10 @@ NOTES = """\
   recorded for this row; *ours*, that nothing is published about it.
 """
 LEGEND = """
-GFLOPs: billions of multiply-accumulates of an image, as the published code computes it; as run: as this package does.
-paper, AP: published; GFLOPs as the mean over the first 100 images of COCO val2017, whose sizes these are not.
-±: ours less the published, of GFLOPs their mean. memory: of a training step of one micro-batch, estimated in float32.
-What is counted and what is not: docs/models.md."""
+GFLOPs: billions of multiply-accumulates of an image, in the published code; as run: in this package.
+paper, AP: published; GFLOPs are the mean over the first 100 images of COCO val2017, which have other sizes.
+±: ours less the published; of GFLOPs, the means. memory: a training step of one micro-batch, estimated in float32.
+docs/models.md says what is counted."""
 
 
 def report_recipes(

@@ -97,7 +97,7 @@ SMALL = Case(((4, 3), (2, 2)), 2, 9, 2, 16, 1)
 
 
 def published(value: Tensor, shapes: tuple[tuple[int, int], ...], locations: Tensor, weights: Tensor) -> Tensor:
-    """The PyTorch form of Deformable DETR's repository: grid_sample of every level, then the weighted sum."""
+    """Compute the PyTorch form of Deformable DETR's repository: grid_sample of every level, then the weighted sum."""
     batch, _, heads, channels = value.shape
     grids = 2 * locations - 1
     sampled = []

@@ -1,4 +1,4 @@
-"""``samdetr ARGUMENTS`` on the null GPU, which says at its end what it made the host wait for, and what was refused.
+"""``samdetr ARGUMENTS`` on the null GPU, with a report of waits and refused calls at its end.
 
 With --nproc 2 both processes compute on the one device there is, and gloo carries what NCCL would, which the null GPU
 does not answer. Each process, the launcher too, prints what was counted as JSON in one line after `COUNTED`.

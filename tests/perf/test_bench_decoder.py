@@ -1,4 +1,4 @@
-"""perf/bench_decoder.py: agreement before any speed, and what it writes."""
+"""perf/bench_decoder.py: agreement before any speed, and its JSON."""
 
 from __future__ import annotations
 

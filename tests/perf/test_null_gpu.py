@@ -1,4 +1,4 @@
-"""perf/null_gpu.py: what it reads from counters, what it says where it cannot count, and the counts of every system."""
+"""perf/null_gpu.py: reading of counters, messages where it cannot count, and the counts of every system."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def test_the_phases_are_the_step(
 
 
 def test_labels_are_of_objects() -> None:
-    """What softmax calls no object has a logit, but no box."""
+    """With softmax, "no object" has a logit, but no box."""
     for file, logits, objects in ((RECIPE, 91, 91), (FASTER_RCNN, 81, 80)):
         recipe = load_recipe(file)
         assert (recipe.model.num_classes, object_classes(recipe)) == (logits, objects)
