@@ -41,6 +41,12 @@ class TrainState:
         averaged_steps = self.ema.count if self.ema else 0
         saver.save(parts, self.progress, {**facts, "averaged_steps": averaged_steps})
 
+    def finish_steps(self) -> dict[str, float]:
+        """Note that the epoch's steps are done and its evaluation is due; return the means of its step values."""
+        means = self.epoch_meter.means()
+        self.progress.evaluation_due, self.epoch_meter = True, Meter(self.epoch_meter.names)
+        return means
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the averaged weights, where there are any, into the model for the length of the context."""

@@ -27,7 +27,7 @@ from samdetr.engine.failures.replay import step_seeds
 from samdetr.engine.optim import RunningStatistics, lr_factor, set_learning_rate
 from samdetr.engine.run.folder import CHECKPOINTS, METRICS_FILE
 from samdetr.engine.run.log import RunLog, Timer
-from samdetr.engine.run.metrics import Meter, RunAheadLimit, Step
+from samdetr.engine.run.metrics import RunAheadLimit, Step
 from samdetr.engine.run.profile import StepProfiler
 from samdetr.engine.start_up import prepare_step
 from samdetr.engine.step import train_step
@@ -55,73 +55,25 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
         console = Console(quiet=not world.is_main)
         with explain_place(device, START_UP):
             run = build_run(recipe, resume=resume, device=device, world=world, console=console)
-        recipe, state, facts, folder, loader = run.recipe, run.state, run.facts, run.folder, run.train_loader
-        progress, epochs, precision = state.progress, run.recipe.train.epochs, run.compute.precision
+        recipe, state, folder, progress = run.recipe, run.state, run.folder, run.state.progress
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         stop = StopSignal(prints=world.is_main)
         saver = Saver(
             folder / CHECKPOINTS, world, keep=recipe.checkpoint.keep, timeout=recipe.parallel.timeout, say=say
         )
         log = open_log(run, console, world)
-        reports = StepReports(state, recipe, folder, world, log, loader.image_ids, facts)
+        reports = StepReports(state, recipe, folder, world, log, run.train_loader.image_ids, run.facts)
         profiler = StepProfiler(folder / "profile" if profile and world.is_main else None, log.note)
-        statistics = RunningStatistics(state.model, kept=recipe.train.skips_allowed > 0)
+        precision = run.compute.precision
         translated = translate_errors(
             recipe, progress, folder, world=world, stop=stop, saver=saver, say=say, device=device, precision=precision
         )
-        with stop, closing(loader), closing(run.val_loader), translated, log, profiler:
+        with stop, closing(run.train_loader), closing(run.val_loader), translated, log, profiler:
             graphs = start_up(run, device, world, stop, saver, log)
-            while progress.epoch < epochs:
+            while progress.epoch < recipe.train.epochs:
                 stop_if_asked(world, stop, saver)
-                state.model.train()
-                batches = prefetch(loader.epoch(progress.epoch, progress.step_in_epoch), device)
-                timer, run_ahead = Timer(), RunAheadLimit(device)
-                while not progress.evaluation_due:
-                    data_timer = Timer()
-                    batch, bad_image = next_batch(batches)
-                    decision = agree(
-                        world, stop, bad_image=bool(bad_image), save_failed=saver.failed, not_finite=reports.failed
-                    )
-                    if decision is Decision.SAVE_FAILED:
-                        saver.wait()  # raises in the processes that know the reason
-                        raise SystemExit(1)
-                    if decision is not Decision.CONTINUE:
-                        reports.finish()  # raises NonFiniteError after Decision.NOT_FINITE
-                        state.save(saver, facts)  # between two steps: nothing done is lost
-                        saver.wait()
-                        raise Stopped if decision is Decision.STOP else bad_image or SystemExit(1)
-                    waited = data_timer.lap()
-                    factor = lr_factor(recipe.optim, step=progress.step, epoch=progress.epoch, total_steps=log.steps)
-                    set_learning_rate(state.optimizer, factor)
-                    statistics.keep()
-                    values = train_step(
-                        run.parallel_model,
-                        run.criterion,
-                        state.optimizer,
-                        batch,
-                        device=device,
-                        clip_norm=recipe.optim.clip_norm,
-                        precision=precision,
-                        graphs=graphs,
-                        world=world,
-                        seeds=step_seeds(recipe.run.seed, progress.step, len(batch), world),
-                    )
-                    statistics.undo(state.optimizer.found_inf)
-                    if state.ema:
-                        state.ema.update(state.optimizer.found_inf if recipe.train.skips_allowed else None)
-                    run_ahead.step()
-                    step = Step(progress.step + 1, progress.epoch, progress.step_in_epoch, recipe.optim.lr * factor)
-                    progress.step, progress.step_in_epoch = step.number, step.step_in_epoch + 1
-                    log.step(step.epoch, seconds=timer.lap(), waited=waited, images=recipe.train.total_batch)
-                    profiler.step()
-                    reports.add(step, values)
-                    epoch_done = progress.step_in_epoch == loader.steps_per_epoch
-                    if epoch_done or (recipe.checkpoint.every and step.number % recipe.checkpoint.every == 0):
-                        reports.finish()
-                        if epoch_done:
-                            log.epoch(step.epoch, state.epoch_meter.means())
-                            progress.evaluation_due, state.epoch_meter = True, Meter(state.epoch_meter.names)
-                        state.save(saver, facts)
+                if not progress.evaluation_due:
+                    train_epoch(run, graphs, device, world, stop, saver, log, reports, profiler)
                 best = is_evaluated(recipe, progress.epoch) and evaluate_epoch(
                     state,
                     run.val_loader,
@@ -136,13 +88,75 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
                     after_batch=partial(stop_if_asked, world, stop, saver),
                 )
                 progress.epoch, progress.step_in_epoch, progress.evaluation_due = progress.epoch + 1, 0, False
-                progress.finished = progress.epoch == epochs
+                progress.finished = progress.epoch == recipe.train.epochs
                 saver.update(progress, best=best)
                 if world.is_main:
                     plot_curves(folder / METRICS_FILE, folder / "curves.png")
         found = f"best AP {progress.best_ap:.3f} in epoch {progress.best_epoch + 1}; "
         log.note(f"finished: {found if progress.best_epoch >= 0 else ''}everything is in {folder}")
         return folder
+
+
+def train_epoch(
+    run: Run,
+    graphs: StepGraphs | None,
+    device: torch.device,
+    world: World,
+    stop: StopSignal,
+    saver: Saver,
+    log: RunLog,
+    reports: StepReports,
+    profiler: StepProfiler,
+) -> None:
+    """Take the epoch's remaining steps; before each of them all processes decide together what is next."""
+    recipe, state, loader, progress = run.recipe, run.state, run.train_loader, run.state.progress
+    state.model.train()
+    batches = prefetch(loader.epoch(progress.epoch, progress.step_in_epoch), device)
+    statistics = RunningStatistics(state.model, kept=recipe.train.skips_allowed > 0)
+    timer, run_ahead = Timer(), RunAheadLimit(device)
+    while not progress.evaluation_due:
+        data_timer = Timer()
+        batch, bad_image = next_batch(batches)
+        decision = agree(world, stop, bad_image=bool(bad_image), save_failed=saver.failed, not_finite=reports.failed)
+        if decision is Decision.SAVE_FAILED:
+            saver.wait()  # raises in the processes that know the reason
+            raise SystemExit(1)
+        if decision is not Decision.CONTINUE:
+            reports.finish()  # raises NonFiniteError after Decision.NOT_FINITE
+            state.save(saver, run.facts)  # between two steps: nothing done is lost
+            saver.wait()
+            raise Stopped if decision is Decision.STOP else bad_image or SystemExit(1)
+        waited = data_timer.lap()
+        factor = lr_factor(recipe.optim, step=progress.step, epoch=progress.epoch, total_steps=log.steps)
+        set_learning_rate(state.optimizer, factor)
+        statistics.keep()
+        values = train_step(
+            run.parallel_model,
+            run.criterion,
+            state.optimizer,
+            batch,
+            device=device,
+            clip_norm=recipe.optim.clip_norm,
+            precision=run.compute.precision,
+            graphs=graphs,
+            world=world,
+            seeds=step_seeds(recipe.run.seed, progress.step, len(batch), world),
+        )
+        statistics.undo(state.optimizer.found_inf)
+        if state.ema:
+            state.ema.update(state.optimizer.found_inf if recipe.train.skips_allowed else None)
+        run_ahead.step()
+        step = Step(progress.step + 1, progress.epoch, progress.step_in_epoch, recipe.optim.lr * factor)
+        progress.step, progress.step_in_epoch = step.number, step.step_in_epoch + 1
+        log.step(step.epoch, seconds=timer.lap(), waited=waited, images=recipe.train.total_batch)
+        profiler.step()
+        reports.add(step, values)
+        epoch_done = progress.step_in_epoch == loader.steps_per_epoch
+        if epoch_done or (recipe.checkpoint.every and step.number % recipe.checkpoint.every == 0):
+            reports.finish()
+            if epoch_done:
+                log.epoch(step.epoch, state.finish_steps())
+            state.save(saver, run.facts)
 
 
 def start_up(
