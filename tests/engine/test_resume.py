@@ -446,6 +446,32 @@ def test_a_signal_that_comes_while_the_processes_agree_is_heard_the_next_time() 
         assert agree(Agreeing(), stop) is Decision.STOP and stop.number == signal.SIGTERM
 
 
+def test_one_call_carries_the_decision_and_the_signal() -> None:
+    told: list[int] = []
+
+    class Together(World):
+        def all_reduce_max(self, value: int) -> int:
+            told.append(value)
+            return max(told)
+
+    def asked(number: int | None) -> StopSignal:
+        stop = StopSignal()
+        stop.number = number
+        return stop
+
+    interrupted, terminated, neither = asked(signal.SIGINT), asked(signal.SIGTERM), asked(None)
+    assert agree(Together(), interrupted) is Decision.STOP and interrupted.number == signal.SIGINT
+    assert agree(Together(), terminated) is agree(Together(), neither) is Decision.STOP
+    assert agree(Together(), interrupted) is Decision.STOP
+    assert interrupted.number == neither.number == signal.SIGTERM
+    assert agree(Together(), neither, bad_image=True) is agree(Together(), terminated) is Decision.BAD_IMAGE
+    assert agree(Together(), asked(None), save_failed=True, bad_image=True) is Decision.SAVE_FAILED
+    assert agree(Together(), terminated, not_finite=True, save_failed=True) is Decision.NOT_FINITE
+    assert agree(Together(), asked(None)) is Decision.NOT_FINITE
+    told.clear()
+    assert agree(Together(), asked(None)) is Decision.CONTINUE and told == [0]
+
+
 def test_other_data_is_refused(make_recipe: MakeRecipe, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Splits, "fingerprint", lambda self: "of other data")
     with pytest.raises(CheckpointError, match="the training split is not the one that"):
