@@ -43,8 +43,9 @@ class AlignedQueries(NamedTuple):
 class SemanticAligner(nn.Module):
     """Reference boxes and decoder embeddings -> content and position queries taken from the image.
 
-    points: salient points of a query. reweighting: weigh their features and codes by the previous query. whole_image:
-    points lie anywhere in the valid image instead of in the reference box, from which they are still predicted.
+    points: salient points of a query. reweighting: weigh their features and embeddings by the previous query.
+    whole_image: points lie anywhere in the valid image instead of in the reference box, from which they are still
+    predicted.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class SemanticAligner(nn.Module):
         self.position_gate = nn.Linear(width, points * width) if reweighting else None
 
     def forward(self, x: Tensor, boxes: Tensor, memory: Tensor, geometry: MapGeometry) -> AlignedQueries:
-        """x [B, Q, width]; boxes [B, Q, 4] (cx, cy, w, h) in [0, 1]; memory [B, H, W, width]."""
+        """Align queries x [B, Q, width] with memory [B, H, W, width] in boxes [B, Q, 4], (cx, cy, w, h) in [0, 1]."""
         batch, queries, width = x.shape
         rois = rois_from_boxes(boxes, geometry)
         # ReLU(conv(RoIAlign(F)) + b) = ReLU(RoIAlign(F W^T) + b): align a quarter of the channels

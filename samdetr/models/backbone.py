@@ -82,14 +82,17 @@ class Backbone(nn.Module):
         self.to(memory_format=torch.channels_last)  # convolutions then keep NHWC
 
     def train(self, mode: bool = True) -> Self:
-        """Frozen parts stay in evaluation mode, so that live BatchNorm does not drift there."""
+        """Leave frozen parts in evaluation mode, so that live BatchNorm does not drift there."""
         super().train(mode)
         for part in self.frozen:
             self.get_submodule(part).eval()
         return self
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
-        """[B, 3, H, W] and sizes [B, 2] int (h, w) -> a map [B, channels, ceil(H/stride), ceil(W/stride)] a level."""
+        """Make the map [B, channels, ceil(H / stride), ceil(W / stride)] of each level.
+
+        images [B, 3, H, W]; image_sizes [B, 2] int, valid (h, w).
+        """
         x = functional.relu(_conv_norm(self.conv1, self.bn1, images))
         stride = 4
         if self.mask_padding:
@@ -103,7 +106,7 @@ class Backbone(nn.Module):
 
 
 def _conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """Convolution and normalisation; a frozen one is folded into the weights, so that the map is written once."""
+    """Convolve and normalise; a frozen norm is folded into the weights, so that the map is written once."""
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -113,7 +116,7 @@ def _conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _block(block: Any, x: Tensor, stride: int, image_sizes: Tensor | None) -> tuple[Tensor, int]:
-    """torchvision's residual block on a map of ``stride``; also the stride of its output.
+    """Run torchvision's residual block on a map of ``stride``, and return the stride of its output too.
 
     With image_sizes [B, 2] the padded cells are zeroed before each 3x3 convolution.
     """
@@ -136,12 +139,12 @@ def _run_blocks(stage: nn.Module, x: Tensor, stride: int, image_sizes: Tensor | 
 
 
 def run_stage(stage: nn.Sequential, x: Tensor) -> Tensor:
-    """A stage that stands outside a `Backbone`, on a map [N, C, H, W] without padding."""
+    """Run a stage that stands outside a `Backbone`, on a map [N, C, H, W] without padding."""
     return _run_blocks(stage, x, 1, None)[0]
 
 
 def _residual_stage(name: str, norm: str, width: int, stage: int, *, dilate: bool) -> nn.Sequential:
-    """Stage ``stage`` (from 0) of a ResNet."""
+    """Build stage ``stage`` (from 0) of a ResNet, with torch's own start."""
     block: Any
     block, depths = DEPTHS[name]
     norm_layer, planes = _norm_layer(norm), width * 2**stage
@@ -178,7 +181,7 @@ def _stage(
     dilate: bool,
     norm_layer: Callable[[int], nn.Module],
 ) -> nn.Sequential:
-    """``depth`` blocks; with ``dilate`` the first keeps dilation 1 and stride 1 and the others dilate by 2."""
+    """Build ``depth`` blocks; with ``dilate`` the first has dilation 1 and stride 1, and the others dilate by 2."""
     stride = 1 if dilate else stride
     downsample = None
     if dilate or stride != 1 or in_channels != out_channels:
@@ -255,7 +258,10 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def build_backbone(section: BackboneSection, *, padding: str, levels: int = 1) -> Backbone:
-    """The backbone of a recipe, with random weights (`load_backbone_weights` loads others); levels: maps it gives."""
+    """Build the backbone of a recipe, with random weights (`load_backbone_weights` loads others).
+
+    levels: the number of maps that it gives.
+    """
     return Backbone(
         name=section.name,
         norm=section.norm,
@@ -269,7 +275,7 @@ def build_backbone(section: BackboneSection, *, padding: str, levels: int = 1) -
 
 
 def build_stage(section: BackboneSection, stage: int) -> nn.Sequential:
-    """One residual stage (from 0) of a recipe's ResNet, with random weights."""
+    """Build one residual stage (from 0) of a recipe's ResNet, with random weights."""
     built = _residual_stage(section.name, section.norm, section.width, stage, dilate=False)
     _initialise(built)
     return built.to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Conditional-DETR (ICCV 2021): cross-attention whose queries name a place in the image, apart from their content."""
+"""Conditional-DETR (ICCV 2021): cross-attention whose queries say where to look apart from what to look for."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class CrossAttention(nn.Module):
-    """Attention to the map in which every head compares content with content and place with place, side by side."""
+    """Attention to the map: every head compares content with content and position with position, side by side."""
 
     def __init__(self, *, width: int, heads: int, dropout: float, first: bool) -> None:
         super().__init__()
@@ -63,8 +63,11 @@ class CrossAttention(nn.Module):
         pos_embed: Tensor,
         mask: Tensor,
     ) -> Tensor:
-        """x [B, Q, width]; query_position [Q, width]; query_sine_embed, of where to look, broadcast to x's shape;
-        memory, pos_embed [B, S, width]; mask [B, S] bool, True: attended. Returns [B, Q, width]."""
+        """Attend to the map: [B, Q, width].
+
+        x [B, Q, width]; query_position [Q, width]; query_sine_embed, of where to look, broadcast to x's shape; memory,
+        pos_embed [B, S, width]; mask [B, S] bool, True: attended.
+        """
         query, query_sine = self.query_content(x), self.query_sine(query_sine_embed)
         key, value = joint_linear(memory, self.key_content, self.value)
         key_position = self.key_position(pos_embed)
@@ -101,7 +104,7 @@ class DecoderLayer(nn.Module):
         pos_embed: Tensor,
         mask: Tensor,
     ) -> Tensor:
-        """As `CrossAttention.forward`."""
+        """Run the layer: [B, Q, width]. The arguments are those of `CrossAttention.forward`."""
         x = self.norm1(x + self.dropout(self.self_attention(x, query_position)))
         attended = self.cross_attention(x, query_position, query_sine_embed, memory, pos_embed, mask)
         return self.feed_forward(self.norm2(x + self.dropout(attended)))
@@ -115,8 +118,10 @@ class ReferencePoints(nn.Module):
         self.reference_head = MLP(width, width, 2, fp32_output=True)
 
     def forward(self, query_positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """query_positions [Q, width] -> the points (x, y) in [0, 1] of the valid image, [Q, 2], the same before the
-        sigmoid, and their sine embedding [Q, width] of ``dtype``."""
+        """Predict the points (x, y) in [0, 1] of the valid image, [Q, 2], from query_positions [Q, width].
+
+        Returns them, the same before the sigmoid, and their sine embedding [Q, width] of ``dtype``.
+        """
         reference = self.reference_head(query_positions).sigmoid()
         sine_embed = sine_points(reference, query_positions.shape[-1]).to(dtype)
         return reference, inverse_sigmoid(reference), sine_embed
@@ -130,7 +135,7 @@ class QueryScale(nn.Module):
         self.scale = MLP(width, width, width)
 
     def forward(self, sine_embed: Tensor, x: Tensor) -> Tensor:
-        """sine_embed [Q, width], x [B, Q, width] -> [B, Q, width]."""
+        """Scale sine_embed [Q, width] by x [B, Q, width]: [B, Q, width]."""
         return sine_embed * self.scale(x)
 
 
@@ -148,7 +153,7 @@ class ConditionalDETRDecoder(nn.Module):
         )
 
     def forward(self, encoded: EncodedMap) -> Outputs:
-        """The predictions of every layer."""
+        """Predict logits and boxes after every layer."""
         memory, pos_embed = encoded.memory.flatten(1, 2), encoded.pos_embed.flatten(1, 2)
         mask = encoded.geometry.mask.flatten(1)
         _, centre, sine_embed = self.reference_points(self.query_positions, memory.dtype)

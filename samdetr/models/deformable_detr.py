@@ -62,7 +62,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, query_position: Tensor, reference: Tensor, memory: Tensor, pyramid: Pyramid) -> Tensor:
-        """x, query_position [B, Q, width]; reference, memory as of `DeformableAttention`. Returns [B, Q, width]."""
+        """Run the layer on x, query_position [B, Q, width]: [B, Q, width]. The others: see `DeformableAttention`."""
         positioned = x + query_position
         x = self.norm1(x + self.dropout(self.self_attention(positioned, positioned, x)))
         attended = self.cross_attention(x + query_position, reference, memory, pyramid)
@@ -80,7 +80,7 @@ class LearnedQueries(nn.Module):
         nn.init.zeros_(self.reference_head.bias)
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Contents and positions of the queries [Q, width], their reference points (x, y) in [0, 1], [Q, 2]."""
+        """Give contents and positions of the queries [Q, width], and reference points (x, y) in [0, 1], [Q, 2]."""
         position, content = self.embedding.chunk(2, dim=-1)
         return content, position, self.reference_head(position).sigmoid()
 
@@ -97,7 +97,7 @@ class CellProposals(nn.Module):
     def forward(
         self, memory: Tensor, pyramid: Pyramid, class_head: nn.Module, box_head: nn.Module
     ) -> tuple[Proposals, Tensor]:
-        """memory [B, S, width] -> the proposals, and the cells of the best ones by the first logit, [B, Q] int64.
+        """Propose boxes from memory [B, S, width], and find the cells of the best by the first logit, [B, Q] int64.
 
         Raises SamdetrError where there are fewer cells than queries.
         """
@@ -138,8 +138,10 @@ class FirstStage(nn.Module):
     def forward(
         self, memory: Tensor, pyramid: Pyramid, class_head: nn.Module, box_head: nn.Module
     ) -> tuple[Tensor, Tensor, Tensor, Proposals]:
-        """memory [B, S, width] -> contents and positions [B, Q, width] of queries at the best boxes, these boxes
-        [B, Q, 4] as constants, and all proposals."""
+        """Choose queries from memory [B, S, width].
+
+        Returns their contents and positions [B, Q, width], their boxes [B, Q, 4] as constants, and all proposals.
+        """
         proposals, best = self.propose(memory, pyramid, class_head, box_head)
         reference = proposals.boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))
         sine_embed = sine_boxes(reference, self.transform.in_features).to(reference.dtype)
@@ -153,7 +155,7 @@ class BoxPrediction(nn.Module):
     def forward(
         self, x: Tensor, reference: Tensor, class_head: nn.Module, box_head: nn.Module
     ) -> tuple[Tensor, Tensor]:
-        """x [B, Q, width], reference [B, Q, 2 or 4] in [0, 1] -> logits [B, Q, K] and boxes [B, Q, 4]."""
+        """Predict logits [B, Q, K] and boxes [B, Q, 4] from x [B, Q, width], reference [B, Q, 2 or 4] in [0, 1]."""
         start = inverse_sigmoid(reference)
         if reference.shape[-1] == 2:
             start = torch.cat((start, torch.zeros_like(start)), dim=-1)
@@ -196,7 +198,7 @@ class DeformableDETRDecoder(nn.Module):
             nn.init.constant_(first.last.bias[2:], INITIAL_SIZE)
 
     def forward(self, encoded: EncodedPyramid) -> Outputs:
-        """The predictions of every layer, and of the first stage."""
+        """Predict logits and boxes after every layer, and in a first stage if there is one."""
         memory, pyramid, proposals = encoded.memory, encoded.pyramid, None
         if isinstance(self.queries, FirstStage):
             heads = self.class_heads[-1], self.box_heads[-1]
@@ -256,8 +258,11 @@ def check_form(model: Any, state: State) -> None:
 
 
 def repeated_heads(model: Any, names: Mapping[str, str]) -> dict[str, str]:
-    """Return the published keys that repeat one: without refinement of the one pair of heads, for each layer; with it
-    of the box heads, and with a first stage of the class heads too, as the decoder holds them once more."""
+    """Return the published keys that repeat another one, and that one. names: ours -> published.
+
+    Without refinement they are those of the one pair of heads, for each layer; with it those of the box heads, and with
+    a first stage those of the class heads too, which the published decoder holds once more.
+    """
     heads, decoder = [names[name] for name in names if name.startswith("decoder.box_heads.")], model.decoder
     class_heads = [names[name] for name in names if name.startswith("decoder.class_heads.")]
     if not decoder.box_refine:

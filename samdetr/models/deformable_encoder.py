@@ -71,7 +71,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start as published: head m looks in direction m of a compass, its points 1, 2, ... cells away, all alike."""
+        """Reset as published: head m looks in direction m of a compass, its points 1, 2, ... cells away, all alike."""
         angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
         direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -84,9 +84,11 @@ class DeformableAttention(nn.Module):
         nn.init.xavier_uniform_(self.out.weight)
 
     def forward(self, query: Tensor, reference: Tensor, memory: Tensor, pyramid: Pyramid) -> Tensor:
-        """query [B, Q, width]; memory [B, S, width], read within the valid cells; reference in [0, 1] of the valid
-        image: points (x, y) [B, Q, 2] with offsets in cells, or boxes (cx, cy, w, h) [B, Q, 4] with offsets in shares
-        of the box, where POINTS reaches its border. Returns [B, Q, width]."""
+        """Attend from query [B, Q, width] to the valid cells of memory [B, S, width]: [B, Q, width].
+
+        reference, in [0, 1] of the valid image: points (x, y) [B, Q, 2] with offsets in cells, or boxes (cx, cy, w, h)
+        [B, Q, 4] with offsets in shares of the box, where POINTS reaches its border.
+        """
         value = self.value(memory).masked_fill(~pyramid.mask[..., None], 0).unflatten(-1, (self.heads, -1))
         offsets = self.offsets(query).unflatten(-1, (self.heads, self.levels, POINTS, 2))
         weights = self.weights(query).unflatten(-1, (self.heads, -1)).softmax(-1).unflatten(-1, (self.levels, POINTS))
@@ -116,7 +118,7 @@ class DeformableEncoderLayer(nn.Module):
         self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
 
     def forward(self, x: Tensor, pos_embed: Tensor, pyramid: Pyramid) -> Tensor:
-        """x, pos_embed [B, S, width] -> [B, S, width]."""
+        """Run the layer on x, pos_embed [B, S, width]: [B, S, width]."""
         attended = self.attention(x + pos_embed, pyramid.points, x, pyramid)
         return self.feed_forward(self.norm(x + self.dropout(attended)))
 
@@ -129,7 +131,7 @@ class PyramidEncoder(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, pos_embed: Tensor, pyramid: Pyramid) -> Tensor:
-        """x, pos_embed [B, S, width] -> [B, S, width]."""
+        """Run the layers on x, pos_embed [B, S, width]: [B, S, width]."""
         for layer in self.layers:
             x = layer(x, pos_embed, pyramid)
         return x
@@ -160,7 +162,7 @@ class PyramidEmbedding(nn.Module):
     def forward(
         self, maps: tuple[Tensor, ...], image_sizes: Tensor, image_shape: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Pyramid]:
-        """A map [B, C, h, w] of each level -> the transformer's input and pos_embed [B, S, width], and the geometry.
+        """Embed a map [B, C, h, w] of each level: the transformer's input and pos_embed [B, S, width], the geometry.
 
         image_sizes: [B, 2] int valid (h, w). image_shape: padded (H, W) of the images.
         """
@@ -193,7 +195,7 @@ class PyramidEmbedding(nn.Module):
 
 
 class EncodedPyramid(NamedTuple):
-    """What a decoder reads of several maps, whose cells stand one after another."""
+    """Encoded maps of several levels, whose cells stand one after another."""
 
     memory: Tensor  # [B, S, width]
     pos_embed: Tensor  # [B, S, width], with that of the level
@@ -243,7 +245,7 @@ class PyramidImageEncoder(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> EncodedPyramid:
-        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
+        """Encode images [B, 3, H, W], normalised, zero-padded bottom/right; image_sizes [B, 2] int, valid (h, w)."""
         maps = self.backbone(images, image_sizes)
         dtype = maps[0].dtype
         # eagerly: the compiled parts have no convolution, and are one graph for maps of all sizes
@@ -275,7 +277,7 @@ def _centres(valid: Tensor, height: int, width: int, dtype: torch.dtype) -> Tens
 
 
 def reset_deformable(*parts: nn.Module) -> None:
-    """Call `reset_matrices`, then give deformable attention its own start."""
+    """Call `reset_matrices`, then reset deformable attention in its own way."""
     reset_matrices(*parts)
     for part in parts:
         for module in part.modules():

@@ -19,7 +19,7 @@ class Decoder(Protocol):
     layers: nn.ModuleList
 
     def __call__(self, encoded: Any) -> Outputs:
-        """encoded: what the detector's encoder gives."""
+        """Predict logits and boxes after every layer. encoded: of the detector's encoder."""
 
     @property
     def compiled_parts(self) -> tuple[nn.Module, ...]:
@@ -36,7 +36,10 @@ class EncoderDecoder(nn.Module):
         self.decoder = decoder
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:
-        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
+        """Detect objects in images [B, 3, H, W], normalised, zero-padded bottom/right.
+
+        image_sizes: [B, 2] int, valid (h, w) in pixels.
+        """
         return self.decoder(self.encoder(images, image_sizes))
 
     @property

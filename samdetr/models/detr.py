@@ -45,8 +45,11 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, query_position: Tensor, key: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """x [B, Q, width]; query_position [Q, width]; key (memory + pos_embed), memory [B, S, width]; mask of the
-        attention to the map, as of `attend`. Returns [B, Q, width]."""
+        """Run the layer on x [B, Q, width]: [B, Q, width].
+
+        query_position [Q, width]; key (memory + pos_embed), memory [B, S, width]; mask of the attention to the map, as
+        of `attend`.
+        """
         positioned = x + query_position
         x = self.norm1(x + self.dropout(self.self_attention(positioned, positioned, x)))
         attended = self.cross_attention(x + query_position, key, memory, mask)
@@ -69,7 +72,7 @@ class DETRDecoder(nn.Module):
         )
 
     def forward(self, encoded: EncodedMap) -> Outputs:
-        """The predictions of every layer."""
+        """Predict logits and boxes after every layer."""
         memory, pos_embed = encoded.memory.flatten(1, 2), encoded.pos_embed.flatten(1, 2)
         key, mask = memory + pos_embed, encoded.geometry.mask.flatten(1)[:, None, None]
         x = memory.new_zeros(len(memory), *self.query_positions.shape)

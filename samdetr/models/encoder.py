@@ -41,7 +41,7 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
 
     def forward(self, x: Tensor, pos_embed: Tensor, key_mask: Tensor) -> Tensor:
-        """x, pos_embed [B, S, width]; key_mask [B, S] bool, True: attended. Returns [B, S, width]."""
+        """Run the layer on x, pos_embed [B, S, width]: [B, S, width]. key_mask [B, S] bool, True: attended."""
         width = x.shape[-1]
         weight, bias = self.in_proj.weight, self.in_proj.bias
         query_key = functional.linear(x + pos_embed, weight[: 2 * width], bias[: 2 * width])
@@ -62,7 +62,7 @@ class TransformerEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor, pos_embed: Tensor, key_mask: Tensor) -> Tensor:
-        """As `EncoderLayer.forward`."""
+        """Run the layers on x, pos_embed [B, S, width]: [B, S, width]. key_mask [B, S] bool, True: attended."""
         for layer in self.layers:
             x = layer(x, pos_embed, key_mask)
         return x
@@ -82,7 +82,7 @@ class MapEmbedding(nn.Module):
     def forward(
         self, features: Tensor, image_sizes: Tensor, image_shape: tuple[int, int]
     ) -> tuple[Tensor, Tensor, MapGeometry]:
-        """The backbone's map [B, C, h, w] -> the transformer's input and pos_embed [B, h, w, width], and the geometry.
+        """Embed the map [B, C, h, w]: the transformer's input and pos_embed [B, h, w, width], and the geometry.
 
         image_sizes: [B, 2] int valid (h, w). image_shape: padded (H, W) of the images.
         """
@@ -100,7 +100,7 @@ class MapEmbedding(nn.Module):
 
 
 class EncodedMap(NamedTuple):
-    """What a decoder reads of one map."""
+    """An encoded map, as decoders read it."""
 
     memory: Tensor  # [B, h, w, width]
     pos_embed: Tensor  # [B, h, w, width]
@@ -124,7 +124,7 @@ class ImageEncoder(nn.Module):
         self.mask_padding = mask_padding
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> EncodedMap:
-        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w)."""
+        """Encode images [B, 3, H, W], normalised, zero-padded bottom/right; image_sizes [B, 2] int, valid (h, w)."""
         (features,) = self.backbone(images, image_sizes)
         x, pos_embed, geometry = self.embed(features, image_sizes, (images.shape[2], images.shape[3]))
         mask = geometry.mask

@@ -32,7 +32,7 @@ Truth = list[dict[str, Tensor]]  # of each image: boxes [n, 4] (x0, y0, x1, y1) 
 ANCHORS: tuple[int, ...] = (32, 64, 128, 256, 512)  # square roots of areas, pixels
 RATIOS = (0.5, 1.0, 2.0)  # heights over widths
 GRID = 32  # images are padded to multiples of it, as torchvision's are
-DRAWN_ANCHORS, DRAWN_REGIONS = 256, 512  # of an image, for the losses
+DRAWN_ANCHORS, DRAWN_PROPOSALS = 256, 512  # of an image, for the losses
 
 
 class Anchors(AnchorGenerator):
@@ -46,7 +46,7 @@ class Anchors(AnchorGenerator):
         self.strides = strides
 
     def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:
-        """Anchors [A, 4] of each image, (x0, y0, x1, y1) in pixels."""
+        """Make the anchors [A, 4] of each image, (x0, y0, x1, y1) in pixels."""
         self.set_cell_anchors(torch.float32, maps[0].device)
         strides = [[stride] * 2 for stride in self.strides]
         anchors = torch.cat(self.grid_anchors([list(level.shape[-2:]) for level in maps], strides))
@@ -57,11 +57,11 @@ class Coder(BoxCoder):
     """torchvision's numbers to the bit, without the constants that it copies to the device in every call."""
 
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
-        """[R, 4] changes that make reference_boxes [R, 4] of proposals [R, 4]."""
+        """Compute the changes [R, 4] that make reference_boxes [R, 4] of proposals [R, 4]."""
         return encode_boxes(reference_boxes, proposals, self.weights)
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
-        """[R, 4 K]: each of boxes [R, 4] with each of its K changes in rel_codes [R, 4 K]."""
+        """Change each of boxes [R, 4] by each of its K changes in rel_codes [R, 4 K]: [R, 4 K]."""
         boxes = boxes.to(rel_codes.dtype)
         sides = boxes[:, 2:] - boxes[:, :2]
         centres = boxes[:, :2] + 0.5 * sides
@@ -75,7 +75,7 @@ class ExactRPNHead(RPNHead):
     """Scores and box changes are computed in float32: thousands of scores are compared."""
 
     def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each level, [B, A, h, w] and [B, 4 A, h, w] for A anchors a cell."""
+        """Predict scores [B, A, h, w] and box changes [B, 4 A, h, w] of each level, for A anchors a cell."""
         features = [self.conv(level) for level in maps]
         with exact(maps[0]):
             scores = [self.cls_logits(level.float()) for level in features]
@@ -83,33 +83,33 @@ class ExactRPNHead(RPNHead):
 
 
 class Res5Head(nn.Module):
-    """The backbone's fourth residual stage, with its stride, on every region."""
+    """The backbone's fourth residual stage, with its stride, on every RoI."""
 
     def __init__(self, layer4: nn.Sequential) -> None:
         super().__init__()
         self.layer4 = layer4
 
-    def forward(self, regions: Tensor) -> Tensor:
-        """[R, C, 14, 14] -> [R, 2 C]."""
-        return run_stage(self.layer4, regions).mean((2, 3))
+    def forward(self, rois: Tensor) -> Tensor:
+        """Compute features [R, 2 C] of rois [R, C, 14, 14]."""
+        return run_stage(self.layer4, rois).mean((2, 3))
 
 
 class RegionHeads(RoIHeads):
     """torchvision's second stage: classes and boxes of proposals."""
 
     def predict(self, maps: Maps, proposals: list[Tensor], sizes: Sizes) -> tuple[Tensor, Tensor]:
-        """Of all images' regions: logits [R, K] (0: no object) and box changes [R, 4 K], float32."""
+        """Predict logits [R, K] (0: no object) and box changes [R, 4 K] of all images' proposals, float32."""
         features = self.box_head(self.box_roi_pool(maps, proposals, sizes))
         with exact(features):
             logits, changes = self.box_predictor(features.float())
         return logits, changes
 
     def subsample(self, labels: list[Tensor]) -> list[Tensor]:
-        """No more than DRAWN_REGIONS are drawn; the slice says so on the meta device too, where values are unknown."""
-        return [drawn[:DRAWN_REGIONS] for drawn in super().subsample(labels)]
+        """Draw DRAWN_PROPOSALS at most; the slice says so on the meta device too, where values are unknown."""
+        return [drawn[:DRAWN_PROPOSALS] for drawn in super().subsample(labels)]
 
     def losses(self, maps: Maps, proposals: list[Tensor], sizes: Sizes, truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
-        """Class loss, box loss, and the percentage of drawn regions with an object whose class is wrong."""
+        """Compute class loss, box loss, and the percentage of drawn proposals with an object whose class is wrong."""
         proposals, _, labels, changes = self.select_training_samples(proposals, truth)
         logits, predicted = self.predict(maps, proposals, sizes)
         class_loss, box_loss = fastrcnn_loss(logits, predicted, labels, changes)
@@ -118,7 +118,7 @@ class RegionHeads(RoIHeads):
         return class_loss, box_loss, 100 - 100 * correct / (wanted > 0).sum().clamp(min=1)
 
     def detections(self, maps: Maps, proposals: list[Tensor], sizes: Sizes, scale: Tensor) -> Outputs:
-        """The best detections after non-maximum suppression, as `FasterRCNN` gives them. scale: of `pixels_of`."""
+        """Find the best detections after non-maximum suppression, as `FasterRCNN` gives them. scale: of `pixels_of`."""
         logits, changes = self.predict(maps, proposals, sizes)
         found = self.postprocess_detections(logits, changes, proposals, sizes)
         # of each row the log of its score at its class, and of the rest at no object, the last: softmax gives the score
@@ -152,11 +152,11 @@ class FasterRCNN(nn.Module):
         self.backbone, self.neck, self.rpn, self.roi_heads = backbone, neck, rpn, roi_heads
 
     def forward(self, images: Tensor, image_sizes: Tensor, targets: Targets | None = None) -> Outputs | RegionLosses:
-        """images [B, 3, H, W] normalised, zero-padded bottom/right; image_sizes [B, 2] int valid (h, w).
+        """Detect objects in images [B, 3, H, W], normalised, zero-padded bottom/right; in training compute losses.
 
-        In training the losses of ``targets``, whose anchors and regions are drawn by torch's generator. In evaluation
-        L = 1 and Q detections at most, best first, one class each: the logits' softmax is its score, the last logit no
-        object; rows left over have no object for certain.
+        image_sizes [B, 2] int, valid (h, w) in pixels. The losses are those of ``targets``; anchors and proposals for
+        them are drawn by torch's generator. Detections have L = 1 and Q at most, best first, one class each: the
+        logits' softmax is its score, the last logit no object; rows left over have no object for certain.
         """
         images = functional.pad(images, (0, -images.shape[-1] % GRID, 0, -images.shape[-2] % GRID))
         maps = self.neck({str(level): x for level, x in enumerate(self.backbone(images, image_sizes))})
@@ -174,12 +174,12 @@ class FasterRCNN(nn.Module):
 
 
 def exact(x: Tensor) -> AbstractContextManager[object]:
-    """Within the context autocast leaves float32 alone."""
+    """Let autocast leave float32 alone, within the context."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta has no autocast
 
 
 def on_host(numbers: Tensor) -> list[list[int]]:
-    """The rows of numbers [n, m] in one transfer, not one a number."""
+    """Read the rows of numbers [n, m] in one transfer, not one a number."""
     if numbers.is_meta:  # whoever counts there answers each read
         return [[int(number) for number in row] for row in numbers]
     return numbers.tolist()
@@ -191,7 +191,7 @@ def pixels_of(image_sizes: Tensor) -> Tensor:
 
 
 def pixel_truth(targets: Targets, counts: list[int], scale: Tensor) -> Truth:
-    """The targets in torchvision's form. counts: theirs, on the host; scale: of `pixels_of`."""
+    """Convert targets to torchvision's form. counts: theirs, on the host; scale: of `pixels_of`."""
     boxes = box_convert(targets.boxes * scale, "cxcywh", "xyxy")
     return [
         {"boxes": boxes[image, :count], "labels": targets.labels[image, :count] + 1}
@@ -200,7 +200,7 @@ def pixel_truth(targets: Targets, counts: list[int], scale: Tensor) -> Truth:
 
 
 def region_align(strides: tuple[int, ...], size: int) -> MultiScaleRoIAlign:
-    """RoIAlign of ``size`` x ``size`` cells from the level that fits a region's area.
+    """Build a RoIAlign of ``size`` x ``size`` bins, from the level that fits a proposal's area.
 
     The scales are given: torchvision would infer them from the first batch, whose padding may be large.
     """
@@ -211,7 +211,7 @@ def region_align(strides: tuple[int, ...], size: int) -> MultiScaleRoIAlign:
 
 
 def build_faster_rcnn(section: FasterRCNNSection) -> FasterRCNN:
-    """The model of a recipe with random weights: C4 with three stages, DC5 with dilation, else FPN."""
+    """Build the detector of a recipe, with random weights: C4 with three stages, DC5 with dilation, else FPN."""
     keys, stages = section.regions, section.backbone
     one_map = stages.stages < 4 or stages.dilation
     backbone = build_backbone(stages, padding="published", levels=1 if one_map else 4)
@@ -245,7 +245,7 @@ def build_faster_rcnn(section: FasterRCNNSection) -> FasterRCNN:
         FastRCNNPredictor(features, section.num_classes),
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
-        batch_size_per_image=DRAWN_REGIONS,
+        batch_size_per_image=DRAWN_PROPOSALS,
         positive_fraction=0.25,
         bbox_reg_weights=None,
         score_thresh=keys.score_threshold,

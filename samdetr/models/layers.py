@@ -139,7 +139,7 @@ def fits_mask_channels(query: Tensor, value: Tensor, mask: Tensor) -> bool:
 
 
 def with_mask_channels(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Append channels that add to the score of a masked key what makes its weight exactly zero, and nothing to others.
+    """Append channels that make the weight of a masked key exactly zero, and change no other score.
 
     [B, heads, Q or S, C] each, mask [B, 1, 1, S] bool (True: attended) -> the same with `MASK_CHANNELS` more channels.
     """
@@ -160,7 +160,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """query [B, Q, width]; key, value [B, S, width]; mask as of `attend` -> [B, Q, width]."""
+        """Attend from query [B, Q, width] to key and value [B, S, width]: [B, Q, width]. mask: as of `attend`."""
         query, key, value = self.project(query, key, value)
         dropout = self.dropout if self.training else 0.0
         return self.out_proj(attend(query, key, value, heads=self.heads, dropout=dropout, mask=mask))
@@ -186,7 +186,7 @@ class ConditionalSelfAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """x, position [B, Q, width] -> [B, Q, width]."""
+        """Attend among x [B, Q, width] at position [B, Q, width]: [B, Q, width]."""
         query, key, value = joint_linear(x, self.query_content, self.key_content, self.value)
         query_position, key_position = joint_linear(position, self.query_position, self.key_position)
         dropout = self.dropout if self.training else 0.0
@@ -218,7 +218,7 @@ class PredictionHeads(nn.Module):
         self.box_head = box_head
 
     def forward(self, x: Tensor, centre: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [L, B, Q, width] -> logits [L, B, Q, K] and boxes [L, B, Q, 4].
+        """Predict logits [L, B, Q, K] and boxes [L, B, Q, 4] from x [L, B, Q, width].
 
         centre: where boxes begin, (x, y) before the sigmoid, [Q, 2] or [B, Q, 2]; None: in the middle of the image.
         """
@@ -231,7 +231,7 @@ class MapGroupNorm(nn.GroupNorm):
     """GroupNorm of a channels-last map, over all cells (published) or over the valid ones only."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [B, H, W, C], mask [B, H, W] bool (True: valid) or None -> [B, H, W, C]."""
+        """Normalise x [B, H, W, C]: [B, H, W, C]. mask [B, H, W] bool, True: valid; None: all cells count."""
         if mask is None:
             return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         batch, height, width, channels = x.shape

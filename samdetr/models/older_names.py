@@ -47,7 +47,7 @@ _RENAMED_LAST = {_LAYER: r"decoder.layers.\1."}
 
 
 def current_names(tensors: Mapping[str, T], meta: Mapping[str, Any]) -> dict[str, T]:
-    """Rename what stands in a checkpoint under a name of an earlier version; current names stay as they are.
+    """Rename the tensors that have a name of an earlier version; current names stay as they are.
 
     tensors: by the name of a parameter or buffer, or by ``<parameter>:<field>`` of the optimizer. meta: the
     checkpoint's, which names the system.

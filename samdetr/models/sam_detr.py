@@ -69,7 +69,7 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, aligned: AlignedQueries, memory: Tensor, pos_embed: Tensor, geometry: MapGeometry) -> Tensor:
-        """memory, pos_embed [B, H, W, width] -> [B, Q, width]."""
+        """Attend to memory and pos_embed [B, H, W, width]: [B, Q, width]."""
         query = self.query_content(aligned.content) + self.query_position(aligned.position)
         key, value = joint_linear(memory, self.key_content, self.value)
         key = key + self.key_position(pos_embed)
@@ -117,7 +117,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, boxes: Tensor, memory: Tensor, pos_embed: Tensor, geometry: MapGeometry) -> Tensor:
-        """x [B, Q, width]; boxes [B, Q, 4]; memory, pos_embed [B, H, W, width] -> [B, Q, width]."""
+        """Run the layer on x [B, Q, width], boxes [B, Q, 4], memory and pos_embed [B, H, W, width]: [B, Q, width]."""
         query_sine_embed = sine_points(boxes[..., :2].detach(), x.shape[-1]).to(x.dtype)  # no gradient, as published
         x = self.norm1(x + self.dropout(self.self_attention(x, query_sine_embed)))
         aligned = self.aligner(x, boxes, memory, geometry)
@@ -131,8 +131,10 @@ class BoxRefinement(nn.Module):
     def forward(
         self, x: Tensor, reference: Tensor, class_head: nn.Module, box_head: nn.Module
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, Q, width], reference [B, Q, 4] before the sigmoid -> logits [B, Q, K], boxes [B, Q, 4] and the next
-        layer's reference [B, Q, 4] before the sigmoid."""
+        """Predict logits [B, Q, K] and boxes [B, Q, 4] from x [B, Q, width], and the next layer's reference.
+
+        reference: boxes [B, Q, 4] before the sigmoid, as is the next layer's.
+        """
         offset = box_head(x)
         boxes = (inverse_sigmoid(reference.sigmoid()) + offset).sigmoid()
         return class_head(x), boxes, (reference + offset).detach()
@@ -162,7 +164,7 @@ class SAMDETRDecoder(nn.Module):
         self.refine = BoxRefinement()
 
     def forward(self, encoded: EncodedMap | EncodedPyramid) -> Outputs:
-        """The predictions of every layer."""
+        """Predict logits and boxes after every layer."""
         maps = self.choose_maps(encoded, len(self.layers))
         memory = maps[0].memory
         reference = self.reference_boxes.expand(len(memory), -1, -1)

@@ -47,8 +47,11 @@ class GaussianHeads(nn.Module):
         nn.init.ones_(self.scale.bias)
 
     def forward(self, x: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [B, Q, width] queries with their positions; centre [B, Q, 2] (x, y) before the sigmoid, None in the first
-        layer. Returns x after the norm, the centre, and offsets and raw scales [B, Q, count, 2] (x, y)."""
+        """Predict x after the norm, the centre, and offsets and raw scales [B, Q, count, 2] (x, y).
+
+        x [B, Q, width]: queries with their positions. centre [B, Q, 2]: (x, y) before the sigmoid, None in the first
+        layer.
+        """
         x = self.norm(x)
         if self.centre is not None:
             centre = self.centre(x)
@@ -67,9 +70,9 @@ class Gaussian(nn.Module):
     def forward(
         self, x: Tensor, centre: Tensor | None, extent: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x and centre as of `GaussianHeads`; extent [B, 2] (w, h) of the valid image, in units of the Gaussians; mask
-        [B, h, w] bool, True: attended.
+        """Compute the bias of x and centre, which are as of `GaussianHeads`.
 
+        extent [B, 2]: (w, h) of the valid image, in units of the Gaussians. mask [B, h, w] bool, True: attended.
         Returns the bias [B, heads, Q, h * w], the centre, and offsets and raw scales [B, Q, heads, 2] (x, y), units.
         """
         _, centre, offset, scale = self.heads(x, centre)
@@ -113,8 +116,11 @@ class DecoderLayer(nn.Module):
         mask: Tensor,
         extent: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """x [B, Q, width]; query_position [Q, width]; key (memory + pos_embed), memory [B, h * w, width]; centre, mask
-        and extent as of `Gaussian`. Returns the new x and the centre."""
+        """Run the layer on x [B, Q, width]; returns the new x and the centre.
+
+        query_position [Q, width]; key (memory + pos_embed), memory [B, h * w, width]; centre, mask and extent as of
+        `Gaussian`.
+        """
         bias, centre, _, _ = self.gaussian(x + query_position, centre, extent, mask)
         return self.layer(x, query_position, key, memory, bias), centre
 
@@ -135,7 +141,7 @@ class SMCADETRDecoder(nn.Module):
         self.heads = make_heads(width, num_classes)
 
     def forward(self, encoded: EncodedMap) -> Outputs:
-        """The predictions of every layer."""
+        """Predict logits and boxes after every layer."""
         memory, pos_embed = encoded.memory.flatten(1, 2), encoded.pos_embed.flatten(1, 2)
         key, mask = memory + pos_embed, encoded.geometry.mask
         extent = encoded.image_sizes.flip(-1).to(self.query_positions.dtype) / self.unit
@@ -180,7 +186,7 @@ def build_smca_detr(section: SMCADETRSection) -> EncoderDecoder:
 
 
 def reset_scales(gaussians: Iterable[GaussianHeads]) -> None:
-    """Let all Gaussians begin equally wide."""
+    """Reset the scales, so that all Gaussians begin equally wide."""
     for heads in gaussians:
         nn.init.zeros_(heads.scale.weight)
 

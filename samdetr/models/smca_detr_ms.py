@@ -61,7 +61,7 @@ class MixingLayer(nn.Module):
         self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
 
     def forward(self, x: Tensor, pos_embed: Tensor, pyramid: Pyramid) -> Tensor:
-        """x, pos_embed [B, S, width] -> [B, S, width]."""
+        """Run the layer on x, pos_embed [B, S, width]: [B, S, width]."""
         sizes = [height * width for height, width in pyramid.spatial_shapes]
         cells = self.value(x + pos_embed).split(sizes, dim=1)
         maps = []
@@ -113,7 +113,7 @@ class ScaleEncoder(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, pos_embed: Tensor, pyramid: Pyramid) -> Tensor:
-        """x, pos_embed [B, S, width] -> [B, S, width]."""
+        """Run the layers on x, pos_embed [B, S, width]: [B, S, width]."""
         sizes = [height * width for height, width in pyramid.spatial_shapes]
         for number, layer in enumerate(self.layers):
             if number == len(self.layers) // 2:
@@ -136,8 +136,9 @@ class Gaussians(nn.Module):
     def forward(
         self, x: Tensor, centre: Tensor | None, image_extent: Tensor, masks: Sequence[Tensor]
     ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
-        """x and centre as of `GaussianHeads`; image_extent [B, 2] (w, h) of the valid image, pixels; masks of L maps.
+        """Compute the biases of x and centre, which are as of `GaussianHeads`.
 
+        image_extent [B, 2]: (w, h) of the valid image, pixels. masks [B, h, w] bool of L maps, True: attended.
         Returns the bias of each map [B, heads, Q, h * w], the weights [B, Q, L], the centre, and offsets and raw scales
         [B, Q, L, heads, 2] (x, y), cells.
         """
@@ -152,7 +153,7 @@ class Gaussians(nn.Module):
 
 
 class ScaleModulation(NamedTuple):
-    """What `ScaleAttention` adds to the scores, and how it weighs the maps."""
+    """The terms that `ScaleAttention` adds to the scores, and its weights of the maps."""
 
     biases: list[Tensor]  # of each map, [B, heads, Q, cells]
     weights: Tensor  # [B, Q, L], of sum 1
@@ -166,7 +167,7 @@ class ScaleAttention(nn.Module):
         self.attention = Attention(width=width, heads=heads, dropout=dropout)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, modulation: ScaleModulation) -> Tensor:
-        """query [B, Q, width]; key, value [B, S, width] of the cells of all maps -> [B, Q, width]."""
+        """Attend from query [B, Q, width] to key, value [B, S, width] of the cells of all maps: [B, Q, width]."""
         query, key, value = self.attention.project(query, key, value)
         sizes, heads = [bias.shape[-1] for bias in modulation.biases], self.attention.heads
         dropout = self.attention.dropout if self.training else 0.0
@@ -204,8 +205,11 @@ class DecoderLayer(nn.Module):
         masks: Sequence[Tensor],
         image_extent: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """x [B, Q, width]; query_position [Q, width]; key (memory + pos_embed), memory [B, S, width]; centre, masks and
-        image_extent as of `Gaussians`. Returns the new x and the centre."""
+        """Run the layer on x [B, Q, width]; returns the new x and the centre.
+
+        query_position [Q, width]; key (memory + pos_embed), memory [B, S, width]; centre, masks and image_extent as of
+        `Gaussians`.
+        """
         biases, weights, centre, _, _ = self.gaussian(x + query_position, centre, image_extent, masks)
         return self.layer(x, query_position, key, memory, ScaleModulation(biases, weights)), centre
 
@@ -238,7 +242,7 @@ class MultiScaleSMCADETRDecoder(nn.Module):
             nn.init.xavier_uniform_(self.halve.weight)
 
     def forward(self, encoded: EncodedPyramid) -> Outputs:
-        """The predictions of every layer."""
+        """Predict logits and boxes after every layer."""
         memory, pos_embed, masks = self.read(encoded)
         key = memory + pos_embed
         extent = encoded.image_sizes.flip(-1).to(self.query_positions.dtype)

@@ -1,4 +1,4 @@
-"""What the engine must know of a detector besides calling it, and the names in its published checkpoints."""
+"""The facts about a detector that the engine needs besides calling it, and the names in published checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MacFormula = Callable[..., int]  # of a module, its arguments and its result -> 
 
 
 def no_copies(model: Any, names: Mapping[str, str]) -> dict[str, str]:
-    """Return that no published key repeats another one."""
+    """Return nothing, as no published key repeats another one."""
     return {}
 
 

@@ -84,7 +84,7 @@ class Checkpoint:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a person means by a run folder, a checkpoint folder or a file in one, or an exported file.
+    """Find the checkpoint of a run folder, a checkpoint folder or a file in one, or an exported file.
 
     For a run folder: its best checkpoint, or the last where no evaluation has been. Raises CheckpointError.
     """
@@ -105,7 +105,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def meta_file(path: Path) -> Path:
-    """The JSON of a checkpoint, which names all its files."""
+    """Return the JSON of a checkpoint, which names all its files."""
     return path.with_suffix(".json") if path.suffix == EXPORTED else path / META_FILE
 
 
@@ -125,7 +125,7 @@ def load_checkpoint(path: Path, *, with_optimizer: bool) -> Checkpoint:
 
 
 def _read_part(folder: Path, part: str, meta: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a part of a checkpoint, whole; of all processes, whose shares each file names."""
+    """Read the tensors of a part of a checkpoint, whole: the shards of all processes, which the files name."""
     files = {name: facts for name, facts in meta["files"].items() if name.startswith(f"{part}/")}
     _verify(folder, files)
     place = folder / part
@@ -157,14 +157,14 @@ def _verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def facts_of(file: Path) -> dict[str, object]:
-    """Size and checksum, as a meta.json holds them of every file."""
+    """Compute size and checksum, as a meta.json holds them for every file."""
     with file.open("rb") as stream:
         checksum = hashlib.file_digest(stream, "sha256").hexdigest()
         return {"size": stream.tell(), "sha256": checksum}
 
 
 def read_meta(file: Path) -> dict[str, Any]:
-    """The content of a meta.json, its own checksum verified and left out."""
+    """Read a meta.json; its own checksum is verified and left out."""
     try:
         meta: dict[str, Any] = json.loads(file.read_bytes())
         intact = meta.pop(_OWN_CHECKSUM) == _json_checksum(meta)
@@ -200,7 +200,7 @@ def sync(path: Path) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """What a person needs to know of an error of the system or of a library."""
+    """Return the reason of an error of the system or of a library, in short."""
     if isinstance(error, CheckpointException):
         failures = {rank: reason_of(failure[0]) for rank, failure in error.failures.items()}
         return "; ".join(f"process {rank}: {why}" if rank else why for rank, why in sorted(failures.items()))
@@ -262,13 +262,13 @@ def _named_optimizer_parameters(
 
 
 def model_tensors(model: nn.Module, *, with_buffers: bool = True) -> dict[str, Tensor]:
-    """The model's state, as this process has it. Without buffers: its parameters alone."""
+    """Return the model's state, as this process has it. Without buffers: its parameters alone."""
     without = set() if with_buffers else {name for name, _ in model.named_buffers()}
     return {name: value for name, value in model.state_dict().items() if name not in without}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by ``<parameter>:<field>``, as this process has it."""
+    """Return the optimizer's state by ``<parameter>:<field>``, as this process has it."""
     return {
         f"{name}:{key}": value
         for name, parameter in _named_optimizer_parameters(model, optimizer)

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class SavedBytes:
-    """What `counting_saved` has counted."""
+    """The tensors that `counting_saved` has counted."""
 
     def __init__(self) -> None:
         self.storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used twice

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def distribute(model: Detector, section: ParallelSection, world: World, device: torch.device) -> nn.Module:
-    """The module to call for a forward pass of ``model``, which is on its device with its weights loaded.
+    """Return the module to call for a forward pass of ``model``, which is on its device with its weights loaded.
 
     With sharding the model's parameters become DTensors: build the optimizer afterwards.
     """
@@ -37,7 +37,7 @@ def distribute(model: Detector, section: ParallelSection, world: World, device: 
 
 
 def wrap(model: Detector, section: ParallelSection, world: World, device: torch.device) -> nn.Module:
-    """As `distribute`, whatever the number of processes; they must be in a process group."""
+    """Do as `distribute`, whatever the number of processes; they must be in a process group."""
     if section.strategy == "ddp":
         parallel_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         parallel_model.broadcast_buffers = any(isinstance(part, nn.BatchNorm2d) for part in model.modules())
@@ -54,7 +54,10 @@ def wrap(model: Detector, section: ParallelSection, world: World, device: torch.
 
 
 def no_grad_sync(model: nn.Module, *, keep: bool) -> AbstractContextManager[object]:
-    """Around forward and backward of a micro-batch: with ``keep`` its gradients stay in this process for now."""
+    """Let a micro-batch's gradients stay in this process for now, with ``keep``, within the context.
+
+    The context is that of its forward and backward pass.
+    """
     if isinstance(model, DistributedDataParallel):
         return model.no_sync() if keep else nullcontext()
     if isinstance(model, FSDPModule):
@@ -70,17 +73,17 @@ def reshard(model: nn.Module) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor with the shares of all processes; each of them must ask."""
+    """Gather the shards of all processes; each of them must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, in the same memory."""
+    """Return this process's shard of a tensor, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(value: Tensor, example: Tensor) -> Tensor:
-    """``value``, whole in every process, divided as ``example`` is."""
+    """Shard ``value``, which every process has whole, as ``example`` is."""
     if not isinstance(example, DTensor):
         return value
     return distribute_tensor(value.to(example.device), example.device_mesh, example.placements)
