@@ -115,7 +115,7 @@ def test_gradients(run: Run, prefix: str) -> None:
     "name", [pytest.param("samdetr_r50_50ep", marks=pytest.mark.slow), "samdetr_r50_dc5_smca_12ep"]
 )
 def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The regions as torch.compile captures and differentiates them; generating code of them is left to others."""
+    """The parts as torch.compile captures and differentiates them; generating code of them is left to others."""
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model, criterion = model_of(name), SetCriterion()

@@ -1,1 +1,1 @@
-"""How a step computes: device, precision, compiled regions, CUDA graphs, activation checkpointing."""
+"""How a step computes: device, precision, compiled parts, CUDA graphs, activation checkpointing."""
