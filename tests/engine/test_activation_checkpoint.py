@@ -39,14 +39,14 @@ SHARED = ("train.epochs=1", "optim.ema_decay=0.9")
 
 
 def passes(
-    recipe: Recipe, *, recompute: bool, compiled: bool = False, shape: Shape = (96, 80)
+    recipe: Recipe, *, activation_checkpoint: bool, compiled: bool = False, shape: Shape = (96, 80)
 ) -> tuple[int, list[Tensor], Detector]:
-    """Bytes saved for the backward pass of a batch with dropout; its values and all gradients."""
+    """Return the bytes saved for the backward pass of a batch with dropout, its values and all gradients."""
     torch.manual_seed(0)
     model, criterion = build_model(recipe.model).train(), build_criterion(recipe)
     if compiled:
         compile_parts(model, criterion, shapes=1)
-    if recompute:
+    if activation_checkpoint:
         checkpoint_activations(model)
     batch = random_batch(shape, 2, 5)
     torch.manual_seed(1)
