@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,13 +86,22 @@ class CrossAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention among queries, conditional attention to the map, feed-forward."""
 
-    def __init__(self, *, width: int, heads: int, ffn: int, dropout: float, first: bool) -> None:
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        ffn: int,
+        dropout: float,
+        first: bool,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
         super().__init__()
         self.self_attention = ConditionalSelfAttention(width=width, heads=heads, dropout=dropout)
         self.norm1 = nn.LayerNorm(width)
         self.cross_attention = CrossAttention(width=width, heads=heads, dropout=dropout, first=first)
         self.norm2 = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
+        self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout, activation=activation)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -188,6 +197,18 @@ def build_conditional_detr(section: ConditionalDETRSection) -> EncoderDecoder:
     return EncoderDecoder(SYSTEM, encoder, decoder)
 
 
+# our prefixes -> published ones, as in `PublishedLayout`
+PUBLISHED_LAYER = {
+    **PUBLISHED_DECODER_LAYER,
+    **PUBLISHED_SELF_ATTENTION,
+    "cross_attention.query_content.": "ca_qcontent_proj.",
+    "cross_attention.query_position.": "ca_qpos_proj.",
+    "cross_attention.query_sine.": "ca_qpos_sine_proj.",
+    "cross_attention.key_content.": "ca_kcontent_proj.",
+    "cross_attention.key_position.": "ca_kpos_proj.",
+    "cross_attention.value.": "ca_v_proj.",
+    "cross_attention.out.": "cross_attn.out_proj.",
+}
 SYSTEM = System(
     name="conditional_detr",
     build=build_conditional_detr,
@@ -200,17 +221,7 @@ SYSTEM = System(
             "decoder.query_scale.scale.": "transformer.decoder.query_scale.layers.",
         },
         encoder_layer=PUBLISHED_ENCODER_LAYER,
-        decoder_layer={
-            **PUBLISHED_DECODER_LAYER,
-            **PUBLISHED_SELF_ATTENTION,
-            "cross_attention.query_content.": "ca_qcontent_proj.",
-            "cross_attention.query_position.": "ca_qpos_proj.",
-            "cross_attention.query_sine.": "ca_qpos_sine_proj.",
-            "cross_attention.key_content.": "ca_kcontent_proj.",
-            "cross_attention.key_position.": "ca_kpos_proj.",
-            "cross_attention.value.": "ca_v_proj.",
-            "cross_attention.out.": "cross_attn.out_proj.",
-        },
+        decoder_layer=PUBLISHED_LAYER,
         check=check_input_norm,
         convolutions=CONVOLUTIONS,
     ),

@@ -244,6 +244,11 @@ class PyramidImageEncoder(nn.Module):
             assert projection.bias is not None
             nn.init.zeros_(projection.bias)
 
+    @property
+    def compiled_parts(self) -> tuple[nn.Module, ...]:
+        """Modules around the layers, each compiled as one graph."""
+        return (self.embed,)
+
     def forward(self, images: Tensor, image_sizes: Tensor) -> EncodedPyramid:
         """Encode images [B, 3, H, W], normalised, zero-padded bottom/right; image_sizes [B, 2] int, valid (h, w)."""
         maps = self.backbone(images, image_sizes)

@@ -55,4 +55,4 @@ class EncoderDecoder(nn.Module):
     @property
     def compiled_parts(self) -> tuple[nn.Module, ...]:
         """Modules whose forward pass is compiled besides the backbone's, each as one graph for maps of all sizes."""
-        return (self.encoder.embed, *self.layers, *self.decoder.compiled_parts)
+        return (*self.encoder.compiled_parts, *self.layers, *self.decoder.compiled_parts)

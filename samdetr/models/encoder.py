@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn import functional
 from samdetr.errors import CheckpointError
 from samdetr.models.backbone import Backbone, build_backbone
 from samdetr.models.layers import GROUPS, FeedForward, MapGroupNorm, attend
-from samdetr.models.position import MapGeometry, covered_cells, sine_map, valid_cells, valid_mask
+from samdetr.models.position import TEMPERATURE, MapGeometry, covered_cells, sine_map, valid_cells, valid_mask
 
 if TYPE_CHECKING:
     from samdetr.models.system import State
@@ -29,7 +30,9 @@ CONVOLUTIONS = r"encoder\.embed\.input_proj"  # published as such
 class EncoderLayer(nn.Module):
     """Self-attention with q = k = x + pos_embed, v = x, then a feed-forward block."""
 
-    def __init__(self, *, width: int, heads: int, ffn: int, dropout: float) -> None:
+    def __init__(
+        self, *, width: int, heads: int, ffn: int, dropout: float, activation: Callable[[], nn.Module] = nn.ReLU
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.in_proj = nn.Linear(width, 3 * width)  # one matrix for q, k, v: its Xavier range depends on it
@@ -38,7 +41,7 @@ class EncoderLayer(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
+        self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout, activation=activation)
 
     def forward(self, x: Tensor, pos_embed: Tensor, key_mask: Tensor) -> Tensor:
         """Run the layer on x, pos_embed [B, S, width]: [B, S, width]. key_mask [B, S] bool, True: attended."""
@@ -53,18 +56,20 @@ class EncoderLayer(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """A stack of encoder layers without a final norm."""
+    """A stack of encoder layers without a final norm.
 
-    def __init__(self, *, layers: int, width: int, heads: int, ffn: int, dropout: float) -> None:
+    pos_scale: gives each layer's pos_embed from (pos_embed, x), x what the layer reads; None: the same for all.
+    """
+
+    def __init__(self, layers: Iterable[EncoderLayer], *, pos_scale: nn.Module | None = None) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            EncoderLayer(width=width, heads=heads, ffn=ffn, dropout=dropout) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(layers)
+        self.pos_scale = pos_scale
 
     def forward(self, x: Tensor, pos_embed: Tensor, key_mask: Tensor) -> Tensor:
         """Run the layers on x, pos_embed [B, S, width]: [B, S, width]. key_mask [B, S] bool, True: attended."""
         for layer in self.layers:
-            x = layer(x, pos_embed, key_mask)
+            x = layer(x, pos_embed if self.pos_scale is None else self.pos_scale(pos_embed, x), key_mask)
         return x
 
 
@@ -72,12 +77,21 @@ class MapEmbedding(nn.Module):
     """From a backbone's map to the transformer's input, with a position embedding of every cell."""
 
     def __init__(
-        self, channels: int, width: int, *, stride: int, group_norm: bool, pos_offset: float, mask_padding: bool
+        self,
+        channels: int,
+        width: int,
+        *,
+        stride: int,
+        group_norm: bool,
+        mask_padding: bool,
+        pos_offset: float = 0.0,
+        pos_temperature: float = TEMPERATURE,
     ) -> None:
         super().__init__()
         self.input_proj = nn.Linear(channels, width)
         self.input_norm = MapGroupNorm(GROUPS, width) if group_norm else None
-        self.stride, self.pos_offset, self.mask_padding = stride, pos_offset, mask_padding
+        self.stride, self.mask_padding = stride, mask_padding
+        self.pos_offset, self.pos_temperature = pos_offset, pos_temperature
 
     def forward(
         self, features: Tensor, image_sizes: Tensor, image_shape: tuple[int, int]
@@ -95,7 +109,9 @@ class MapEmbedding(nn.Module):
         x = self.input_proj(features.permute(0, 2, 3, 1))
         if self.input_norm is not None:
             x = self.input_norm(x, mask if self.mask_padding else None)
-        pos_embed = sine_map(valid, height, width, x.shape[-1], offset=self.pos_offset).to(x.dtype)
+        pos_embed = sine_map(
+            valid, height, width, x.shape[-1], offset=self.pos_offset, temperature=self.pos_temperature
+        ).to(x.dtype)
         return x, pos_embed, MapGeometry(valid, mask, valid if self.mask_padding else None)
 
 
@@ -139,6 +155,12 @@ class ImageEncoder(nn.Module):
         """Layers that are compiled, sharded and checkpointed one by one."""
         return tuple(self.transformer.layers)
 
+    @property
+    def compiled_parts(self) -> tuple[nn.Module, ...]:
+        """Modules around the layers, each compiled as one graph."""
+        scale = self.transformer.pos_scale
+        return (self.embed,) if scale is None else (self.embed, scale)
+
 
 def check_input_norm(model: Any, state: State) -> None:
     """Raise CheckpointError where only the model or only the published checkpoint has a norm after its projection."""
@@ -151,22 +173,37 @@ def check_input_norm(model: Any, state: State) -> None:
         )
 
 
-def build_image_encoder(section: SingleScaleSection, *, pos_offset: float = 0.0) -> ImageEncoder:
-    """Build the image encoder of a recipe, with random weights. pos_offset: of `sine_map`."""
+def build_image_encoder(
+    section: SingleScaleSection,
+    *,
+    pos_offset: float = 0.0,
+    pos_temperature: float = TEMPERATURE,
+    pos_scale: nn.Module | None = None,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> ImageEncoder:
+    """Build the image encoder of a recipe, with random weights.
+
+    pos_offset, pos_temperature: of `sine_map`. pos_scale: of `TransformerEncoder`. activation: of `FeedForward`.
+    """
     backbone, mask_padding = build_backbone(section.backbone, padding=section.padding), section.padding == "masked"
     embed = MapEmbedding(
         backbone.channels[0],
         section.width,
         stride=backbone.strides[0],
         group_norm=section.input_norm == "group_norm",
-        pos_offset=pos_offset,
         mask_padding=mask_padding,
+        pos_offset=pos_offset,
+        pos_temperature=pos_temperature,
     )
-    transformer = TransformerEncoder(
-        layers=section.encoder_layers,
-        width=section.width,
-        heads=section.heads,
-        ffn=section.ffn,
-        dropout=section.dropout,
-    )
+    layers = [
+        EncoderLayer(
+            width=section.width,
+            heads=section.heads,
+            ffn=section.ffn,
+            dropout=section.dropout,
+            activation=activation,
+        )
+        for _ in range(section.encoder_layers)
+    ]
+    transformer = TransformerEncoder(layers, pos_scale=pos_scale)
     return ImageEncoder(backbone, embed, transformer, mask_padding=mask_padding)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -194,17 +194,23 @@ class ConditionalSelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The post-norm feed-forward block of a transformer layer: [..., width] -> [..., width]."""
+    """The post-norm feed-forward block of a transformer layer: [..., width] -> [..., width].
 
-    def __init__(self, *, width: int, hidden: int, dropout: float) -> None:
+    activation: makes what stands between its two linear layers.
+    """
+
+    def __init__(
+        self, *, width: int, hidden: int, dropout: float, activation: Callable[[], nn.Module] = nn.ReLU
+    ) -> None:
         super().__init__()
         self.linear1 = nn.Linear(width, hidden)
+        self.activation = activation()
         self.linear2 = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.dropout(functional.relu(self.linear1(x)))
+        hidden = self.dropout(self.activation(self.linear1(x)))
         return self.norm(x + self.dropout(self.linear2(hidden)))
 
 
@@ -251,7 +257,7 @@ def boxes_around(offset: Tensor, centre: Tensor) -> Tensor:
     return (offset + torch.cat((centre, torch.zeros_like(centre)), dim=-1)).sigmoid()
 
 
-def inverse_sigmoid(x: Tensor) -> Tensor:
-    """Compute log(x / (1 - x)) of x in [0, 1], both sides clamped at 1e-5 (as published)."""
+def inverse_sigmoid(x: Tensor, epsilon: float = INVERSE_SIGMOID_EPSILON) -> Tensor:
+    """Compute log(x / (1 - x)) of x in [0, 1], both sides clamped at ``epsilon`` (as published)."""
     x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=INVERSE_SIGMOID_EPSILON) / (1 - x).clamp(min=INVERSE_SIGMOID_EPSILON))
+    return torch.log(x.clamp(min=epsilon) / (1 - x).clamp(min=epsilon))

@@ -50,7 +50,9 @@ def valid_mask(valid: Tensor, height: int, width: int) -> Tensor:
     return rows[:, :, None] & columns[:, None, :]
 
 
-def sine_map(valid: Tensor, height: int, width: int, channels: int, *, offset: float = 0.5) -> Tensor:
+def sine_map(
+    valid: Tensor, height: int, width: int, channels: int, *, offset: float = 0.5, temperature: float = TEMPERATURE
+) -> Tensor:
     """Compute the position embedding of every map cell.
 
     valid: [B, 2] int (h, w) of the valid cells. Returns [B, height, width, channels] float32. Along an axis the
@@ -70,7 +72,7 @@ def sine_map(valid: Tensor, height: int, width: int, channels: int, *, offset: f
         (across[:, None, :] * row_exists, across[:, None, -1:] * row_exists),
     ):
         coordinate = (count - offset) / ((last - offset) + EPSILON + offset) * (2 * math.pi)
-        embeddings.append(_waves(coordinate, channels // 2))
+        embeddings.append(_waves(coordinate, channels // 2, temperature))
     return torch.cat(embeddings, dim=-1)
 
 
@@ -86,9 +88,9 @@ def sine_boxes(boxes: Tensor, channels: int) -> Tensor:
     return _waves(boxes.to(torch.float32) * (2 * math.pi), channels // 4).flatten(-2)
 
 
-def _waves(coordinate: Tensor, channels: int) -> Tensor:
+def _waves(coordinate: Tensor, channels: int, temperature: float = TEMPERATURE) -> Tensor:
     """Compute sine and cosine in turns, of falling frequency: [...] -> [..., channels]."""
     index = torch.arange(channels, device=coordinate.device, dtype=torch.float32)
-    period = TEMPERATURE ** (2 * torch.div(index, 2, rounding_mode="floor") / channels)
+    period = temperature ** (2 * torch.div(index, 2, rounding_mode="floor") / channels)
     angle = coordinate[..., None] / period
     return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
