@@ -21,7 +21,8 @@ from samdetr.errors import RecipeError
 from samdetr.models import Detector
 from samdetr.models.backbone import DEPTHS
 from samdetr.models.official import to_official
-from samdetr.recipe import ModelSection, SAMDETRSection
+from samdetr.recipe import ModelSection
+from samdetr.recipe.model import SAMDETRSection
 from samdetr.structures import Outputs
 
 ROI_SIZE = 7

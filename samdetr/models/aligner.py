@@ -24,7 +24,7 @@ from samdetr.models.system import Reordering
 from samdetr_kernels import roi_align, salient_points
 
 if TYPE_CHECKING:
-    from samdetr.recipe import AlignedSection
+    from samdetr.recipe.model import AlignedSection
 
 ROI_SIZE = 7
 CHANNEL_REDUCTION = 4  # 256 -> 64 before the point branch

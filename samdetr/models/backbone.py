@@ -20,7 +20,7 @@ from samdetr.models.position import covered_cells, valid_mask
 from samdetr.models.state import differences, first_of
 
 if TYPE_CHECKING:
-    from samdetr.recipe import BackboneSection
+    from samdetr.recipe.model import BackboneSection
 
 Block = type[BasicBlock] | type[Bottleneck]
 DEPTHS: dict[str, tuple[Block, tuple[int, int, int, int]]] = {

@@ -36,7 +36,7 @@ from samdetr.models.system import PublishedLayout, System
 from samdetr.structures import Outputs
 
 if TYPE_CHECKING:
-    from samdetr.recipe import ConditionalDETRSection
+    from samdetr.recipe.model import ConditionalDETRSection
 
 
 class CrossAttention(nn.Module):

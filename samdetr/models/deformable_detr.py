@@ -41,7 +41,7 @@ from samdetr.structures import Outputs, Proposals
 
 if TYPE_CHECKING:
     from samdetr.models.system import State
-    from samdetr.recipe import DeformableDETRSection
+    from samdetr.recipe.model import DeformableDETRSection
 
 INITIAL_SIZE = -2.0  # of boxes around reference points, before the sigmoid
 PROPOSAL_SIDE = 0.05  # of the finest level's proposals, a share of the image; each level doubles it

@@ -21,7 +21,7 @@ from samdetr_kernels import deformable_attention
 
 if TYPE_CHECKING:
     from samdetr.models.system import State
-    from samdetr.recipe import DeformableSection, TransformerSection
+    from samdetr.recipe.model import DeformableSection, TransformerSection
 
 POINTS = 4  # samples of a head in each level
 MOST_BACKBONE_LEVELS = 3  # a further level is a convolution of the last map

@@ -29,7 +29,7 @@ from samdetr.models.system import PublishedLayout, System
 from samdetr.structures import Outputs
 
 if TYPE_CHECKING:
-    from samdetr.recipe import DETRSection
+    from samdetr.recipe.model import DETRSection
 
 
 class DecoderLayer(nn.Module):

@@ -15,7 +15,7 @@ from samdetr.models.position import TEMPERATURE, MapGeometry, covered_cells, sin
 
 if TYPE_CHECKING:
     from samdetr.models.system import State
-    from samdetr.recipe import SingleScaleSection
+    from samdetr.recipe.model import SingleScaleSection
 
 # our prefixes -> published ones, as in `PublishedLayout`
 PUBLISHED_LAYER_END = {"norm.": "norm1.", "feed_forward.norm.": "norm2.", "feed_forward.": ""}

@@ -24,7 +24,7 @@ from samdetr.models.system import System
 from samdetr.structures import Outputs, RegionLosses, Targets
 
 if TYPE_CHECKING:
-    from samdetr.recipe import FasterRCNNSection
+    from samdetr.recipe.model import FasterRCNNSection
 
 Maps = dict[str, Tensor]  # of each level, fine to coarse [B, C, h, w]
 Sizes = list[tuple[int, int]]  # (height, width) of each image's valid pixels

@@ -46,7 +46,7 @@ from samdetr_kernels import salient_cross_attention
 
 if TYPE_CHECKING:
     from samdetr.models.deformable_encoder import EncodedPyramid
-    from samdetr.recipe import AlignedSection, SAMDETRSection
+    from samdetr.recipe.model import AlignedSection, SAMDETRSection
 
 SEEDS = 2**62  # from which a call of attention draws that of its dropout
 

@@ -25,7 +25,7 @@ from samdetr.models.sam_detr import SYSTEM as SAM_DETR
 from samdetr.models.system import PublishedLayout, System, repeated_box_heads
 
 if TYPE_CHECKING:
-    from samdetr.recipe import MultiScaleSAMDETRSection
+    from samdetr.recipe.model import MultiScaleSAMDETRSection
 
 ENCODER_FFN_SHARE = 2  # the encoder's feed-forward blocks have the decoder's hidden channels divided by this
 

@@ -25,7 +25,7 @@ from samdetr.models.system import PublishedLayout, System
 from samdetr.structures import Outputs
 
 if TYPE_CHECKING:
-    from samdetr.recipe import SMCADETRSection
+    from samdetr.recipe.model import SMCADETRSection
 
 SMOOTHNESS = 8.0  # what squared distances are divided by
 PUBLISHED_STRIDE = 32  # pixels a unit of the Gaussians, also where the map's stride is 16 (DC5)

@@ -38,7 +38,7 @@ from samdetr.models.system import PublishedLayout, System
 from samdetr.structures import Outputs
 
 if TYPE_CHECKING:
-    from samdetr.recipe import MultiScaleSMCADETRSection
+    from samdetr.recipe.model import MultiScaleSMCADETRSection
 
 KERNEL = 5  # of the convolutions within and between maps
 # stages of the backbone whose maps are used, up to stride 32; a map of stride 64 is a convolution of the last one

@@ -1,24 +1,7 @@
 """Recipes: one TOML file for each training run, read strictly into typed sections."""
 
 from samdetr.recipe.loading import dump_recipe, load_recipe, load_stored_recipe, override_recipe, stored_recipe
-from samdetr.recipe.model import (
-    AlignedSection,
-    BackboneSection,
-    ConditionalDETRSection,
-    DeformableDETRSection,
-    DeformableSection,
-    DetectorSection,
-    DETRSection,
-    FasterRCNNSection,
-    ModelSection,
-    MultiScaleSAMDETRSection,
-    MultiScaleSMCADETRSection,
-    RegionsSection,
-    SAMDETRSection,
-    SingleScaleSection,
-    SMCADETRSection,
-    TransformerSection,
-)
+from samdetr.recipe.model import BackboneSection, ModelSection, RegionsSection
 from samdetr.recipe.recipe import Recipe, with_absolute_paths, with_micro_batch
 from samdetr.recipe.sections import (
     AugmentSection,
@@ -36,35 +19,22 @@ from samdetr.recipe.sections import (
 )
 
 __all__ = [
-    "AlignedSection",
     "AugmentSection",
     "BackboneSection",
     "CheckpointSection",
     "ComputeSection",
-    "ConditionalDETRSection",
-    "DETRSection",
     "DataSection",
-    "DeformableDETRSection",
-    "DeformableSection",
-    "DetectorSection",
     "EvalSection",
-    "FasterRCNNSection",
     "InitSection",
     "LossSection",
     "ModelSection",
-    "MultiScaleSAMDETRSection",
-    "MultiScaleSMCADETRSection",
     "OptimSection",
     "ParallelSection",
     "Recipe",
     "RegionsSection",
     "RunSection",
-    "SAMDETRSection",
-    "SMCADETRSection",
     "ShapesSection",
-    "SingleScaleSection",
     "TrainSection",
-    "TransformerSection",
     "dump_recipe",
     "load_recipe",
     "load_stored_recipe",
