@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from samdetr.errors import CheckpointError
-from samdetr.recipe import dump_recipe, load_recipe, load_stored_recipe
+from samdetr.recipe import RECIPE_FILE, dump_recipe, load_recipe
 
 
 def train(
@@ -48,7 +48,7 @@ def train(
 ) -> None:
     """Train a detector as RECIPE says."""
     changes = overrides or []
-    resolved = load_recipe(recipe, changes) if recipe else load_stored_recipe(_recipe_of_run(resume), changes)
+    resolved = load_recipe(recipe or _recipe_of_run(resume), changes)
     if print_recipe:
         sys.stdout.write(dump_recipe(resolved))
         return
@@ -74,7 +74,7 @@ def _recipe_of_run(resume: str | None) -> Path:
     """Return the recipe file of the run to continue."""
     if not resume:
         raise typer.BadParameter("give a RECIPE, or --resume RUN to continue that run.", param_hint="RECIPE")
-    file = Path(resume) / "recipe.toml"
+    file = Path(resume) / RECIPE_FILE
     if not file.is_file():
         raise CheckpointError(f"--resume: {resume} is not a run folder (it has no {file.name}).")
     return file

@@ -1,6 +1,13 @@
 """Recipes: one TOML file for each training run, read strictly into typed sections."""
 
-from samdetr.recipe.loading import dump_recipe, load_recipe, load_stored_recipe, override_recipe, stored_recipe
+from samdetr.recipe.loading import (
+    ENVIRONMENT_FILE,
+    RECIPE_FILE,
+    dump_recipe,
+    load_recipe,
+    override_recipe,
+    stored_recipe,
+)
 from samdetr.recipe.model import BackboneSection, ModelSection, RegionsSection
 from samdetr.recipe.recipe import Recipe, with_absolute_paths, with_micro_batch
 from samdetr.recipe.sections import (
@@ -19,6 +26,8 @@ from samdetr.recipe.sections import (
 )
 
 __all__ = [
+    "ENVIRONMENT_FILE",
+    "RECIPE_FILE",
     "AugmentSection",
     "BackboneSection",
     "CheckpointSection",
@@ -37,7 +46,6 @@ __all__ = [
     "TrainSection",
     "dump_recipe",
     "load_recipe",
-    "load_stored_recipe",
     "override_recipe",
     "stored_recipe",
     "with_absolute_paths",

@@ -18,6 +18,7 @@ from samdetr.recipe.model import RegionsSection
 from samdetr.recipe.recipe import Recipe
 from samdetr.recipe.sections import Section
 
+RECIPE_FILE, ENVIRONMENT_FILE = "recipe.toml", "environment.json"  # in the folder of every run
 # Keys that recipes were once stored with, whatever the system, and their values where they changed nothing.
 _FORMER: dict[tuple[str, str], tuple[object, ...]] = {
     ("data", "resize"): ("worker",),
@@ -47,20 +48,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a TOML recipe, apply ``section.key=value`` overrides, and check everything.
 
     The value of an override is TOML; what is not valid TOML is taken as a string. A recipe without ``run.name`` gets
-    the file's stem.
+    the file's stem. The recipe in a run folder may be one that an earlier version wrote.
 
     Raises RecipeError with one line for each mistake: ``<path>:<line>: <key>: <mistake>``.
     """
     path = Path(path)
     text = _read(path)
-    return _named(_validated(_parsed(text, path), overrides, path, text), path)
-
-
-def load_stored_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe that an earlier version may have written into a run folder; otherwise like `load_recipe`."""
-    path = Path(path)
-    text = _read(path)
-    return _named(_validated(_without_former_keys(_parsed(text, path)), overrides, path, text), path)
+    values = _parsed(text, path)
+    if path.name == RECIPE_FILE and path.with_name(ENVIRONMENT_FILE).is_file():
+        values = _without_former_keys(values)
+    recipe = _validated(values, overrides, path, text)
+    if recipe.run.name:
+        return recipe
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": path.stem})})
 
 
 def stored_recipe(values: dict[str, Any], place: str) -> Recipe:
@@ -162,12 +162,6 @@ def _validated(values: dict[str, Any], overrides: Sequence[str], place: Path | s
     if mistakes:
         raise RecipeError("\n".join(mistakes))
     return recipe
-
-
-def _named(recipe: Recipe, path: Path) -> Recipe:
-    if recipe.run.name:
-        return recipe
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": path.stem})})
 
 
 def _apply_override(values: dict[str, Any], override: str) -> Keys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from samdetr import __version__
 from samdetr.cli.main import main, main_train
 from samdetr.cli.train import mark_resume
 from samdetr.errors import CheckpointError
-from samdetr.recipe import Recipe, load_recipe
+from samdetr.recipe import Recipe, dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "recipes" / "quickstart.toml"
@@ -114,6 +115,22 @@ def test_resume_of_a_run_takes_its_recipe(
     for arguments in (["--resume"], []):
         assert exit_code(main_train, *arguments) == 2
         assert "give a RECIPE" in capsys.readouterr().err
+
+
+def test_the_recipe_of_an_old_run(engine: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has keys of other systems, which every command reads past."""
+    stored = tmp_path / "recipe.toml"
+    shutil.copy(ROOT / "tests" / "recipe" / "old_run.toml", stored)
+    (tmp_path / "environment.json").write_text("{}")
+    recipe = load_recipe(stored)
+    assert exit_code(main_train, str(stored), "--print-recipe") == 0
+    assert capsys.readouterr().out == dump_recipe(recipe)
+    assert exit_code(main_train, str(stored)) == 0
+    assert exit_code(main_train, "--resume", str(tmp_path)) == 0
+    assert exit_code(main, "report", str(stored)) == 0
+    assert exit_code(main, "eval", "--official", "f.pth", str(stored)) == 0
+    trained, resumed = (recipe, None), (recipe, str(tmp_path))
+    assert engine == [trained, resumed, ({stored: recipe}, [], "table"), ("f.pth", recipe)]
 
 
 def test_mark_resume_leaves_other_values_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from samdetr.errors import RecipeError
-from samdetr.recipe import Recipe, dump_recipe, load_recipe, load_stored_recipe, stored_recipe
+from samdetr.recipe import Recipe, dump_recipe, load_recipe, stored_recipe
 
 OLD_RUN = Path(__file__).with_name("old_run.toml")  # of Deformable-DETR on four maps
 FOR_ALL: dict[str, Any] = {  # keys of [model] that every stored recipe had
@@ -52,8 +53,14 @@ OF_SYSTEM: dict[str, dict[str, Any]] = {
 }
 
 
-def test_a_run_of_an_earlier_version() -> None:
-    recipe = load_stored_recipe(OLD_RUN, ["train.epochs=3"])
+def test_a_run_of_an_earlier_version(tmp_path: Path) -> None:
+    stored = shutil.copy(OLD_RUN, tmp_path / "recipe.toml")
+    with pytest.raises(RecipeError, match=r"recipe\.toml:67: model\.smca: unknown key"):
+        load_recipe(stored)
+    (tmp_path / "environment.json").write_text("{}")  # which makes it a run folder
+    recipe = load_recipe(stored, ["train.epochs=3"])
+    with pytest.raises(RecipeError, match=r"^--set model\.smca=false: model\.smca: unknown key"):
+        load_recipe(stored, ["model.smca=false"])
     assert (recipe.model.system, recipe.model.feature_levels, recipe.train.epochs) == ("deformable_detr", 4, 3)
     old, now = tomllib.loads(OLD_RUN.read_text()), tomllib.loads(dump_recipe(recipe))
     assert now["train"].pop("epochs") == 3 and old["train"].pop("epochs") == 2
@@ -63,9 +70,10 @@ def test_a_run_of_an_earlier_version() -> None:
     assert now == {**old, "model": {key: value for key, value in old["model"].items() if key not in gone}}
 
 
-def test_the_recipe_of_a_person_is_read_strictly() -> None:
+def test_the_recipe_of_a_person_is_read_strictly(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text("{}")
     with pytest.raises(RecipeError) as caught:
-        load_recipe(OLD_RUN)
+        load_recipe(shutil.copy(OLD_RUN, tmp_path))
     assert len(str(caught.value).splitlines()) == 11
     assert "old_run.toml:67: model.smca: unknown key. It belongs to systems sam_detr, sam_detr_ms;" in str(caught.value)
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from samdetr.engine.run.folder import RECIPE_FILE, has_checkpoint, resume_command
+from samdetr.engine.run.folder import has_checkpoint, resume_command
 from samdetr.errors import SamdetrError
+from samdetr.recipe import RECIPE_FILE
 from samdetr.structures import Batch
 
 if TYPE_CHECKING:

@@ -18,13 +18,19 @@ import torch
 from samdetr.engine.checkpoint.folder import newest_first, newest_progress
 from samdetr.engine.checkpoint.format import LAST
 from samdetr.errors import CheckpointError, RecipeError, SamdetrError
-from samdetr.recipe import dump_recipe, load_stored_recipe, with_absolute_paths, with_micro_batch
+from samdetr.recipe import (
+    ENVIRONMENT_FILE,
+    RECIPE_FILE,
+    dump_recipe,
+    load_recipe,
+    with_absolute_paths,
+    with_micro_batch,
+)
 
 if TYPE_CHECKING:
     from samdetr.recipe import Recipe
 
-RECIPE_FILE, ENVIRONMENT_FILE, METRICS_FILE = "recipe.toml", "environment.json", "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
+METRICS_FILE, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 # what may change when a run continues; everything else would make it another run
 FREE_KEYS = (
     *("run.folder", "run.device", "train.epochs", "train.micro_batch", "train.log_every", "eval."),
@@ -83,7 +89,7 @@ def find_run(recipe: Recipe, resume: str) -> Path:
     checkpoints = folder / CHECKPOINTS
     if not newest_first(checkpoints) and not (checkpoints / LAST).is_dir():
         raise CheckpointError(f"--resume: the run {folder} has no checkpoint yet; start it again without --resume.")
-    before, now = (_flat(with_absolute_paths(one)) for one in (load_stored_recipe(folder / RECIPE_FILE), recipe))
+    before, now = (_flat(with_absolute_paths(one)) for one in (load_recipe(folder / RECIPE_FILE), recipe))
     fixed = {}
     if recipe.optim.schedule == "cosine":
         fixed["train.epochs"] = ", on which the learning rate of every step of a cosine schedule depends"
@@ -134,7 +140,7 @@ def with_micro_batch_of(recipe: Recipe, folder: Path) -> Recipe:
     """Replace "auto" by the micro-batch that the run in ``folder`` began with; another one would round differently."""
     if recipe.train.micro_batch != "auto":
         return recipe
-    return with_micro_batch(recipe, load_stored_recipe(folder / RECIPE_FILE).train.images)
+    return with_micro_batch(recipe, load_recipe(folder / RECIPE_FILE).train.images)
 
 
 def resume_command(folder: Path) -> str:
