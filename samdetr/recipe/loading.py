@@ -8,40 +8,18 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from samdetr.errors import RecipeError
 from samdetr.recipe.messages import Keys, explain, keys_named, keys_of, place_of
-from samdetr.recipe.model import RegionsSection
 from samdetr.recipe.recipe import Recipe
 from samdetr.recipe.sections import Section
 
 RECIPE_FILE, ENVIRONMENT_FILE = "recipe.toml", "environment.json"  # in the folder of every run
-# Keys that recipes were once stored with, whatever the system, and their values where they changed nothing.
-_FORMER: dict[tuple[str, str], tuple[object, ...]] = {
-    ("data", "resize"): ("worker",),
-    ("model", "class_prior"): (0.01,),
-    ("model", "resampling"): ("points",),
-    ("model", "reweighting"): (True,),
-    ("model", "search_range"): ("box",),
-    ("model", "smca"): (False,),
-    ("model", "smca_initial_scale"): (0.0,),
-    ("model", "smca_stride"): ("published",),
-    ("model", "scale_encoder"): ("convolution",),
-    ("model", "feature_levels"): (1,),
-    ("model", "box_refine"): (False,),
-    ("model", "two_stage"): (False,),
-    ("model", "heads"): (8,),
-    ("model", "encoder_layers"): (6,),
-    ("model", "decoder_layers"): (6,),
-    ("model", "ffn"): (2048,),
-    ("model", "dropout"): (0.1,),
-    ("model", "input_norm"): ("group_norm", "none"),  # smca_detr_ms had "none"
-    ("model", "padding"): ("published",),
-    ("model", "regions"): (RegionsSection().model_dump(),),
-}
+# Deleted keys and the values with which they changed nothing; smca_detr_ms was stored with input_norm = "none".
+_FORMER = (("data", "resize", "worker"), ("model", "input_norm", "none"))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -134,12 +112,17 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
 
 
 def _without_former_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """Return stored values without the keys that changed nothing and that their system has no longer."""
+    """Return stored values without `_FORMER` and without the keys of other systems that have their default there.
+
+    Recipes were once stored with the keys of all systems.
+    """
     values = copy.deepcopy(values)
     sections = {name: section for name, section in values.items() if isinstance(section, dict)}
     own = {keys for keys, _ in keys_of(Recipe, sections.get("model", {}).get("system", "sam_detr"))}
-    for (name, key), formers in _FORMER.items():
-        if (name, key) not in own and sections.get(name, {}).get(key) in formers:
+    systems = [system().model_dump() for system in get_args(Recipe.model_fields["model"].annotation)]
+    of_systems = (("model", key, default) for system in systems for key, default in system.items())
+    for name, key, former in (*_FORMER, *of_systems):
+        if (name, key) not in own and sections.get(name, {}).get(key) == former:
             del sections[name][key]
     return values
 
