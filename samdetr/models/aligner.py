@@ -24,7 +24,7 @@ from samdetr.models.system import Reordering
 from samdetr_kernels import roi_align, salient_points
 
 if TYPE_CHECKING:
-    from samdetr.recipe.model import AlignedSection
+    from samdetr.recipe.model import MultiScaleSAMDETRSection, SAMDETRSection
 
 ROI_SIZE = 7
 CHANNEL_REDUCTION = 4  # 256 -> 64 before the point branch
@@ -128,7 +128,7 @@ def rois_from_boxes(boxes: Tensor, geometry: MapGeometry) -> Tensor:
     return torch.cat(((centre - size / 2) * cells, (centre + size / 2) * cells), dim=-1).detach()
 
 
-def build_aligner(section: AlignedSection) -> SemanticAligner | PooledAligner:
+def build_aligner(section: SAMDETRSection | MultiScaleSAMDETRSection) -> SemanticAligner | PooledAligner:
     """Build the aligner of one decoder layer of a recipe, with random weights."""
     if section.resampling == "average":
         return PooledAligner("mean")

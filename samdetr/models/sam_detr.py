@@ -46,7 +46,7 @@ from samdetr_kernels import salient_cross_attention
 
 if TYPE_CHECKING:
     from samdetr.models.deformable_encoder import EncodedPyramid
-    from samdetr.recipe.model import AlignedSection, SAMDETRSection
+    from samdetr.recipe.model import MultiScaleSAMDETRSection, SAMDETRSection
 
 SEEDS = 2**62  # from which a call of attention draws that of its dropout
 
@@ -188,7 +188,7 @@ def the_only_map(encoded: EncodedMap, layers: int) -> list[EncodedMap]:
     return [encoded] * layers
 
 
-def build_sam_detr_layers(section: AlignedSection) -> list[DecoderLayer]:
+def build_sam_detr_layers(section: SAMDETRSection | MultiScaleSAMDETRSection) -> list[DecoderLayer]:
     """Build the decoder layers of a recipe, with random weights."""
     return [
         DecoderLayer(

@@ -1,4 +1,9 @@
-"""The section of a recipe that says which detector is built: one class for each system."""
+"""The section of a recipe that says which detector is built: one class for each system.
+
+`DetectorSection` has the keys of all detectors, `TransformerSection` those of all transformers. To these
+`SingleScaleSection` and `DeformableSection` add a key of their encoders, `AlignerKeys` those of SAM-DETR's decoder, and
+each system its own.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +75,7 @@ class DetectorSection(Section):
     """The keys that all systems have, and the facts about a system that other sections depend on."""
 
     can_be_recorded: ClassVar[bool] = True  # a step never waits for the device, so CUDA graphs can record it
-    can_be_recomputed: ClassVar[bool] = True  # has layers for compute.activation_checkpointing
+    can_checkpoint_activations: ClassVar[bool] = True  # has layers for compute.activation_checkpointing
     samples_maps: ClassVar[bool] = False  # has sampling offsets, whose rate is optim.sampling_lr_factor's
     matches_queries: ClassVar[bool] = True  # trained with the losses of [loss]; otherwise with torchvision's
 
@@ -110,7 +115,7 @@ class TransformerSection(DetectorSection):
 
 
 class SingleScaleSection(TransformerSection):
-    """The keys of transformers on one map."""
+    """The keys of transformers on one map: those of all transformers and input_norm."""
 
     input_norm: Literal["group_norm", "none"] = Field(
         "group_norm",
@@ -128,7 +133,7 @@ class SingleScaleSection(TransformerSection):
 
 
 class DeformableSection(TransformerSection):
-    """The keys of transformers whose encoder samples one or several maps, each with a GroupNorm."""
+    """The keys of transformers whose encoder samples maps, each with a GroupNorm: also feature_levels."""
 
     samples_maps: ClassVar[bool] = True
 
@@ -158,8 +163,8 @@ class DeformableSection(TransformerSection):
         return value
 
 
-class AlignedSection(TransformerSection):
-    """The keys of the semantic aligner."""
+class AlignerKeys(Section):
+    """The keys of the semantic aligner, which SAM-DETR adds to those of a transformer."""
 
     resampling: Literal["points", "point", "average", "max"] = Field(
         "points",
@@ -189,11 +194,11 @@ class AlignedSection(TransformerSection):
         return keep_default_unless(cls, value, info, "model.resampling", "points")
 
 
-class SAMDETRSection(AlignedSection, SingleScaleSection):
+class SAMDETRSection(AlignerKeys, SingleScaleSection):
     system: Literal["sam_detr"] = Field("sam_detr", description="SAM-DETR, on one map")
 
 
-class MultiScaleSAMDETRSection(AlignedSection, DeformableSection):
+class MultiScaleSAMDETRSection(AlignerKeys, DeformableSection):
     system: Literal["sam_detr_ms"] = Field("sam_detr_ms", description="SAM-DETR with a deformable encoder")
 
 
@@ -256,7 +261,7 @@ class FasterRCNNSection(DetectorSection):
     """Faster R-CNN is C4 where model.backbone.stages = 3, DC5 with model.backbone.dilation, otherwise FPN."""
 
     can_be_recorded: ClassVar[bool] = False
-    can_be_recomputed: ClassVar[bool] = False
+    can_checkpoint_activations: ClassVar[bool] = False
     matches_queries: ClassVar[bool] = False
 
     system: Literal["faster_rcnn"] = Field(

@@ -45,9 +45,10 @@ class Recipe(Section):
         compute = info.data.get("compute")
         if compute and compute.cuda_graph == "on" and not value.can_be_recorded:
             raise ValueError(f'system "{value.system}" waits for the device: set compute.cuda_graph = "off"')
-        if compute and compute.activation_checkpointing != "off" and not value.can_be_recomputed:
+        if compute and compute.activation_checkpointing != "off" and not value.can_checkpoint_activations:
             raise ValueError(
-                f'system "{value.system}" has no layers to recompute: set compute.activation_checkpointing = "off"'
+                f'system "{value.system}" has no layers for activation checkpointing: set '
+                'compute.activation_checkpointing = "off"'
             )
         return value
 

@@ -115,7 +115,8 @@ def test_several_processes_compute_again(recipe_file: Path, tmp_path: Path, one_
 
 
 def test_systems_without_layers_refuse_it(recipe_file: Path) -> None:
-    with pytest.raises(RecipeError, match=r'has no layers to recompute: set compute.activation_checkpointing = "off"'):
+    message = 'has no layers for activation checkpointing: set compute.activation_checkpointing = "off"'
+    with pytest.raises(RecipeError, match=message):
         load_recipe(ROOT / "recipes" / "faster_rcnn_r50_fpn_108ep.toml", [LAYERS])
 
 

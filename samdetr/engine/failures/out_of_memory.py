@@ -106,7 +106,7 @@ def smaller_steps(recipe: Recipe, *, processes: int, precision: torch.dtype) -> 
     smaller = max((images for images in range(1, recipe.train.images) if share % images == 0), default=None)
     if smaller:
         keys.append(Key(f"train.micro_batch = {smaller}", resumable=not fixed, remark=f" (now {recipe.train.images})"))
-    if recipe.compute.activation_checkpointing == "off" and recipe.model.can_be_recomputed:
+    if recipe.compute.activation_checkpointing == "off" and recipe.model.can_checkpoint_activations:
         recorded = recipe.compute.cuda_graph == "on"
         remark = ', with compute.cuda_graph = "off"; slower' if recorded else "; slower"
         keys.append(Key('compute.activation_checkpointing = "layers"', resumable=not recorded, remark=remark))
