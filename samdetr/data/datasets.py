@@ -233,8 +233,14 @@ class DetectionDataset(Dataset[Sample]):
         return self.load([key])[0]
 
     def load(self, keys: Sequence[Key]) -> list[Sample]:
-        """Decode and transform images of one epoch, planned together, which is faster than one by one."""
-        (epoch,), rows = {epoch for epoch, _ in keys}, [row for _, row in keys]
+        """Decode and transform images of one epoch, planned together, which is faster than one by one.
+
+        Raises ValueError where the keys are of several epochs.
+        """
+        rows, epochs = [row for _, row in keys], {epoch for epoch, _ in keys}
+        if len(epochs) != 1:
+            raise ValueError(f"the images to load must be of one epoch (got those of {sorted(epochs)})")
+        epoch = epochs.pop()
         if isinstance(self.transform, EvalTransform):
             return [self._sample(row, self.transform) for row in rows]
         plans = self.plan(epoch, np.array(rows))

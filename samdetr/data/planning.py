@@ -53,7 +53,11 @@ def plan_images(transform: TrainTransform, heights: Ints, widths: Ints, *, seed:
 
 
 def sample_words(seed: int, epoch: int, rows: Ints) -> NDArray[np.uint32]:
-    """Draw the random numbers of images [n] in an epoch: uint32 [8, n]."""
+    """Draw the random numbers of images [n] in an epoch: uint32 [8, n].
+
+    Each image seeds an MT19937 of its own, which takes 17 us: this keeps the pictures of earlier runs, so that they can
+    be continued and repeated.
+    """
     generator = np.random.RandomState()  # numpy keeps its numbers the same for ever
     words = np.empty((len(rows), _WORDS), np.uint32)
     for place, row in enumerate(rows.tolist()):

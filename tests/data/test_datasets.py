@@ -222,6 +222,13 @@ def test_sample_depends_on_seed_epoch_and_row_alone(make_coco) -> None:
     assert 10 <= len(different) <= 15
 
 
+def test_images_of_two_epochs_are_not_loaded_together(make_coco) -> None:
+    data = make_coco([(1, "a.png", 8, 8)])
+    dataset = DetectionDataset(data, make_categories(data, "category_id", 3), TRAIN, seed=0, max_pixels=100)
+    with pytest.raises(ValueError, match=r"must be of one epoch \(got those of \[0, 1\]\)"):
+        dataset.load([(0, 0), (1, 0)])
+
+
 def test_bad_input_is_refused_when_built(make_coco) -> None:
     data = make_coco([(1, "a.png", 40, 30)], [(8, 1, 7, (0, 0, 5, 5))])
     categories = make_categories(data, "category_id", 3)
