@@ -1,4 +1,7 @@
-"""Recipes: one TOML file for each training run, read strictly into typed sections."""
+"""Recipes: one TOML file for each training run, read strictly into typed sections.
+
+The section of each system is imported from `samdetr.recipe.model`.
+"""
 
 from samdetr.recipe.loading import (
     ENVIRONMENT_FILE,
@@ -8,42 +11,28 @@ from samdetr.recipe.loading import (
     override_recipe,
     stored_recipe,
 )
-from samdetr.recipe.model import BackboneSection, ModelSection, RegionsSection
+from samdetr.recipe.model import ModelSection
 from samdetr.recipe.recipe import Recipe, with_absolute_paths, with_micro_batch
 from samdetr.recipe.sections import (
     AugmentSection,
-    CheckpointSection,
     ComputeSection,
     DataSection,
-    EvalSection,
-    InitSection,
     LossSection,
     OptimSection,
     ParallelSection,
-    RunSection,
-    ShapesSection,
-    TrainSection,
 )
 
 __all__ = [
     "ENVIRONMENT_FILE",
     "RECIPE_FILE",
     "AugmentSection",
-    "BackboneSection",
-    "CheckpointSection",
     "ComputeSection",
     "DataSection",
-    "EvalSection",
-    "InitSection",
     "LossSection",
     "ModelSection",
     "OptimSection",
     "ParallelSection",
     "Recipe",
-    "RegionsSection",
-    "RunSection",
-    "ShapesSection",
-    "TrainSection",
     "dump_recipe",
     "load_recipe",
     "override_recipe",
