@@ -154,7 +154,7 @@ VARIANTS = {
 
 
 def command(*arguments: str, code: int = 0) -> str:
-    """Run ``samdetr ...`` in this process; what it printed. Raises RuntimeError with that at another exit code."""
+    """Run ``samdetr ...`` in this process and return what it printed. Raises RuntimeError at another exit code."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
@@ -167,7 +167,7 @@ def command(*arguments: str, code: int = 0) -> str:
 
 
 def train_variant(name: str, folder: Path, shapes: Path) -> Path:
-    """The finished run of a variant, made in ``folder``. shapes: where the pictures are kept."""
+    """Train a variant in ``folder`` and return the folder of its run. shapes: where the pictures are kept."""
     keys = REDUCED | VARIANTS[name].keys
     keys |= {"run.name": name, "run.folder": str(folder), "data.shapes.folder": str(shapes)}
     settings = [word for key, value in keys.items() for word in ("--set", f"{key}={json.dumps(value)}")]
@@ -176,23 +176,28 @@ def train_variant(name: str, folder: Path, shapes: Path) -> Path:
 
 
 def lines_of(run: Path, *kinds: str) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl, without times."""
+    """Return the lines of metrics.jsonl of some kinds, without times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["kind"] in kinds]
 
 
 def tensors_hash(folder: Path) -> str:
-    """Of all tensors in a folder's safetensors files, whatever their names are; empty where there are none."""
+    """Hash all tensors in a folder's safetensors files, whatever their names are; "" where there are none."""
     hashes = []
     for file in sorted(folder.glob("**/*.safetensors")):
         for _, tensor in safetensors.deserialize(file.read_bytes()):
             facts = f"{tensor['dtype']} {list(tensor['shape'])} ".encode()
             hashes.append(hashlib.sha256(facts + bytes(tensor["data"])).hexdigest())
-    return hashlib.sha256(" ".join(sorted(hashes)).encode()).hexdigest() if hashes else ""
+    return text_hash(" ".join(sorted(hashes))) if hashes else ""
+
+
+def text_hash(text: str) -> str:
+    """Return the SHA-256 of a text, in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def record_run(run: Path) -> dict[str, Any]:
-    """What a run logged, and the hashes of its last checkpoint."""
+    """Return what a run logged, and the hashes of its last checkpoint."""
     parts = {part: tensors_hash(run / "checkpoints" / "last" / part) for part in ("model", "optimizer", "average")}
     return {
         "steps": lines_of(run, "train"),
@@ -203,19 +208,19 @@ def record_run(run: Path) -> dict[str, Any]:
 
 
 def record_variant(name: str, folder: Path, shapes: Path, photos: Path) -> dict[str, Any]:
-    """What the variant's run logged and saved, and what ``samdetr predict`` finds in the photos."""
+    """Train a variant; return what its run logged and saved, and what ``samdetr predict`` finds in the photos."""
     run = train_variant(name, folder, shapes)
     if VARIANTS[name].code:
         return record_run(run)
     found = folder / name / "predictions"
     command("predict", str(run / "checkpoints" / "last"), str(photos), "--threshold", "0", "--output", str(found))
-    text = (found / "predictions.json").read_bytes()
-    detections = {"count": len(json.loads(text)["annotations"]), "sha256": hashlib.sha256(text).hexdigest()}
+    text = (found / "predictions.json").read_text()
+    detections = {"count": len(json.loads(text)["annotations"]), "sha256": text_hash(text)}
     return {**record_run(run), "detections": detections}
 
 
 def make_photos(folder: Path) -> Path:
-    """Two small pictures, of rectangles."""
+    """Draw two small pictures of rectangles in a new folder, and return it."""
     folder.mkdir()
     draw = random.Random(0)
     for number, size in enumerate(((64, 48), (50, 60))):
@@ -229,13 +234,13 @@ def make_photos(folder: Path) -> Path:
 
 
 def record_recipes() -> dict[str, dict[str, Any]]:
-    """Every recipe with all its keys, as ``--print-recipe`` resolves it, flat: ``section.key``."""
+    """Return every recipe with all its keys, as ``--print-recipe`` resolves it, flat: ``section.key``."""
     files = sorted(RECIPES.glob("*.toml"))
     return {file.stem: dict(flat(tomllib.loads(command("train", str(file), "--print-recipe")))) for file in files}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts, with dotted keys."""
+    """Yield the leaves of nested dicts, with dotted keys."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{key}.")
@@ -244,7 +249,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def environment() -> dict[str, str]:
-    """What decides the last bits besides the code."""
+    """Return what decides the last bits besides the code."""
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text().splitlines() if cpus.is_file() else []
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -259,7 +264,7 @@ def environment() -> dict[str, str]:
 
 
 def record(names: list[str]) -> dict[str, Any]:
-    """Everything, variants in ``names``."""
+    """Record every recipe, and the runs of the variants in ``names``."""
     runs = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -276,7 +281,7 @@ def record(names: list[str]) -> dict[str, Any]:
 
 
 def differences(one: Any, other: Any, place: str) -> Iterator[str]:
-    """A line for each number, text or key in which two recorded values differ."""
+    """Yield a line for each number, text or key in which two recorded values differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in sorted(one.keys() | other.keys()):
             if key not in one or key not in other:
@@ -291,7 +296,7 @@ def differences(one: Any, other: Any, place: str) -> Iterator[str]:
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> int:
-    """Print what differs; 1 if a number of a run or a recipe's value does, 0 if nothing or only sets of keys do."""
+    """Print what differs; return 1 if a number of a run or a recipe's value does, 0 if at most the sets of keys do."""
     for line in differences(first["environment"], second["environment"], "environment"):
         print(f"note: {line}")
     wrong = list(differences(first["runs"], second["runs"], "runs"))
@@ -313,14 +318,15 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> int:
     return int(bool(wrong))
 
 
-def largest_difference(first: dict[str, Any], second: dict[str, Any]) -> dict[str, float]:
-    """Of each run, the largest relative difference of a step's loss or gradient norm."""
-
-    def of_run(one: dict[str, Any], other: dict[str, Any]) -> float:
-        pairs = [(a[k], b[k]) for a, b in zip(one["steps"], other["steps"], strict=True) for k in ("loss", "grad_norm")]
-        return max(abs(a - b) / max(abs(a), 1e-30) for a, b in pairs if a is not None and b is not None)
-
-    return {name: of_run(run, second["runs"][name]) for name, run in first["runs"].items()}
+def summarise(run: dict[str, Any]) -> dict[str, Any]:
+    """Return what steps.json has of a recorded run: losses, gradient norms, and hashes of all else that is compared."""
+    return {
+        "loss": [line["loss"] for line in run["steps"]],
+        "grad_norm": [line["grad_norm"] for line in run["steps"]],
+        **{part: run[part] for part in ("model", "optimizer", "average")},
+        **{part: text_hash(json.dumps(run[part])) for part in ("steps", "epochs_and_skips", "evaluation")},
+        "detections": run["detections"]["sha256"] if "detections" in run else "",
+    }
 
 
 def write_fixtures(recorded: dict[str, Any]) -> None:
@@ -338,20 +344,13 @@ def write_fixtures(recorded: dict[str, Any]) -> None:
         HERE / "steps.json",
         {
             "environment": recorded["environment"],
-            "runs": {
-                name: {
-                    "loss": [line["loss"] for line in run["steps"]],
-                    "grad_norm": [line["grad_norm"] for line in run["steps"]],
-                    **{part: run[part] for part in ("model", "optimizer", "average")},
-                }
-                for name, run in recorded["runs"].items()
-            },
+            "runs": {name: summarise(run) for name, run in recorded["runs"].items()},
         },
     )
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    """One line for each entry of the second level."""
+    """Write JSON with one line for each entry of the second level."""
     rows = []
     for name, entries in content.items():
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
@@ -360,27 +359,23 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 
 
 def command_line() -> int:
-    """Do what the arguments ask; the exit code."""
+    """Do what the arguments ask, and return the exit code."""
     parser = argparse.ArgumentParser(description="Record numbers, or compare two records.")
     parser.add_argument("out", nargs="?", type=Path, help="where the record is written")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"))
-    parser.add_argument("--spread", nargs=2, type=Path, metavar=("A", "B"), help="largest relative difference a run")
     parser.add_argument("--fixtures", type=Path, metavar="OUT", help="write the test's fixtures from a record")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     arguments = parser.parse_args()
     if arguments.compare:
         return compare(*(json.loads(file.read_text()) for file in arguments.compare))
-    if arguments.spread:
-        spread = largest_difference(*(json.loads(file.read_text()) for file in arguments.spread))
-        print("\n".join(f"{value:.1e} {name}" for name, value in sorted(spread.items(), key=lambda item: -item[1])))
-    elif arguments.fixtures:
+    if arguments.fixtures:
         write_fixtures(json.loads(arguments.fixtures.read_text()))
     elif arguments.out:
         torch.set_num_threads(arguments.threads)
         arguments.out.write_text(json.dumps(record(arguments.only), indent=1))
     else:
-        parser.error("give OUT.json, --compare, --spread or --fixtures")
+        parser.error("give OUT.json, --compare or --fixtures")
     return 0
 
 
