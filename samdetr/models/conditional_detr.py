@@ -160,6 +160,7 @@ class ConditionalDETRDecoder(nn.Module):
         self.heads = PredictionHeads(
             width, class_head=make_class_head(width, num_classes), box_head=make_box_head(width)
         )
+        self.compiled_parts = (self.reference_points, self.query_scale, self.heads)
 
     def forward(self, encoded: EncodedMap) -> Outputs:
         """Predict logits and boxes after every layer."""
@@ -174,11 +175,6 @@ class ConditionalDETRDecoder(nn.Module):
             x = layer(x, self.query_positions, query_sine_embed, memory, pos_embed, mask)
             outputs.append(x)
         return Outputs(*self.heads(torch.stack(outputs), centre))
-
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        return self.reference_points, self.query_scale, self.heads
 
 
 def build_conditional_detr(section: ConditionalDETRSection) -> EncoderDecoder:

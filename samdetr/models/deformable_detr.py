@@ -196,6 +196,7 @@ class DeformableDETRDecoder(nn.Module):
             first = self.box_heads[0]
             assert isinstance(first, MLP)
             nn.init.constant_(first.last.bias[2:], INITIAL_SIZE)
+        self.compiled_parts = (self.queries, self.predict)
 
     def forward(self, encoded: EncodedPyramid) -> Outputs:
         """Predict logits and boxes after every layer, and in a first stage if there is one."""
@@ -214,11 +215,6 @@ class DeformableDETRDecoder(nn.Module):
             logits.append(layer_logits)
             boxes.append(layer_boxes)
         return Outputs(torch.stack(logits), torch.stack(boxes), proposals)
-
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        return self.queries, self.predict
 
 
 def build_deformable_detr(section: DeformableDETRSection) -> EncoderDecoder:

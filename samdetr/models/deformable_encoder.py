@@ -236,6 +236,7 @@ class PyramidImageEncoder(nn.Module):
         )
         self.transformer = transformer
         self.layers = tuple(layers)
+        self.compiled_parts = (self.embed,)
         self.mask_padding = mask_padding
         reset_deformable(self.transformer)
         for projection in projections:
@@ -243,11 +244,6 @@ class PyramidImageEncoder(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             assert projection.bias is not None
             nn.init.zeros_(projection.bias)
-
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        return (self.embed,)
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> EncodedPyramid:
         """Encode images [B, 3, H, W], normalised, zero-padded bottom/right; image_sizes [B, 2] int, valid (h, w)."""

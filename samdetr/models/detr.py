@@ -70,6 +70,7 @@ class DETRDecoder(nn.Module):
             class_head=make_class_head(width, num_classes, prior=class_prior),
             box_head=MLP(width, width, width, 4, fp32_output=True),
         )
+        self.compiled_parts = (self.heads,)
 
     def forward(self, encoded: EncodedMap) -> Outputs:
         """Predict logits and boxes after every layer."""
@@ -81,11 +82,6 @@ class DETRDecoder(nn.Module):
             x = layer(x, self.query_positions, key, memory, mask)
             outputs.append(x)
         return Outputs(*self.heads(torch.stack(outputs)))
-
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        return (self.heads,)
 
 
 def build_detr(section: DETRSection) -> EncoderDecoder:

@@ -137,6 +137,9 @@ class ImageEncoder(nn.Module):
         self.backbone = backbone
         self.embed = embed
         self.transformer = transformer
+        self.layers = tuple(transformer.layers)
+        scale = transformer.pos_scale
+        self.compiled_parts = (embed,) if scale is None else (embed, scale)
         self.mask_padding = mask_padding
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> EncodedMap:
@@ -149,17 +152,6 @@ class ImageEncoder(nn.Module):
         if self.mask_padding:
             memory = memory * mask[..., None].to(memory.dtype)
         return EncodedMap(memory, pos_embed, geometry, image_sizes)
-
-    @property
-    def layers(self) -> tuple[nn.Module, ...]:
-        """Layers that are compiled, sharded and checkpointed one by one."""
-        return tuple(self.transformer.layers)
-
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        scale = self.transformer.pos_scale
-        return (self.embed,) if scale is None else (self.embed, scale)
 
 
 def check_input_norm(model: Any, state: State) -> None:

@@ -162,6 +162,7 @@ class SAMDETRDecoder(nn.Module):
         self.class_heads = nn.ModuleList(make_class_head(width, num_classes) for _ in layers)
         self.box_heads = nn.ModuleList(make_box_head(width) for _ in layers)
         self.refine = BoxRefinement()
+        self.compiled_parts = (self.refine,)
 
     def forward(self, encoded: EncodedMap | EncodedPyramid) -> Outputs:
         """Predict logits and boxes after every layer."""
@@ -176,11 +177,6 @@ class SAMDETRDecoder(nn.Module):
             logits.append(layer_logits)
             boxes.append(layer_boxes)
         return Outputs(torch.stack(logits), torch.stack(boxes))
-
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        return (self.refine,)
 
 
 def the_only_map(encoded: EncodedMap, layers: int) -> list[EncodedMap]:

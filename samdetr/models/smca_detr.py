@@ -139,6 +139,7 @@ class SMCADETRDecoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.query_positions = nn.Parameter(torch.randn(num_queries, width))
         self.heads = make_heads(width, num_classes)
+        self.compiled_parts = (self.heads,)
 
     def forward(self, encoded: EncodedMap) -> Outputs:
         """Predict logits and boxes after every layer."""
@@ -151,11 +152,6 @@ class SMCADETRDecoder(nn.Module):
             x, centre = layer(x, centre, self.query_positions, key, memory, mask, extent)
             outputs.append(x)
         return Outputs(*self.heads(torch.stack(outputs), centre))
-
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        return (self.heads,)
 
 
 def make_heads(width: int, num_classes: int) -> PredictionHeads:

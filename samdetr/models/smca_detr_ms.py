@@ -240,6 +240,7 @@ class MultiScaleSMCADETRDecoder(nn.Module):
             self.halve = nn.Conv2d(width, width, kernel_size=3, stride=2, padding=1)
             self.halve.to(memory_format=torch.channels_last)
             nn.init.xavier_uniform_(self.halve.weight)
+        self.compiled_parts = (self.heads,)
 
     def forward(self, encoded: EncodedPyramid) -> Outputs:
         """Predict logits and boxes after every layer."""
@@ -268,11 +269,6 @@ class MultiScaleSMCADETRDecoder(nn.Module):
         memory = torch.cat((halved.permute(0, 2, 3, 1).flatten(1, 2), memory[:, fine:]), dim=1)
         pos_embed = torch.cat((pos_embed[:, fine : fine + second], pos_embed[:, fine:]), dim=1)
         return memory, pos_embed, [masks[1], *masks[1:]]
-
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        return (self.heads,)
 
 
 def build_smca_detr_ms(section: MultiScaleSMCADETRSection) -> EncoderDecoder:
