@@ -164,8 +164,7 @@ class ConditionalDETRDecoder(nn.Module):
 
     def forward(self, encoded: EncodedMap) -> Outputs:
         """Predict logits and boxes after every layer."""
-        memory, pos_embed = encoded.memory.flatten(1, 2), encoded.pos_embed.flatten(1, 2)
-        mask = encoded.geometry.mask.flatten(1)
+        memory, pos_embed, mask = encoded.flatten()
         _, centre, sine_embed = self.reference_points(self.query_positions, memory.dtype)
         x, query_sine_embed = memory.new_zeros(len(memory), *self.query_positions.shape), sine_embed
         outputs: list[Tensor] = []

@@ -31,6 +31,7 @@ from samdetr.models.layers import (
     FeedForward,
     Fp32Linear,
     box_head_macs,
+    boxes_around,
     inverse_sigmoid,
     make_box_head,
     make_class_head,
@@ -120,7 +121,7 @@ class CellProposals(nn.Module):
         if self.mask_padding:
             logits = logits.masked_fill(~pyramid.mask[..., None], PADDED_LOGIT)
         start = torch.log(around / (1 - around)).masked_fill(~inside, torch.inf)
-        boxes = (box_head(x) + start).sigmoid()
+        boxes = boxes_around(box_head(x), start)
         return Proposals(logits, boxes), logits[..., 0].topk(self.num_queries, dim=1).indices
 
 
@@ -157,9 +158,7 @@ class BoxPrediction(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Predict logits [B, Q, K] and boxes [B, Q, 4] from x [B, Q, width], reference [B, Q, 2 or 4] in [0, 1]."""
         start = inverse_sigmoid(reference)
-        if reference.shape[-1] == 2:
-            start = torch.cat((start, torch.zeros_like(start)), dim=-1)
-        return class_head(x), (box_head(x) + start).sigmoid()
+        return class_head(x), boxes_around(box_head(x), start)
 
 
 class DeformableDETRDecoder(nn.Module):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from samdetr.models.backbone import Backbone, build_backbone
-from samdetr.models.encoder import PUBLISHED_LAYER_END
+from samdetr.models.encoder import PUBLISHED_LAYER_END, cast_memory, embed_map
 from samdetr.models.layers import GROUPS, FeedForward, Fp32Linear, MapGroupNorm, reset_matrices
-from samdetr.models.position import MapGeometry, covered_cells, sine_map, valid_cells, valid_mask
+from samdetr.models.position import MapGeometry, covered_cells, valid_mask
 from samdetr.models.system import check_settings
 from samdetr_kernels import deformable_attention
 
@@ -170,21 +170,20 @@ class PyramidEmbedding(nn.Module):
         norms = self.norms or [None] * len(maps)
         levels = zip(maps, self.strides, self.projections, norms, self.level_embed.unbind(), strict=True)
         for features, stride, projection, norm, level_embed in levels:
-            height, width = features.shape[2:]
-            if self.mask_padding:
-                valid = covered_cells(image_sizes, stride)
-            else:
-                valid = valid_cells(image_sizes, image_shape, (height, width))
-            mask = valid_mask(valid, height, width)
-            x = features.permute(0, 2, 3, 1)
-            x = projection(x) if isinstance(projection, nn.Linear) else x
-            if norm is not None:
-                x = norm(x, mask if self.mask_padding else None)
-            pos_embed = sine_map(valid, height, width, x.shape[-1], offset=self.pos_offset).to(x.dtype) + level_embed
+            x, pos_embed, geometry = embed_map(
+                features,
+                image_sizes,
+                image_shape,
+                projection=projection if isinstance(projection, nn.Linear) else None,
+                norm=norm,
+                stride=stride,
+                mask_padding=self.mask_padding,
+                pos_offset=self.pos_offset,
+            )
             inputs.append(x.flatten(1, 2))
-            pos_embeds.append(pos_embed.flatten(1, 2))
-            geometries.append(MapGeometry(valid, mask, valid if self.mask_padding else None))
-            points.append(_centres(valid, height, width, level_embed.dtype))
+            pos_embeds.append((pos_embed + level_embed).flatten(1, 2))
+            geometries.append(geometry)
+            points.append(_centres(geometry.valid, *features.shape[2:], level_embed.dtype))
         spatial_shapes = tuple((features.shape[2], features.shape[3]) for features in maps)
         valid = torch.stack([geometry.valid.flip(-1) for geometry in geometries], dim=1)
         sizes = [torch.stack([valid.new_full((), size) for size in shape[::-1]]) for shape in spatial_shapes]
@@ -254,10 +253,8 @@ class PyramidImageEncoder(nn.Module):
             if isinstance(projection, nn.Conv2d):
                 maps = (*maps, projection(self._without_padding(maps[-1], image_sizes)))
         x, pos_embed, pyramid = self.embed(maps, image_sizes, (images.shape[2], images.shape[3]))
-        # under autocast norms return float32: twice the bytes to read
-        memory = self.transformer(x, pos_embed, pyramid).to(dtype)
-        if self.mask_padding:
-            memory = memory.masked_fill(~pyramid.mask[..., None], 0)
+        memory = self.transformer(x, pos_embed, pyramid)
+        memory = cast_memory(memory, dtype, pyramid.mask if self.mask_padding else None)
         return EncodedPyramid(memory, pos_embed, pyramid, image_sizes)
 
     def _without_padding(self, features: Tensor, image_sizes: Tensor) -> Tensor:

@@ -74,8 +74,8 @@ class DETRDecoder(nn.Module):
 
     def forward(self, encoded: EncodedMap) -> Outputs:
         """Predict logits and boxes after every layer."""
-        memory, pos_embed = encoded.memory.flatten(1, 2), encoded.pos_embed.flatten(1, 2)
-        key, mask = memory + pos_embed, encoded.geometry.mask.flatten(1)[:, None, None]
+        memory, pos_embed, mask = encoded.flatten()
+        key, mask = memory + pos_embed, mask[:, None, None]
         x = memory.new_zeros(len(memory), *self.query_positions.shape)
         outputs = []
         for layer in self.layers:

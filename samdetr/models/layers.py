@@ -251,10 +251,14 @@ class MapGroupNorm(nn.GroupNorm):
         return normalised.view(x.shape) * self.weight + self.bias
 
 
-def boxes_around(offset: Tensor, centre: Tensor) -> Tensor:
-    """Compute boxes (cx, cy, w, h) in [0, 1] from offsets [..., 4] and where they begin, [..., 2] (x, y) before the
-    sigmoid."""
-    return (offset + torch.cat((centre, torch.zeros_like(centre)), dim=-1)).sigmoid()
+def boxes_around(offset: Tensor, start: Tensor) -> Tensor:
+    """Compute boxes (cx, cy, w, h) in [0, 1] from offsets [..., 4].
+
+    start: where they begin before the sigmoid, points (x, y) [..., 2] or boxes [..., 4].
+    """
+    if start.shape[-1] == 2:
+        start = torch.cat((start, torch.zeros_like(start)), dim=-1)
+    return (offset + start).sigmoid()
 
 
 def inverse_sigmoid(x: Tensor, epsilon: float = INVERSE_SIGMOID_EPSILON) -> Tensor:

@@ -33,6 +33,7 @@ from samdetr.models.layers import (
     FeedForward,
     attend,
     box_head_macs,
+    boxes_around,
     inverse_sigmoid,
     joint_linear,
     make_box_head,
@@ -125,7 +126,7 @@ class DecoderLayer(nn.Module):
         return self.feed_forward(self.norm2(x + self.dropout(attended)))
 
 
-class BoxRefinement(nn.Module):
+class LayerPrediction(nn.Module):
     """A layer's predictions, whose boxes are refined by the next layer. It has no weights: the heads are given."""
 
     def forward(
@@ -136,7 +137,7 @@ class BoxRefinement(nn.Module):
         reference: boxes [B, Q, 4] before the sigmoid, as is the next layer's.
         """
         offset = box_head(x)
-        boxes = (inverse_sigmoid(reference.sigmoid()) + offset).sigmoid()
+        boxes = boxes_around(offset, inverse_sigmoid(reference.sigmoid()))
         return class_head(x), boxes, (reference + offset).detach()
 
 
@@ -161,8 +162,8 @@ class SAMDETRDecoder(nn.Module):
         self.reference_boxes = nn.Parameter(torch.randn(num_queries, 4))
         self.class_heads = nn.ModuleList(make_class_head(width, num_classes) for _ in layers)
         self.box_heads = nn.ModuleList(make_box_head(width) for _ in layers)
-        self.refine = BoxRefinement()
-        self.compiled_parts = (self.refine,)
+        self.predict = LayerPrediction()
+        self.compiled_parts = (self.predict,)
 
     def forward(self, encoded: EncodedMap | EncodedPyramid) -> Outputs:
         """Predict logits and boxes after every layer."""
@@ -173,7 +174,7 @@ class SAMDETRDecoder(nn.Module):
         logits, boxes = [], []
         for layer, class_head, box_head, read in zip(self.layers, self.class_heads, self.box_heads, maps, strict=True):
             x = layer(x, reference.sigmoid(), read.memory, read.pos_embed, read.geometry)
-            layer_logits, layer_boxes, reference = self.refine(x, reference, class_head, box_head)
+            layer_logits, layer_boxes, reference = self.predict(x, reference, class_head, box_head)
             logits.append(layer_logits)
             boxes.append(layer_boxes)
         return Outputs(torch.stack(logits), torch.stack(boxes))

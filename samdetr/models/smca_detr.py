@@ -143,7 +143,7 @@ class SMCADETRDecoder(nn.Module):
 
     def forward(self, encoded: EncodedMap) -> Outputs:
         """Predict logits and boxes after every layer."""
-        memory, pos_embed = encoded.memory.flatten(1, 2), encoded.pos_embed.flatten(1, 2)
+        memory, pos_embed, _ = encoded.flatten()
         key, mask = memory + pos_embed, encoded.geometry.mask
         extent = encoded.image_sizes.flip(-1).to(self.query_positions.dtype) / self.unit
         x, centre = memory.new_zeros(len(memory), *self.query_positions.shape), None
