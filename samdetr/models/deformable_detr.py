@@ -18,9 +18,8 @@ from samdetr.models.deformable_encoder import (
     DeformableAttention,
     EncodedPyramid,
     Pyramid,
-    build_pyramid_parts,
+    build_pyramid_encoder,
     check_levels,
-    join_pyramid_parts,
     published_sampling_macs,
     reset_deformable,
 )
@@ -218,7 +217,7 @@ class DeformableDETRDecoder(nn.Module):
 
 def build_deformable_detr(section: DeformableDETRSection) -> EncoderDecoder:
     """Build the detector of a recipe, with random weights."""
-    parts = build_pyramid_parts(section, ffn=section.ffn)
+    encoder = build_pyramid_encoder(section, ffn=section.ffn)
     layers = [
         DecoderLayer(
             width=section.width,
@@ -229,7 +228,7 @@ def build_deformable_detr(section: DeformableDETRSection) -> EncoderDecoder:
         )
         for _ in range(section.decoder_layers)
     ]
-    encoder = join_pyramid_parts(section, *parts)
+    encoder.reset_parameters()  # after the decoder's layers: a seed means this order of draws
     decoder = DeformableDETRDecoder(
         layers,
         width=section.width,

@@ -156,7 +156,7 @@ class PyramidEmbedding(nn.Module):
         super().__init__()
         self.projections = projections
         self.norms = nn.ModuleList(MapGroupNorm(GROUPS, width) for _ in projections if group_norm)
-        self.level_embed = nn.Parameter(torch.randn(len(projections), width))
+        self.level_embed = nn.Parameter(torch.zeros(len(projections), width))
         self.strides, self.pos_offset, self.mask_padding = strides, pos_offset, mask_padding
 
     def forward(
@@ -203,7 +203,7 @@ class EncodedPyramid(NamedTuple):
 
 
 class PyramidImageEncoder(nn.Module):
-    """From images to encoded maps of several levels.
+    """From images to encoded maps of several levels. `reset_parameters` draws its weights.
 
     projections: of each level, a linear layer, or a convolution with stride 2 of the backbone's last map. layers: those
     of the transformer that are compiled, sharded and checkpointed one by one. mask_padding: padded cells are zero, so
@@ -237,8 +237,12 @@ class PyramidImageEncoder(nn.Module):
         self.layers = tuple(layers)
         self.compiled_parts = (self.embed,)
         self.mask_padding = mask_padding
+
+    def reset_parameters(self) -> None:
+        """Draw the embeddings of levels, the transformer and the projections, but not the backbone."""
+        nn.init.normal_(self.embed.level_embed)
         reset_deformable(self.transformer)
-        for projection in projections:
+        for projection in self.embed.projections:
             assert isinstance(projection, nn.Linear | nn.Conv2d)
             nn.init.xavier_uniform_(projection.weight)
             assert projection.bias is not None
@@ -303,31 +307,24 @@ def build_projections(section: TransformerSection, *, levels: int, last: bool) -
     return backbone, nn.ModuleList(projections)
 
 
-def build_pyramid_parts(section: DeformableSection, *, ffn: int) -> tuple[Backbone, nn.ModuleList, PyramidEncoder]:
-    """Build the parts of a recipe's `PyramidImageEncoder`, with random weights. ffn: of the transformer."""
+def build_pyramid_encoder(section: DeformableSection, *, ffn: int) -> PyramidImageEncoder:
+    """Build the image encoder of a recipe, with a norm after each projection. ffn: of its layers.
+
+    `PyramidImageEncoder.reset_parameters` gives it random weights.
+    """
     width, levels = section.width, section.feature_levels
     from_backbone = min(levels, MOST_BACKBONE_LEVELS)
     backbone, projections = build_projections(section, levels=from_backbone, last=levels > from_backbone)
-    layers = (
+    transformer = PyramidEncoder(
         DeformableEncoderLayer(width=width, heads=section.heads, levels=levels, ffn=ffn, dropout=section.dropout)
         for _ in range(section.encoder_layers)
     )
-    return backbone, projections, PyramidEncoder(layers)
-
-
-def join_pyramid_parts(
-    section: DeformableSection, backbone: Backbone, projections: nn.ModuleList, transformer: PyramidEncoder
-) -> PyramidImageEncoder:
-    """Make the image encoder of the parts of `build_pyramid_parts`, with a norm after each projection.
-
-    Call it after the decoder's layers are made: the order in which numbers are drawn is part of what a seed means.
-    """
     return PyramidImageEncoder(
         backbone,
         projections,
         transformer,
         layers=transformer.layers,
-        width=section.width,
+        width=width,
         group_norm=True,
         mask_padding=section.padding == "masked",
     )

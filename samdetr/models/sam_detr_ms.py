@@ -12,9 +12,8 @@ from samdetr.models.deformable_encoder import (
     SAMPLING,
     DeformableAttention,
     EncodedPyramid,
-    build_pyramid_parts,
+    build_pyramid_encoder,
     check_levels,
-    join_pyramid_parts,
     published_sampling_macs,
 )
 from samdetr.models.detector import EncoderDecoder
@@ -53,9 +52,9 @@ def coarse_to_fine(encoded: EncodedPyramid, layers: int) -> list[EncodedMap]:
 
 def build_sam_detr_ms(section: MultiScaleSAMDETRSection) -> EncoderDecoder:
     """Build the detector of a recipe, with random weights: SAM-DETR's decoder behind Deformable-DETR's encoder."""
-    parts = build_pyramid_parts(section, ffn=section.ffn // ENCODER_FFN_SHARE)
+    encoder = build_pyramid_encoder(section, ffn=section.ffn // ENCODER_FFN_SHARE)
     layers = build_sam_detr_layers(section)
-    encoder = join_pyramid_parts(section, *parts)
+    encoder.reset_parameters()  # after the decoder's layers: a seed means this order of draws
     decoder = SAMDETRDecoder(
         layers,
         coarse_to_fine,

@@ -281,6 +281,16 @@ def build_smca_detr_ms(section: MultiScaleSMCADETRSection) -> EncoderDecoder:
     backbone, projections = build_projections(section, levels=stages, last=True)
     strides = (*backbone.strides, 2 * backbone.strides[-1])
     transformer = build_mixing_encoder(section, levels=len(strides)) if convolved else build_scale_encoder(section)
+    encoder = PyramidImageEncoder(
+        backbone,
+        projections,
+        transformer,
+        layers=() if convolved else transformer.layers,  # with convolutions there is no graph for maps of all sizes
+        width=section.width,
+        group_norm=False,
+        mask_padding=section.padding == "masked",
+        pos_offset=0.0,
+    )
     layers = [
         DecoderLayer(
             first=number == 0,
@@ -292,16 +302,7 @@ def build_smca_detr_ms(section: MultiScaleSMCADETRSection) -> EncoderDecoder:
         )
         for number in range(section.decoder_layers)
     ]
-    encoder = PyramidImageEncoder(
-        backbone,
-        projections,
-        transformer,
-        layers=() if convolved else transformer.layers,  # with convolutions there is no graph for maps of all sizes
-        width=section.width,
-        group_norm=False,
-        mask_padding=section.padding == "masked",
-        pos_offset=0.0,
-    )
+    encoder.reset_parameters()  # after the decoder's layers: a seed means this order of draws
     decoder = MultiScaleSMCADETRDecoder(
         layers,
         width=section.width,

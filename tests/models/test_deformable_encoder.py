@@ -43,6 +43,7 @@ def image_encoder(*, levels: int = 4, mask_padding: bool, dilation: bool = False
         group_norm=True,
         mask_padding=mask_padding,
     )
+    model.reset_parameters()
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if "running_mean" in name or (".bn" in name and name.endswith("bias")):
