@@ -33,13 +33,20 @@ if TYPE_CHECKING:
 
 
 class DecoderLayer(nn.Module):
-    """Attention among queries, attention to the map, feed-forward; the query's position is added before each."""
+    """Attention among queries, attention to the map, feed-forward; the query's position is added before each.
 
-    def __init__(self, *, width: int, heads: int, ffn: int, dropout: float) -> None:
+    cross_attention: to the map, called as `Attention` is; None: one of those.
+    """
+
+    def __init__(
+        self, *, width: int, heads: int, ffn: int, dropout: float, cross_attention: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.self_attention = Attention(width=width, heads=heads, dropout=dropout)
         self.norm1 = nn.LayerNorm(width)
-        self.cross_attention: nn.Module = Attention(width=width, heads=heads, dropout=dropout)
+        if cross_attention is None:
+            cross_attention = Attention(width=width, heads=heads, dropout=dropout)
+        self.cross_attention = cross_attention
         self.norm2 = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
         self.dropout = nn.Dropout(dropout)

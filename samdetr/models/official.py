@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from samdetr.errors import CheckpointError
-from samdetr.models import SYSTEMS, Detector, EncoderDecoder
+from samdetr.models import SYSTEMS, Detector
 from samdetr.models.state import first_of
 from samdetr.models.system import PublishedLayout
 
@@ -33,10 +33,13 @@ def official_names(model: Detector) -> dict[str, str]:
 
 
 def _layout_of(model: Detector) -> PublishedLayout:
-    if model.system.published is None:
-        part = model.decoder if isinstance(model, EncoderDecoder) else model
-        raise CheckpointError(f"{type(part).__name__} has no published layout: start from init.checkpoint instead.")
-    return model.system.published
+    layout = model.system.published
+    if layout is None:
+        raise CheckpointError(
+            f'model.system = "{model.system.name}" has no published layout: start from init.checkpoint instead.'
+        )
+    layout.check_model(model)
+    return layout
 
 
 def _official_name(name: str, system: str, layout: PublishedLayout) -> str:

@@ -6,12 +6,13 @@ Before that, convolutions mix four maps in the released form, attention three in
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from samdetr.errors import CheckpointError
 from samdetr.models import detr, smca_detr
 from samdetr.models.deformable_encoder import (
     CONVOLUTIONS,
@@ -20,7 +21,6 @@ from samdetr.models.deformable_encoder import (
     PyramidEncoder,
     PyramidImageEncoder,
     build_projections,
-    check_levels,
 )
 from samdetr.models.detector import EncoderDecoder
 from samdetr.models.encoder import PUBLISHED_LAYER_END, EncoderLayer
@@ -191,8 +191,11 @@ class DecoderLayer(nn.Module):
         self, *, width: int, heads: int, ffn: int, dropout: float, strides: Sequence[int], first: bool
     ) -> None:
         super().__init__()
-        self.layer = detr.DecoderLayer(width=width, heads=heads, ffn=ffn, dropout=dropout)
-        self.layer.cross_attention = ScaleAttention(width=width, heads=heads, dropout=dropout)
+        attention = ScaleAttention(width=width, heads=heads, dropout=dropout)
+        self.layer = detr.DecoderLayer(width=width, heads=heads, ffn=ffn, dropout=dropout, cross_attention=attention)
+        Attention(
+            width=width, heads=heads, dropout=dropout
+        )  # drawn and dropped: what a seed gives to the parts after it depends on that
         self.gaussian = Gaussians(width=width, heads=heads, strides=strides, first=first)
 
     def forward(
@@ -310,7 +313,7 @@ def build_smca_detr_ms(section: MultiScaleSMCADETRSection) -> EncoderDecoder:
         num_queries=section.num_queries,
         halve_finest=convolved,
     )
-    return EncoderDecoder(SYSTEM if convolved else SYSTEM._replace(published=None), encoder, decoder)
+    return EncoderDecoder(SYSTEM, encoder, decoder)
 
 
 def build_mixing_encoder(section: MultiScaleSMCADETRSection, *, levels: int) -> PyramidEncoder:
@@ -333,6 +336,15 @@ def build_scale_encoder(section: MultiScaleSMCADETRSection) -> ScaleEncoder:
         EncoderLayer(width=section.width, heads=section.heads, ffn=section.ffn, dropout=section.dropout)
         for _ in range(section.encoder_layers)
     )
+
+
+def check_scale_encoder(model: Any) -> None:
+    """Raise CheckpointError where the model has the paper's form, which was never released."""
+    if isinstance(model.encoder.transformer, ScaleEncoder):
+        raise CheckpointError(
+            'model.scale_encoder = "attention" has no published layout: set model.scale_encoder = "convolution", '
+            "or start from init.checkpoint."
+        )
 
 
 PUBLISHED_PROJECTIONS = ("512", "1024", "2048", "2048_3")
@@ -362,7 +374,7 @@ SYSTEM = System(
             **smca_detr.PUBLISHED_LAYER,
             "gaussian.weigh.": "point4.",
         },
-        check=check_levels,
+        check_model=check_scale_encoder,
         convolutions=rf"{CONVOLUTIONS}|encoder\.transformer\.layers\.\d+\.(value|out)",
     ),
 )

@@ -119,7 +119,9 @@ def test_each_image_has_weights_of_its_own() -> None:
 
 
 def test_the_paper_s_form_has_no_published_layout() -> None:
-    with pytest.raises(CheckpointError, match="MultiScaleSMCADETRDecoder has no published layout"):
+    with pytest.raises(
+        CheckpointError, match=r'"attention" has no published layout: set model\.scale_encoder = "convolution"'
+    ):
         to_official(small(PAPER, *TINY_BACKBONE))
 
 
