@@ -29,9 +29,11 @@ from samdetr.models.layers import (
     Attention,
     FeedForward,
     Fp32Linear,
+    LayerSizes,
     box_head_macs,
     boxes_around,
     inverse_sigmoid,
+    layer_sizes,
     make_box_head,
     make_class_head,
 )
@@ -52,8 +54,9 @@ PADDED_LOGIT = -100.0  # of proposals at padded cells: its focal loss is zero, a
 class DecoderLayer(nn.Module):
     """Attention among queries, deformable attention to the maps, feed-forward; the query's position is added before."""
 
-    def __init__(self, *, width: int, heads: int, levels: int, ffn: int, dropout: float) -> None:
+    def __init__(self, sizes: LayerSizes, *, levels: int) -> None:
         super().__init__()
+        width, heads, ffn, dropout = sizes
         self.self_attention = Attention(width=width, heads=heads, dropout=dropout)
         self.norm1 = nn.LayerNorm(width)
         self.cross_attention = DeformableAttention(width=width, heads=heads, levels=levels)
@@ -218,16 +221,8 @@ class DeformableDETRDecoder(nn.Module):
 def build_deformable_detr(section: DeformableDETRSection) -> EncoderDecoder:
     """Build the detector of a recipe, with random weights."""
     encoder = build_pyramid_encoder(section, ffn=section.ffn)
-    layers = [
-        DecoderLayer(
-            width=section.width,
-            heads=section.heads,
-            levels=section.feature_levels,
-            ffn=section.ffn,
-            dropout=section.dropout,
-        )
-        for _ in range(section.decoder_layers)
-    ]
+    sizes, levels = layer_sizes(section), section.feature_levels
+    layers = [DecoderLayer(sizes, levels=levels) for _ in range(section.decoder_layers)]
     encoder.reset_parameters()  # after the decoder's layers: a seed means this order of draws
     decoder = DeformableDETRDecoder(
         layers,

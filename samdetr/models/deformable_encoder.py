@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from samdetr.models.backbone import Backbone, build_backbone
 from samdetr.models.encoder import PUBLISHED_LAYER_END, cast_memory, embed_map
-from samdetr.models.layers import GROUPS, FeedForward, Fp32Linear, MapGroupNorm, reset_matrices
+from samdetr.models.layers import GROUPS, FeedForward, Fp32Linear, LayerSizes, MapGroupNorm, layer_sizes, reset_matrices
 from samdetr.models.position import MapGeometry, covered_cells, valid_mask
 from samdetr.models.system import check_settings
 from samdetr_kernels import deformable_attention
@@ -110,8 +110,9 @@ def published_sampling_macs(attention: DeformableAttention, args: Sequence[Any],
 class DeformableEncoderLayer(nn.Module):
     """Deformable attention of every cell around itself, then a feed-forward block."""
 
-    def __init__(self, *, width: int, heads: int, levels: int, ffn: int, dropout: float) -> None:
+    def __init__(self, sizes: LayerSizes, *, levels: int) -> None:
         super().__init__()
+        width, heads, ffn, dropout = sizes
         self.attention = DeformableAttention(width=width, heads=heads, levels=levels)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)
@@ -183,7 +184,7 @@ class PyramidEmbedding(nn.Module):
             inputs.append(x.flatten(1, 2))
             pos_embeds.append((pos_embed + level_embed).flatten(1, 2))
             geometries.append(geometry)
-            points.append(_centres(geometry.valid, *features.shape[2:], level_embed.dtype))
+            points.append(_centres(geometry.valid, features.shape[2], features.shape[3], level_embed.dtype))
         spatial_shapes = tuple((features.shape[2], features.shape[3]) for features in maps)
         valid = torch.stack([geometry.valid.flip(-1) for geometry in geometries], dim=1)
         sizes = [torch.stack([valid.new_full((), size) for size in shape[::-1]]) for shape in spatial_shapes]
@@ -312,19 +313,17 @@ def build_pyramid_encoder(section: DeformableSection, *, ffn: int) -> PyramidIma
 
     `PyramidImageEncoder.reset_parameters` gives it random weights.
     """
-    width, levels = section.width, section.feature_levels
+    levels = section.feature_levels
     from_backbone = min(levels, MOST_BACKBONE_LEVELS)
     backbone, projections = build_projections(section, levels=from_backbone, last=levels > from_backbone)
-    transformer = PyramidEncoder(
-        DeformableEncoderLayer(width=width, heads=section.heads, levels=levels, ffn=ffn, dropout=section.dropout)
-        for _ in range(section.encoder_layers)
-    )
+    sizes = layer_sizes(section)._replace(ffn=ffn)
+    transformer = PyramidEncoder(DeformableEncoderLayer(sizes, levels=levels) for _ in range(section.encoder_layers))
     return PyramidImageEncoder(
         backbone,
         projections,
         transformer,
         layers=transformer.layers,
-        width=width,
+        width=section.width,
         group_norm=True,
         mask_padding=section.padding == "masked",
     )

@@ -21,7 +21,9 @@ from samdetr.models.layers import (
     PUBLISHED_DECODER_LAYER,
     Attention,
     FeedForward,
+    LayerSizes,
     PredictionHeads,
+    layer_sizes,
     make_class_head,
     reset_matrices,
 )
@@ -38,10 +40,9 @@ class DecoderLayer(nn.Module):
     cross_attention: to the map, called as `Attention` is; None: one of those.
     """
 
-    def __init__(
-        self, *, width: int, heads: int, ffn: int, dropout: float, cross_attention: nn.Module | None = None
-    ) -> None:
+    def __init__(self, sizes: LayerSizes, *, cross_attention: nn.Module | None = None) -> None:
         super().__init__()
+        width, heads, ffn, dropout = sizes
         self.self_attention = Attention(width=width, heads=heads, dropout=dropout)
         self.norm1 = nn.LayerNorm(width)
         if cross_attention is None:
@@ -94,10 +95,7 @@ class DETRDecoder(nn.Module):
 def build_detr(section: DETRSection) -> EncoderDecoder:
     """Build the detector of a recipe, with random weights."""
     encoder = build_image_encoder(section)
-    layers = [
-        DecoderLayer(width=section.width, heads=section.heads, ffn=section.ffn, dropout=section.dropout)
-        for _ in range(section.decoder_layers)
-    ]
+    layers = [DecoderLayer(layer_sizes(section)) for _ in range(section.decoder_layers)]
     decoder = DETRDecoder(
         layers,
         width=section.width,

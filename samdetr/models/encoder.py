@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from samdetr.errors import CheckpointError
 from samdetr.models.backbone import Backbone, build_backbone
-from samdetr.models.layers import GROUPS, FeedForward, MapGroupNorm, attend
+from samdetr.models.layers import GROUPS, FeedForward, LayerSizes, MapGroupNorm, attend, layer_sizes
 from samdetr.models.position import TEMPERATURE, MapGeometry, covered_cells, sine_map, valid_cells, valid_mask
 
 if TYPE_CHECKING:
@@ -31,10 +31,9 @@ CONVOLUTIONS = r"encoder\.embed\.input_proj"  # published as such
 class EncoderLayer(nn.Module):
     """Self-attention with q = k = x + pos_embed, v = x, then a feed-forward block."""
 
-    def __init__(
-        self, *, width: int, heads: int, ffn: int, dropout: float, activation: Callable[[], nn.Module] = nn.ReLU
-    ) -> None:
+    def __init__(self, sizes: LayerSizes, *, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
         super().__init__()
+        width, heads, ffn, dropout = sizes
         self.heads = heads
         self.in_proj = nn.Linear(width, 3 * width)  # one matrix for q, k, v: its Xavier range depends on it
         self.out_proj = nn.Linear(width, width)
@@ -226,15 +225,7 @@ def build_image_encoder(
         pos_offset=pos_offset,
         pos_temperature=pos_temperature,
     )
-    layers = [
-        EncoderLayer(
-            width=section.width,
-            heads=section.heads,
-            ffn=section.ffn,
-            dropout=section.dropout,
-            activation=activation,
-        )
-        for _ in range(section.encoder_layers)
-    ]
+    sizes = layer_sizes(section)
+    layers = [EncoderLayer(sizes, activation=activation) for _ in range(section.encoder_layers)]
     transformer = TransformerEncoder(layers, pos_scale=pos_scale)
     return ImageEncoder(backbone, embed, transformer, mask_padding=mask_padding)

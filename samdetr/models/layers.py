@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samdetr.structures import Outputs
+
+if TYPE_CHECKING:
+    from samdetr.recipe.model import TransformerSection
 
 INVERSE_SIGMOID_EPSILON = 1e-5
 GROUPS = 32  # of the norm after the input projection
@@ -37,6 +41,20 @@ PUBLISHED_SELF_ATTENTION = {
     "self_attention.value.": "sa_v_proj.",
     "self_attention.out.": "self_attn.out_proj.",
 }
+
+
+class LayerSizes(NamedTuple):
+    """What all layers of a transformer have in common."""
+
+    width: int  # channels
+    heads: int  # of attention
+    ffn: int  # hidden channels of the feed-forward block
+    dropout: float  # probability
+
+
+def layer_sizes(section: TransformerSection) -> LayerSizes:
+    """Return the sizes of a recipe's layers."""
+    return LayerSizes(section.width, section.heads, section.ffn, section.dropout)
 
 
 class Fp32Linear(nn.Linear):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,11 +30,13 @@ from samdetr.models.layers import (
     PUBLISHED_SELF_ATTENTION,
     ConditionalSelfAttention,
     FeedForward,
+    LayerSizes,
     attend,
     box_head_macs,
     boxes_around,
     inverse_sigmoid,
     joint_linear,
+    layer_sizes,
     make_box_head,
     make_class_head,
     reset_matrices,
@@ -97,21 +98,20 @@ class CrossAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, semantic alignment, cross-attention, feed-forward. aligner: makes the one of this layer."""
+    """Self-attention, semantic alignment, cross-attention, feed-forward."""
 
     def __init__(
         self,
+        sizes: LayerSizes,
         *,
-        width: int,
-        heads: int,
-        ffn: int,
-        dropout: float,
-        aligner: Callable[[], SemanticAligner | PooledAligner],
+        self_attention: ConditionalSelfAttention,
+        aligner: SemanticAligner | PooledAligner,
     ) -> None:
         super().__init__()
-        self.self_attention = ConditionalSelfAttention(width=width, heads=heads, dropout=dropout)
+        width, heads, ffn, dropout = sizes
+        self.self_attention = self_attention
         self.norm1 = nn.LayerNorm(width)
-        self.aligner = aligner()
+        self.aligner = aligner
         self.cross_attention = CrossAttention(width=width, heads=heads, dropout=dropout)
         self.norm2 = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
@@ -187,13 +187,13 @@ def the_only_map(encoded: EncodedMap, layers: int) -> list[EncodedMap]:
 
 def build_sam_detr_layers(section: AlignedSection) -> list[DecoderLayer]:
     """Build the decoder layers of a recipe, with random weights."""
+    sizes = layer_sizes(section)
     return [
         DecoderLayer(
-            width=section.width,
-            heads=section.heads,
-            ffn=section.ffn,
-            dropout=section.dropout,
-            aligner=partial(build_aligner, section),
+            sizes,
+            # before the aligner: a seed means this order of draws
+            self_attention=ConditionalSelfAttention(width=sizes.width, heads=sizes.heads, dropout=sizes.dropout),
+            aligner=build_aligner(section),
         )
         for _ in range(section.decoder_layers)
     ]

@@ -20,7 +20,15 @@ from samdetr.models.encoder import (
     build_image_encoder,
     check_input_norm,
 )
-from samdetr.models.layers import MLP, Fp32Linear, PredictionHeads, make_class_head, reset_matrices
+from samdetr.models.layers import (
+    MLP,
+    Fp32Linear,
+    LayerSizes,
+    PredictionHeads,
+    layer_sizes,
+    make_class_head,
+    reset_matrices,
+)
 from samdetr.models.system import PublishedLayout, System
 from samdetr.structures import Outputs
 
@@ -101,10 +109,10 @@ def gaussian_bias(points: Tensor, scale: Tensor, mask: Tensor, smoothness: float
 class DecoderLayer(nn.Module):
     """DETR's decoder layer with a Gaussian in its cross-attention."""
 
-    def __init__(self, *, width: int, heads: int, ffn: int, dropout: float, first: bool) -> None:
+    def __init__(self, sizes: LayerSizes, *, first: bool) -> None:
         super().__init__()
-        self.layer = detr.DecoderLayer(width=width, heads=heads, ffn=ffn, dropout=dropout)
-        self.gaussian = Gaussian(width=width, heads=heads, first=first)
+        self.layer = detr.DecoderLayer(sizes)
+        self.gaussian = Gaussian(width=sizes.width, heads=sizes.heads, first=first)
 
     def forward(
         self,
@@ -163,12 +171,7 @@ def make_heads(width: int, num_classes: int) -> PredictionHeads:
 def build_smca_detr(section: SMCADETRSection) -> EncoderDecoder:
     """Build the detector of a recipe, with random weights."""
     encoder = build_image_encoder(section)
-    layers = [
-        DecoderLayer(
-            width=section.width, heads=section.heads, ffn=section.ffn, dropout=section.dropout, first=number == 0
-        )
-        for number in range(section.decoder_layers)
-    ]
+    layers = [DecoderLayer(layer_sizes(section), first=number == 0) for number in range(section.decoder_layers)]
     decoder = SMCADETRDecoder(
         layers,
         width=section.width,

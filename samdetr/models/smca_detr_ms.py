@@ -24,7 +24,7 @@ from samdetr.models.deformable_encoder import (
 )
 from samdetr.models.detector import EncoderDecoder
 from samdetr.models.encoder import PUBLISHED_LAYER_END, EncoderLayer
-from samdetr.models.layers import Attention, FeedForward, Fp32Linear, attend, reset_matrices
+from samdetr.models.layers import Attention, FeedForward, Fp32Linear, LayerSizes, attend, layer_sizes, reset_matrices
 from samdetr.models.position import MapGeometry
 from samdetr.models.smca_detr import (
     PUBLISHED_STRIDE,
@@ -48,8 +48,9 @@ CONVOLVED_STAGES, ATTENDED_STAGES = 3, 2
 class MixingLayer(nn.Module):
     """Convolutions of each channel within every map and between neighbours in place of attention, then feed-forward."""
 
-    def __init__(self, *, levels: int, width: int, ffn: int, dropout: float, mask_padding: bool) -> None:
+    def __init__(self, sizes: LayerSizes, *, levels: int, mask_padding: bool) -> None:
         super().__init__()
+        width, _, ffn, dropout = sizes
         self.mask_padding = mask_padding
         self.value = nn.Linear(width, width)
         self.within = nn.ModuleList(_depthwise(width) for _ in range(levels))
@@ -187,15 +188,13 @@ class ScaleAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """DETR's decoder layer with attention to several maps."""
 
-    def __init__(
-        self, *, width: int, heads: int, ffn: int, dropout: float, strides: Sequence[int], first: bool
-    ) -> None:
+    def __init__(self, sizes: LayerSizes, *, strides: Sequence[int], first: bool) -> None:
         super().__init__()
+        width, heads, _, dropout = sizes
         attention = ScaleAttention(width=width, heads=heads, dropout=dropout)
-        self.layer = detr.DecoderLayer(width=width, heads=heads, ffn=ffn, dropout=dropout, cross_attention=attention)
-        Attention(
-            width=width, heads=heads, dropout=dropout
-        )  # drawn and dropped: what a seed gives to the parts after it depends on that
+        self.layer = detr.DecoderLayer(sizes, cross_attention=attention)
+        # drawn and dropped: what a seed gives to the parts after it depends on that
+        Attention(width=width, heads=heads, dropout=dropout)
         self.gaussian = Gaussians(width=width, heads=heads, strides=strides, first=first)
 
     def forward(
@@ -294,15 +293,9 @@ def build_smca_detr_ms(section: MultiScaleSMCADETRSection) -> EncoderDecoder:
         mask_padding=section.padding == "masked",
         pos_offset=0.0,
     )
+    looked_at = (strides[1], *strides[1:]) if convolved else strides
     layers = [
-        DecoderLayer(
-            first=number == 0,
-            strides=(strides[1], *strides[1:]) if convolved else strides,
-            width=section.width,
-            heads=section.heads,
-            ffn=section.ffn,
-            dropout=section.dropout,
-        )
+        DecoderLayer(layer_sizes(section), strides=looked_at, first=number == 0)
         for number in range(section.decoder_layers)
     ]
     encoder.reset_parameters()  # after the decoder's layers: a seed means this order of draws
@@ -318,24 +311,14 @@ def build_smca_detr_ms(section: MultiScaleSMCADETRSection) -> EncoderDecoder:
 
 def build_mixing_encoder(section: MultiScaleSMCADETRSection, *, levels: int) -> PyramidEncoder:
     """Build the released transformer of a recipe, with random weights."""
-    return PyramidEncoder(
-        MixingLayer(
-            levels=levels,
-            width=section.width,
-            ffn=section.ffn,
-            dropout=section.dropout,
-            mask_padding=section.padding == "masked",
-        )
-        for _ in range(section.encoder_layers)
-    )
+    sizes, mask_padding = layer_sizes(section), section.padding == "masked"
+    layers = (MixingLayer(sizes, levels=levels, mask_padding=mask_padding) for _ in range(section.encoder_layers))
+    return PyramidEncoder(layers)
 
 
 def build_scale_encoder(section: MultiScaleSMCADETRSection) -> ScaleEncoder:
     """Build the paper's transformer of a recipe, with random weights."""
-    return ScaleEncoder(
-        EncoderLayer(width=section.width, heads=section.heads, ffn=section.ffn, dropout=section.dropout)
-        for _ in range(section.encoder_layers)
-    )
+    return ScaleEncoder(EncoderLayer(layer_sizes(section)) for _ in range(section.encoder_layers))
 
 
 def check_scale_encoder(model: Any) -> None:
