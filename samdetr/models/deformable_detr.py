@@ -20,7 +20,7 @@ from samdetr.models.deformable_encoder import (
     Pyramid,
     build_pyramid_encoder,
     check_levels,
-    published_sampling_macs,
+    published_sampling_flops,
     reset_deformable,
 )
 from samdetr.models.detector import EncoderDecoder
@@ -30,7 +30,7 @@ from samdetr.models.layers import (
     FeedForward,
     Fp32Linear,
     LayerSizes,
-    box_head_macs,
+    box_head_flops,
     boxes_around,
     inverse_sigmoid,
     layer_sizes,
@@ -262,16 +262,16 @@ def repeated_heads(model: Any, names: Mapping[str, str]) -> dict[str, str]:
     return {REPEATED + key: key for key in heads}
 
 
-def published_box_head_macs(decoder: DeformableDETRDecoder, args: Sequence[Any], out: Outputs) -> int:
+def published_box_head_flops(decoder: DeformableDETRDecoder, args: Sequence[Any], out: Outputs) -> int:
     """Count the box heads that the published code runs twice with box refinement: all of them."""
-    return box_head_macs(decoder.box_heads[: len(decoder.layers)], out) if decoder.box_refine else 0
+    return box_head_flops(decoder.box_heads[: len(decoder.layers)], out) if decoder.box_refine else 0
 
 
 SYSTEM = System(
     name="deformable_detr",
     build=build_deformable_detr,
     class_heads="decoder.class_heads.",
-    published_macs={DeformableDETRDecoder: published_box_head_macs, DeformableAttention: published_sampling_macs},
+    published_flops={DeformableDETRDecoder: published_box_head_flops, DeformableAttention: published_sampling_flops},
     sampling=(SAMPLING, ".reference_head."),
     published=PublishedLayout(
         landmark="transformer.decoder.layers.0.cross_attn.sampling_offsets.weight",

@@ -102,7 +102,7 @@ class DeformableAttention(nn.Module):
         return self.out(deformable_attention(value, pyramid.spatial_shapes, locations, weights))
 
 
-def published_sampling_macs(attention: DeformableAttention, args: Sequence[Any], out: Tensor) -> int:
+def published_sampling_flops(attention: DeformableAttention, args: Sequence[Any], out: Tensor) -> int:
     """Count 4 for each sampled value of deformable attention, as the tool does that counted the published numbers."""
     return 4 * out.numel() * attention.levels * POINTS
 

@@ -113,8 +113,8 @@ def make_box_head(width: int) -> MLP:
     return head
 
 
-def box_head_macs(heads: Iterable[nn.Module], out: Outputs) -> int:
-    """Count the multiply-accumulates of box heads, each for the queries of one layer."""
+def box_head_flops(heads: Iterable[nn.Module], out: Outputs) -> int:
+    """Count the flops of box heads, each for the queries of one layer."""
     weights = (weight for head in heads for weight in head.parameters() if weight.dim() > 1)
     return sum(weight.numel() for weight in weights) * out.boxes[0, ..., 0].numel()
 

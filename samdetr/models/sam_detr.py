@@ -14,7 +14,7 @@ from samdetr.models.aligner import (
     PooledAligner,
     SemanticAligner,
     build_aligner,
-    published_projection_macs,
+    published_projection_flops,
 )
 from samdetr.models.detector import EncoderDecoder
 from samdetr.models.encoder import (
@@ -32,7 +32,7 @@ from samdetr.models.layers import (
     FeedForward,
     LayerSizes,
     attend,
-    box_head_macs,
+    box_head_flops,
     boxes_around,
     inverse_sigmoid,
     joint_linear,
@@ -180,7 +180,7 @@ class SAMDETRDecoder(nn.Module):
         return Outputs(torch.stack(logits), torch.stack(boxes))
 
 
-def the_only_map(encoded: EncodedMap, layers: int) -> list[EncodedMap]:
+def repeat_map(encoded: EncodedMap, layers: int) -> list[EncodedMap]:
     """Give every layer the same map."""
     return [encoded] * layers
 
@@ -204,7 +204,7 @@ def build_sam_detr(section: SAMDETRSection) -> EncoderDecoder:
     encoder = build_image_encoder(section, pos_offset=0.5)
     decoder = SAMDETRDecoder(
         build_sam_detr_layers(section),
-        the_only_map,
+        repeat_map,
         width=section.width,
         num_classes=section.num_classes,
         num_queries=section.num_queries,
@@ -232,16 +232,16 @@ PUBLISHED_LAYER = {  # our prefixes -> published ones
 ALIGNER_CONVOLUTIONS = r"decoder\.layers\.\d+\.aligner\.reduce"  # published as such
 
 
-def published_box_head_macs(decoder: SAMDETRDecoder, args: Sequence[Any], out: Outputs) -> int:
+def published_box_head_flops(decoder: SAMDETRDecoder, args: Sequence[Any], out: Outputs) -> int:
     """Count all box heads but the last: the published code runs them for the next reference and for the prediction."""
-    return box_head_macs(decoder.box_heads[:-1], out)
+    return box_head_flops(decoder.box_heads[:-1], out)
 
 
 SYSTEM = System(
     name="sam_detr",
     build=build_sam_detr,
     class_heads="decoder.class_heads.",
-    published_macs={SemanticAligner: published_projection_macs, SAMDETRDecoder: published_box_head_macs},
+    published_flops={SemanticAligner: published_projection_flops, SAMDETRDecoder: published_box_head_flops},
     published=PublishedLayout(
         landmark="transformer.decoder.layers.0.ca_qpos_sine_proj.layers.0.weight",
         whole={

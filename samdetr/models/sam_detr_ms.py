@@ -14,7 +14,7 @@ from samdetr.models.deformable_encoder import (
     EncodedPyramid,
     build_pyramid_encoder,
     check_levels,
-    published_sampling_macs,
+    published_sampling_flops,
 )
 from samdetr.models.detector import EncoderDecoder
 from samdetr.models.encoder import EncodedMap
@@ -70,7 +70,7 @@ SYSTEM = System(
     name="sam_detr_ms",
     build=build_sam_detr_ms,
     class_heads="decoder.class_heads.",
-    published_macs={**SAM_DETR.published_macs, DeformableAttention: published_sampling_macs},
+    published_flops={**SAM_DETR.published_flops, DeformableAttention: published_sampling_flops},
     sampling=(SAMPLING,),
     published=PublishedLayout(
         landmark="transformer.encoder.layers.0.self_attn.sampling_offsets.weight",

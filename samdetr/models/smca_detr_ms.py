@@ -72,7 +72,7 @@ class MixingLayer(nn.Module):
         mixed = list(maps)
         for level, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
             mixed[level + 1] = mixed[level + 1] + down(maps[level])
-            mixed[level] = mixed[level] + enlarged(up(maps[level + 1]), pyramid.maps[level + 1], pyramid.maps[level])
+            mixed[level] = mixed[level] + upsample(up(maps[level + 1]), pyramid.maps[level + 1], pyramid.maps[level])
         attended = self.out(torch.cat([features.permute(0, 2, 3, 1).flatten(1, 2) for features in mixed], dim=1))
         return self.feed_forward(self.norm(x + self.dropout(attended)))
 
@@ -85,8 +85,8 @@ def _depthwise(width: int, *, stride: int = 1) -> nn.Conv2d:
     return convolution.to(memory_format=torch.channels_last)
 
 
-def enlarged(features: Tensor, coarse: MapGeometry, fine: MapGeometry) -> Tensor:
-    """Enlarge a map [B, C, h, w] to the cells of a finer one, bilinearly, corners on corners: [B, C, H, W].
+def upsample(features: Tensor, coarse: MapGeometry, fine: MapGeometry) -> Tensor:
+    """Upsample a map [B, C, h, w] to the cells of a finer one, bilinearly, corners on corners: [B, C, H, W].
 
     The corners are those of the maps as they are padded (published), or of their valid cells where padding is masked.
     """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 REPEATED = "transformer.decoder."  # before the keys of heads that stand in a published file twice
 State = Mapping[str, Tensor]  # a state dict, of published keys
-MacFormula = Callable[..., int]  # of a module, its arguments and its result -> multiply-accumulates
+FlopFormula = Callable[..., int]  # of a module, its arguments and its result -> flops, as cost/flops.py counts
 
 
 def no_copies(model: Any, names: Mapping[str, str]) -> dict[str, str]:
@@ -67,7 +67,7 @@ class System(NamedTuple):
     build: Callable[[Any], Detector]  # from its section, with random weights
     class_heads: str  # how names of the parameters begin that have a row for each class
     published: PublishedLayout | None  # None: nothing was published that fits
-    published_macs: Mapping[type[nn.Module], MacFormula] = {}  # what the published code computes beyond ours
+    published_flops: Mapping[type[nn.Module], FlopFormula] = {}  # what the published code computes beyond ours
     sampling: tuple[str, ...] = ()  # parts of the names of what learns at optim.sampling_lr_factor
 
 
