@@ -1,1 +1,1 @@
-"""Cost of a model: operations, memory and parameters, beside published numbers."""
+"""Cost of a model: flops, memory and parameters, beside published numbers."""

@@ -1,7 +1,8 @@
-"""Operations of a forward pass, by torch's flop counter on its meta device.
+"""Flops of a forward pass, by torch's flop counter on its meta device.
 
-A multiply-accumulate counts one here, as in the papers' GFLOPs; torch counts it two. Convolutions, linear layers and
-the products of attention are counted; RoIAlign, sampling, softmax, norms and all that goes element by element are not.
+A flop is a multiply-accumulate in all of this package, as in the papers' GFLOPs; torch's counter counts it two.
+Convolutions, linear layers and the products of attention are counted; RoIAlign, sampling, softmax, norms and all that
+goes element by element are not.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from samdetr.cost.meta import KeepAll, Size, empty_images
 from samdetr.models import Detector
-from samdetr.models.system import MacFormula
+from samdetr.models.system import FlopFormula
 
 
 class Flops(NamedTuple):
-    """Operations of one image's forward pass, a multiply-accumulate counting one."""
+    """Flops of one image's forward pass."""
 
     published: int  # as the published code computes it
     run: int  # as this package computes it
@@ -37,19 +38,19 @@ class RequireFormula(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def count_flops(model: Detector, size: Size) -> Flops:
-    """Count one image that fills its batch. The model must be on the meta device.
+    """Count the flops of one image that fills its batch. The model must be on the meta device.
 
     Raises NotImplementedError at an op of ours without a formula.
     """
     more: list[int] = []
 
-    def note(formula: MacFormula, *call: Any) -> None:
+    def note(formula: FlopFormula, *call: Any) -> None:
         more.append(formula(*call))
 
     handles = [
         module.register_forward_hook(partial(note, formula))
         for module in model.modules()
-        for kind, formula in model.system.published_macs.items()
+        for kind, formula in model.system.published_flops.items()
         if isinstance(module, kind)
     ]
     # with gradients on: otherwise the counter's module hooks fail where a module is given a parameter

@@ -1,8 +1,8 @@
 """Published numbers of the recipes that reproduce a row of the SAM-DETR paper's comparison.
 
-AP is of COCO val2017; GFLOPs (one multiply-accumulate is one) are the mean over its first 100 images at 800/1333.
+AP is of COCO val2017; GFLOPs, counted as in flops.py, are the mean over its first 100 images at 800/1333.
 Source: Zhang et al., CVPR 2022, and the tables of the published code. Counted numbers were counted in that code:
-parameters to the unit, operations by fvcore (and baddbmm, which fvcore leaves out). Nothing here was measured with this
+parameters to the unit, flops by fvcore (and baddbmm, which fvcore leaves out). Nothing here was measured with this
 package.
 """
 
@@ -106,7 +106,7 @@ PUBLISHED = {  # by name of the recipe's file
     "deformable_detr_r50_ms_50ep": Published(
         _DEFORMABLE_MS, _R50, 43.8, 173, 40, 40_069_665, 39_847_265, (166.0, 187.0), compared=True
     ),
-    # parameters are those of torchvision's model with frozen BatchNorm; operations depend on trained proposals
+    # parameters are those of torchvision's model with frozen BatchNorm; flops depend on trained proposals
     "faster_rcnn_r50_c4_12ep": Published(_C4, _R50, 35.7, 547, 34, 33_799_840, 33_577_440, None),
     "faster_rcnn_r50_c4_36ep": Published(_C4, _R50, 38.4, 547, 34, 33_799_840, 33_577_440, None),
     "faster_rcnn_r50_dc5_12ep": Published(_RCNN, _DC5, 37.3, 320, 166, 165_585_568, 165_363_168, None),

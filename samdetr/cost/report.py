@@ -1,4 +1,4 @@
-"""Parameters, operations and memory of recipes' models, beside what is published. Needs no data, weights or GPU."""
+"""Parameters, flops and memory of recipes' models, beside what is published. Needs no data, weights or GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GIGA = 1e9
 
 
 class Gflops(NamedTuple):
-    """Billions of operations of an image, means over the sizes; a multiply-accumulate is one."""
+    """Billions of flops of an image, means over the sizes."""
 
     published_form: float
     run: float
@@ -65,7 +65,7 @@ class Report:
         return figures.parameters - published.parameters, figures.trainable - published.trainable
 
     def to_json(self) -> dict[str, object]:
-        """Return a JSON value; GFLOPs are billions of multiply-accumulates, memory is in bytes."""
+        """Return a JSON value; GFLOPs are billions of flops, memory is in bytes."""
         memory = self.figures.memory
         return {
             "recipe": str(self.path),

@@ -96,7 +96,7 @@ class SemanticAligner(nn.Module):
         return AlignedQueries(content, position, locations, scales)
 
 
-def published_projection_macs(aligner: SemanticAligner, args: Sequence[Any], out: AlignedQueries) -> int:
+def published_projection_flops(aligner: SemanticAligner, args: Sequence[Any], out: AlignedQueries) -> int:
     """Count what projecting the cells of all RoIs, as published, costs beyond projecting the map, as here."""
     memory, rois = args[2], out.content.shape[0] * out.content.shape[1]
     return int((rois * ROI_SIZE**2 - memory[..., 0].numel()) * aligner.reduce.weight.numel())
@@ -110,7 +110,7 @@ class PooledAligner(nn.Module):
         self.mode = mode
 
     def forward(self, x: Tensor, boxes: Tensor, memory: Tensor, geometry: MapGeometry) -> AlignedQueries:
-        """As `SemanticAligner.forward`."""
+        """See `SemanticAligner.forward`."""
         wide = memory.to(torch.promote_types(memory.dtype, torch.float32))  # the bins are not rounded before they meet
         bins = roi_align(wide, rois_from_boxes(boxes, geometry), ROI_SIZE, geometry.sampling_limit).flatten(2, 3)
         # of equal bins the first alone has the gradient, which amax would share

@@ -23,10 +23,12 @@ from samdetr.models.layers import (
     PUBLISHED_SELF_ATTENTION,
     ConditionalSelfAttention,
     FeedForward,
+    LayerSizes,
     PredictionHeads,
     attend,
     inverse_sigmoid,
     joint_linear,
+    layer_sizes,
     make_box_head,
     make_class_head,
     reset_matrices,
@@ -86,17 +88,9 @@ class CrossAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention among queries, conditional attention to the map, feed-forward."""
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        heads: int,
-        ffn: int,
-        dropout: float,
-        first: bool,
-        activation: Callable[[], nn.Module] = nn.ReLU,
-    ) -> None:
+    def __init__(self, sizes: LayerSizes, *, first: bool, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
         super().__init__()
+        width, heads, ffn, dropout = sizes
         self.self_attention = ConditionalSelfAttention(width=width, heads=heads, dropout=dropout)
         self.norm1 = nn.LayerNorm(width)
         self.cross_attention = CrossAttention(width=width, heads=heads, dropout=dropout, first=first)
@@ -160,11 +154,11 @@ class ConditionalDETRDecoder(nn.Module):
         self.heads = PredictionHeads(
             width, class_head=make_class_head(width, num_classes), box_head=make_box_head(width)
         )
+        self.compiled_parts = (self.reference_points, self.query_scale, self.heads)
 
     def forward(self, encoded: EncodedMap) -> Outputs:
         """Predict logits and boxes after every layer."""
-        memory, pos_embed = encoded.memory.flatten(1, 2), encoded.pos_embed.flatten(1, 2)
-        mask = encoded.geometry.mask.flatten(1)
+        memory, pos_embed, mask = encoded.flatten()
         _, centre, sine_embed = self.reference_points(self.query_positions, memory.dtype)
         x, query_sine_embed = memory.new_zeros(len(memory), *self.query_positions.shape), sine_embed
         outputs: list[Tensor] = []
@@ -175,21 +169,11 @@ class ConditionalDETRDecoder(nn.Module):
             outputs.append(x)
         return Outputs(*self.heads(torch.stack(outputs), centre))
 
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        return self.reference_points, self.query_scale, self.heads
-
 
 def build_conditional_detr(section: ConditionalDETRSection) -> EncoderDecoder:
     """Build the detector of a recipe, with random weights."""
     encoder = build_image_encoder(section)
-    layers = [
-        DecoderLayer(
-            width=section.width, heads=section.heads, ffn=section.ffn, dropout=section.dropout, first=number == 0
-        )
-        for number in range(section.decoder_layers)
-    ]
+    layers = [DecoderLayer(layer_sizes(section), first=number == 0) for number in range(section.decoder_layers)]
     decoder = ConditionalDETRDecoder(
         layers, width=section.width, num_classes=section.num_classes, num_queries=section.num_queries
     )

@@ -18,10 +18,9 @@ from samdetr.models.deformable_encoder import (
     DeformableAttention,
     EncodedPyramid,
     Pyramid,
-    build_pyramid_parts,
+    build_pyramid_encoder,
     check_levels,
-    join_pyramid_parts,
-    published_sampling_macs,
+    published_sampling_flops,
     reset_deformable,
 )
 from samdetr.models.detector import EncoderDecoder
@@ -30,8 +29,11 @@ from samdetr.models.layers import (
     Attention,
     FeedForward,
     Fp32Linear,
-    box_head_macs,
+    LayerSizes,
+    box_head_flops,
+    boxes_around,
     inverse_sigmoid,
+    layer_sizes,
     make_box_head,
     make_class_head,
 )
@@ -52,8 +54,9 @@ PADDED_LOGIT = -100.0  # of proposals at padded cells: its focal loss is zero, a
 class DecoderLayer(nn.Module):
     """Attention among queries, deformable attention to the maps, feed-forward; the query's position is added before."""
 
-    def __init__(self, *, width: int, heads: int, levels: int, ffn: int, dropout: float) -> None:
+    def __init__(self, sizes: LayerSizes, *, levels: int) -> None:
         super().__init__()
+        width, heads, ffn, dropout = sizes
         self.self_attention = Attention(width=width, heads=heads, dropout=dropout)
         self.norm1 = nn.LayerNorm(width)
         self.cross_attention = DeformableAttention(width=width, heads=heads, levels=levels)
@@ -120,7 +123,7 @@ class CellProposals(nn.Module):
         if self.mask_padding:
             logits = logits.masked_fill(~pyramid.mask[..., None], PADDED_LOGIT)
         start = torch.log(around / (1 - around)).masked_fill(~inside, torch.inf)
-        boxes = (box_head(x) + start).sigmoid()
+        boxes = boxes_around(box_head(x), start)
         return Proposals(logits, boxes), logits[..., 0].topk(self.num_queries, dim=1).indices
 
 
@@ -157,9 +160,7 @@ class BoxPrediction(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Predict logits [B, Q, K] and boxes [B, Q, 4] from x [B, Q, width], reference [B, Q, 2 or 4] in [0, 1]."""
         start = inverse_sigmoid(reference)
-        if reference.shape[-1] == 2:
-            start = torch.cat((start, torch.zeros_like(start)), dim=-1)
-        return class_head(x), (box_head(x) + start).sigmoid()
+        return class_head(x), boxes_around(box_head(x), start)
 
 
 class DeformableDETRDecoder(nn.Module):
@@ -196,6 +197,7 @@ class DeformableDETRDecoder(nn.Module):
             first = self.box_heads[0]
             assert isinstance(first, MLP)
             nn.init.constant_(first.last.bias[2:], INITIAL_SIZE)
+        self.compiled_parts = (self.queries, self.predict)
 
     def forward(self, encoded: EncodedPyramid) -> Outputs:
         """Predict logits and boxes after every layer, and in a first stage if there is one."""
@@ -215,26 +217,13 @@ class DeformableDETRDecoder(nn.Module):
             boxes.append(layer_boxes)
         return Outputs(torch.stack(logits), torch.stack(boxes), proposals)
 
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        return self.queries, self.predict
-
 
 def build_deformable_detr(section: DeformableDETRSection) -> EncoderDecoder:
     """Build the detector of a recipe, with random weights."""
-    parts = build_pyramid_parts(section, ffn=section.ffn)
-    layers = [
-        DecoderLayer(
-            width=section.width,
-            heads=section.heads,
-            levels=section.feature_levels,
-            ffn=section.ffn,
-            dropout=section.dropout,
-        )
-        for _ in range(section.decoder_layers)
-    ]
-    encoder = join_pyramid_parts(section, *parts)
+    encoder = build_pyramid_encoder(section, ffn=section.ffn)
+    sizes, levels = layer_sizes(section), section.feature_levels
+    layers = [DecoderLayer(sizes, levels=levels) for _ in range(section.decoder_layers)]
+    encoder.reset_parameters()  # after the decoder's layers: a seed means this order of draws
     decoder = DeformableDETRDecoder(
         layers,
         width=section.width,
@@ -273,16 +262,16 @@ def repeated_heads(model: Any, names: Mapping[str, str]) -> dict[str, str]:
     return {REPEATED + key: key for key in heads}
 
 
-def published_box_head_macs(decoder: DeformableDETRDecoder, args: Sequence[Any], out: Outputs) -> int:
+def published_box_head_flops(decoder: DeformableDETRDecoder, args: Sequence[Any], out: Outputs) -> int:
     """Count the box heads that the published code runs twice with box refinement: all of them."""
-    return box_head_macs(decoder.box_heads[: len(decoder.layers)], out) if decoder.box_refine else 0
+    return box_head_flops(decoder.box_heads[: len(decoder.layers)], out) if decoder.box_refine else 0
 
 
 SYSTEM = System(
     name="deformable_detr",
     build=build_deformable_detr,
     class_heads="decoder.class_heads.",
-    published_macs={DeformableDETRDecoder: published_box_head_macs, DeformableAttention: published_sampling_macs},
+    published_flops={DeformableDETRDecoder: published_box_head_flops, DeformableAttention: published_sampling_flops},
     sampling=(SAMPLING, ".reference_head."),
     published=PublishedLayout(
         landmark="transformer.decoder.layers.0.cross_attn.sampling_offsets.weight",

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from samdetr.models.backbone import Backbone, build_backbone
-from samdetr.models.encoder import PUBLISHED_LAYER_END
-from samdetr.models.layers import GROUPS, FeedForward, Fp32Linear, MapGroupNorm, reset_matrices
-from samdetr.models.position import MapGeometry, covered_cells, sine_map, valid_cells, valid_mask
+from samdetr.models.encoder import PUBLISHED_LAYER_END, cast_memory, embed_map
+from samdetr.models.layers import GROUPS, FeedForward, Fp32Linear, LayerSizes, MapGroupNorm, layer_sizes, reset_matrices
+from samdetr.models.position import MapGeometry, covered_cells, valid_mask
 from samdetr.models.system import check_settings
 from samdetr_kernels import deformable_attention
 
@@ -102,7 +102,7 @@ class DeformableAttention(nn.Module):
         return self.out(deformable_attention(value, pyramid.spatial_shapes, locations, weights))
 
 
-def published_sampling_macs(attention: DeformableAttention, args: Sequence[Any], out: Tensor) -> int:
+def published_sampling_flops(attention: DeformableAttention, args: Sequence[Any], out: Tensor) -> int:
     """Count 4 for each sampled value of deformable attention, as the tool does that counted the published numbers."""
     return 4 * out.numel() * attention.levels * POINTS
 
@@ -110,8 +110,9 @@ def published_sampling_macs(attention: DeformableAttention, args: Sequence[Any],
 class DeformableEncoderLayer(nn.Module):
     """Deformable attention of every cell around itself, then a feed-forward block."""
 
-    def __init__(self, *, width: int, heads: int, levels: int, ffn: int, dropout: float) -> None:
+    def __init__(self, sizes: LayerSizes, *, levels: int) -> None:
         super().__init__()
+        width, heads, ffn, dropout = sizes
         self.attention = DeformableAttention(width=width, heads=heads, levels=levels)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)
@@ -156,7 +157,7 @@ class PyramidEmbedding(nn.Module):
         super().__init__()
         self.projections = projections
         self.norms = nn.ModuleList(MapGroupNorm(GROUPS, width) for _ in projections if group_norm)
-        self.level_embed = nn.Parameter(torch.randn(len(projections), width))
+        self.level_embed = nn.Parameter(torch.zeros(len(projections), width))
         self.strides, self.pos_offset, self.mask_padding = strides, pos_offset, mask_padding
 
     def forward(
@@ -170,21 +171,20 @@ class PyramidEmbedding(nn.Module):
         norms = self.norms or [None] * len(maps)
         levels = zip(maps, self.strides, self.projections, norms, self.level_embed.unbind(), strict=True)
         for features, stride, projection, norm, level_embed in levels:
-            height, width = features.shape[2:]
-            if self.mask_padding:
-                valid = covered_cells(image_sizes, stride)
-            else:
-                valid = valid_cells(image_sizes, image_shape, (height, width))
-            mask = valid_mask(valid, height, width)
-            x = features.permute(0, 2, 3, 1)
-            x = projection(x) if isinstance(projection, nn.Linear) else x
-            if norm is not None:
-                x = norm(x, mask if self.mask_padding else None)
-            pos_embed = sine_map(valid, height, width, x.shape[-1], offset=self.pos_offset).to(x.dtype) + level_embed
+            x, pos_embed, geometry = embed_map(
+                features,
+                image_sizes,
+                image_shape,
+                projection=projection if isinstance(projection, nn.Linear) else None,
+                norm=norm,
+                stride=stride,
+                mask_padding=self.mask_padding,
+                pos_offset=self.pos_offset,
+            )
             inputs.append(x.flatten(1, 2))
-            pos_embeds.append(pos_embed.flatten(1, 2))
-            geometries.append(MapGeometry(valid, mask, valid if self.mask_padding else None))
-            points.append(_centres(valid, height, width, level_embed.dtype))
+            pos_embeds.append((pos_embed + level_embed).flatten(1, 2))
+            geometries.append(geometry)
+            points.append(_centres(geometry.valid, features.shape[2], features.shape[3], level_embed.dtype))
         spatial_shapes = tuple((features.shape[2], features.shape[3]) for features in maps)
         valid = torch.stack([geometry.valid.flip(-1) for geometry in geometries], dim=1)
         sizes = [torch.stack([valid.new_full((), size) for size in shape[::-1]]) for shape in spatial_shapes]
@@ -204,7 +204,7 @@ class EncodedPyramid(NamedTuple):
 
 
 class PyramidImageEncoder(nn.Module):
-    """From images to encoded maps of several levels.
+    """From images to encoded maps of several levels. `reset_parameters` draws its weights.
 
     projections: of each level, a linear layer, or a convolution with stride 2 of the backbone's last map. layers: those
     of the transformer that are compiled, sharded and checkpointed one by one. mask_padding: padded cells are zero, so
@@ -236,18 +236,18 @@ class PyramidImageEncoder(nn.Module):
         )
         self.transformer = transformer
         self.layers = tuple(layers)
+        self.compiled_parts = (self.embed,)
         self.mask_padding = mask_padding
+
+    def reset_parameters(self) -> None:
+        """Draw the embeddings of levels, the transformer and the projections, but not the backbone."""
+        nn.init.normal_(self.embed.level_embed)
         reset_deformable(self.transformer)
-        for projection in projections:
+        for projection in self.embed.projections:
             assert isinstance(projection, nn.Linear | nn.Conv2d)
             nn.init.xavier_uniform_(projection.weight)
             assert projection.bias is not None
             nn.init.zeros_(projection.bias)
-
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        return (self.embed,)
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> EncodedPyramid:
         """Encode images [B, 3, H, W], normalised, zero-padded bottom/right; image_sizes [B, 2] int, valid (h, w)."""
@@ -258,10 +258,8 @@ class PyramidImageEncoder(nn.Module):
             if isinstance(projection, nn.Conv2d):
                 maps = (*maps, projection(self._without_padding(maps[-1], image_sizes)))
         x, pos_embed, pyramid = self.embed(maps, image_sizes, (images.shape[2], images.shape[3]))
-        # under autocast norms return float32: twice the bytes to read
-        memory = self.transformer(x, pos_embed, pyramid).to(dtype)
-        if self.mask_padding:
-            memory = memory.masked_fill(~pyramid.mask[..., None], 0)
+        memory = self.transformer(x, pos_embed, pyramid)
+        memory = cast_memory(memory, dtype, pyramid.mask if self.mask_padding else None)
         return EncodedPyramid(memory, pos_embed, pyramid, image_sizes)
 
     def _without_padding(self, features: Tensor, image_sizes: Tensor) -> Tensor:
@@ -310,25 +308,16 @@ def build_projections(section: TransformerSection, *, levels: int, last: bool) -
     return backbone, nn.ModuleList(projections)
 
 
-def build_pyramid_parts(section: DeformableSection, *, ffn: int) -> tuple[Backbone, nn.ModuleList, PyramidEncoder]:
-    """Build the parts of a recipe's `PyramidImageEncoder`, with random weights. ffn: of the transformer."""
-    width, levels = section.width, section.feature_levels
+def build_pyramid_encoder(section: DeformableSection, *, ffn: int) -> PyramidImageEncoder:
+    """Build the image encoder of a recipe, with a norm after each projection. ffn: of its layers.
+
+    `PyramidImageEncoder.reset_parameters` gives it random weights.
+    """
+    levels = section.feature_levels
     from_backbone = min(levels, MOST_BACKBONE_LEVELS)
     backbone, projections = build_projections(section, levels=from_backbone, last=levels > from_backbone)
-    layers = (
-        DeformableEncoderLayer(width=width, heads=section.heads, levels=levels, ffn=ffn, dropout=section.dropout)
-        for _ in range(section.encoder_layers)
-    )
-    return backbone, projections, PyramidEncoder(layers)
-
-
-def join_pyramid_parts(
-    section: DeformableSection, backbone: Backbone, projections: nn.ModuleList, transformer: PyramidEncoder
-) -> PyramidImageEncoder:
-    """Make the image encoder of the parts of `build_pyramid_parts`, with a norm after each projection.
-
-    Call it after the decoder's layers are made: the order in which numbers are drawn is part of what a seed means.
-    """
+    sizes = layer_sizes(section)._replace(ffn=ffn)
+    transformer = PyramidEncoder(DeformableEncoderLayer(sizes, levels=levels) for _ in range(section.encoder_layers))
     return PyramidImageEncoder(
         backbone,
         projections,

@@ -16,7 +16,9 @@ from samdetr.structures import Outputs
 class Decoder(Protocol):
     """An nn.Module that makes predictions of what the image encoder gives."""
 
-    layers: nn.ModuleList
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Layers that are compiled, sharded and checkpointed one by one."""
 
     def __call__(self, encoded: Any) -> Outputs:
         """Predict logits and boxes after every layer. encoded: of the detector's encoder."""
@@ -34,6 +36,9 @@ class EncoderDecoder(nn.Module):
         self.system = system
         self.encoder = encoder
         self.decoder = decoder
+        self.layers = (*encoder.layers, *decoder.layers)  # those of a stack run the same graph
+        # besides the backbone, each as one graph for maps of all sizes
+        self.compiled_parts = (*encoder.compiled_parts, *self.layers, *decoder.compiled_parts)
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:
         """Detect objects in images [B, 3, H, W], normalised, zero-padded bottom/right.
@@ -46,13 +51,3 @@ class EncoderDecoder(nn.Module):
     def backbone(self) -> Backbone:
         """The backbone, which is compiled for each size of images, and sharded as a whole."""
         return self.encoder.backbone
-
-    @property
-    def layers(self) -> tuple[nn.Module, ...]:
-        """Layers that are compiled, sharded and checkpointed one by one; those of a stack run the same graph."""
-        return (*self.encoder.layers, *self.decoder.layers)
-
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules whose forward pass is compiled besides the backbone's, each as one graph for maps of all sizes."""
-        return (*self.encoder.compiled_parts, *self.layers, *self.decoder.compiled_parts)

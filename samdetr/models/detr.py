@@ -21,7 +21,9 @@ from samdetr.models.layers import (
     PUBLISHED_DECODER_LAYER,
     Attention,
     FeedForward,
+    LayerSizes,
     PredictionHeads,
+    layer_sizes,
     make_class_head,
     reset_matrices,
 )
@@ -33,13 +35,19 @@ if TYPE_CHECKING:
 
 
 class DecoderLayer(nn.Module):
-    """Attention among queries, attention to the map, feed-forward; the query's position is added before each."""
+    """Attention among queries, attention to the map, feed-forward; the query's position is added before each.
 
-    def __init__(self, *, width: int, heads: int, ffn: int, dropout: float) -> None:
+    cross_attention: to the map, called as `Attention` is; None: one of those.
+    """
+
+    def __init__(self, sizes: LayerSizes, *, cross_attention: nn.Module | None = None) -> None:
         super().__init__()
+        width, heads, ffn, dropout = sizes
         self.self_attention = Attention(width=width, heads=heads, dropout=dropout)
         self.norm1 = nn.LayerNorm(width)
-        self.cross_attention: nn.Module = Attention(width=width, heads=heads, dropout=dropout)
+        if cross_attention is None:
+            cross_attention = Attention(width=width, heads=heads, dropout=dropout)
+        self.cross_attention = cross_attention
         self.norm2 = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
         self.dropout = nn.Dropout(dropout)
@@ -70,11 +78,12 @@ class DETRDecoder(nn.Module):
             class_head=make_class_head(width, num_classes, prior=class_prior),
             box_head=MLP(width, width, width, 4, fp32_output=True),
         )
+        self.compiled_parts = (self.heads,)
 
     def forward(self, encoded: EncodedMap) -> Outputs:
         """Predict logits and boxes after every layer."""
-        memory, pos_embed = encoded.memory.flatten(1, 2), encoded.pos_embed.flatten(1, 2)
-        key, mask = memory + pos_embed, encoded.geometry.mask.flatten(1)[:, None, None]
+        memory, pos_embed, mask = encoded.flatten()
+        key, mask = memory + pos_embed, mask[:, None, None]
         x = memory.new_zeros(len(memory), *self.query_positions.shape)
         outputs = []
         for layer in self.layers:
@@ -82,19 +91,11 @@ class DETRDecoder(nn.Module):
             outputs.append(x)
         return Outputs(*self.heads(torch.stack(outputs)))
 
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        return (self.heads,)
-
 
 def build_detr(section: DETRSection) -> EncoderDecoder:
     """Build the detector of a recipe, with random weights."""
     encoder = build_image_encoder(section)
-    layers = [
-        DecoderLayer(width=section.width, heads=section.heads, ffn=section.ffn, dropout=section.dropout)
-        for _ in range(section.decoder_layers)
-    ]
+    layers = [DecoderLayer(layer_sizes(section)) for _ in range(section.decoder_layers)]
     decoder = DETRDecoder(
         layers,
         width=section.width,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from samdetr.errors import CheckpointError
 from samdetr.models.backbone import Backbone, build_backbone
-from samdetr.models.layers import GROUPS, FeedForward, MapGroupNorm, attend
+from samdetr.models.layers import GROUPS, FeedForward, LayerSizes, MapGroupNorm, attend, layer_sizes
 from samdetr.models.position import TEMPERATURE, MapGeometry, covered_cells, sine_map, valid_cells, valid_mask
 
 if TYPE_CHECKING:
@@ -30,10 +31,9 @@ CONVOLUTIONS = r"encoder\.embed\.input_proj"  # published as such
 class EncoderLayer(nn.Module):
     """Self-attention with q = k = x + pos_embed, v = x, then a feed-forward block."""
 
-    def __init__(
-        self, *, width: int, heads: int, ffn: int, dropout: float, activation: Callable[[], nn.Module] = nn.ReLU
-    ) -> None:
+    def __init__(self, sizes: LayerSizes, *, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
         super().__init__()
+        width, heads, ffn, dropout = sizes
         self.heads = heads
         self.in_proj = nn.Linear(width, 3 * width)  # one matrix for q, k, v: its Xavier range depends on it
         self.out_proj = nn.Linear(width, width)
@@ -73,6 +73,44 @@ class TransformerEncoder(nn.Module):
         return x
 
 
+def embed_map(
+    features: Tensor,
+    image_sizes: Tensor,
+    image_shape: tuple[int, int],
+    *,
+    projection: nn.Module | None,
+    norm: nn.Module | None,
+    stride: int,
+    mask_padding: bool,
+    pos_offset: float,
+    pos_temperature: float = TEMPERATURE,
+) -> tuple[Tensor, Tensor, MapGeometry]:
+    """Embed a backbone's map [B, C, h, w]: x and pos_embed [B, h, w, width], and the geometry.
+
+    image_sizes: [B, 2] int valid (h, w). image_shape: padded (H, W) of the images. projection, norm: of x, None: left
+    out. stride: of the map, in pixels. pos_offset, pos_temperature: of `sine_map`.
+    """
+    height, width = features.shape[2:]
+    if mask_padding:
+        valid = covered_cells(image_sizes, stride)
+    else:
+        valid = valid_cells(image_sizes, image_shape, (height, width))
+    mask = valid_mask(valid, height, width)
+    x = features.permute(0, 2, 3, 1)
+    if projection is not None:
+        x = projection(x)
+    if norm is not None:
+        x = norm(x, mask if mask_padding else None)
+    pos_embed = sine_map(valid, height, width, x.shape[-1], offset=pos_offset, temperature=pos_temperature)
+    return x, pos_embed.to(x.dtype), MapGeometry(valid, mask, valid if mask_padding else None)
+
+
+def cast_memory(memory: Tensor, dtype: torch.dtype, mask: Tensor | None) -> Tensor:
+    """Cast memory [B, ..., width], and zero the cells outside of mask [B, ...] bool; None: leave them."""
+    memory = memory.to(dtype)  # under autocast norms return float32: twice the bytes to read
+    return memory if mask is None else memory.masked_fill(~mask[..., None], 0)
+
+
 class MapEmbedding(nn.Module):
     """From a backbone's map to the transformer's input, with a position embedding of every cell."""
 
@@ -100,19 +138,17 @@ class MapEmbedding(nn.Module):
 
         image_sizes: [B, 2] int valid (h, w). image_shape: padded (H, W) of the images.
         """
-        height, width = features.shape[2:]
-        if self.mask_padding:
-            valid = covered_cells(image_sizes, self.stride)
-        else:
-            valid = valid_cells(image_sizes, image_shape, (height, width))
-        mask = valid_mask(valid, height, width)
-        x = self.input_proj(features.permute(0, 2, 3, 1))
-        if self.input_norm is not None:
-            x = self.input_norm(x, mask if self.mask_padding else None)
-        pos_embed = sine_map(
-            valid, height, width, x.shape[-1], offset=self.pos_offset, temperature=self.pos_temperature
-        ).to(x.dtype)
-        return x, pos_embed, MapGeometry(valid, mask, valid if self.mask_padding else None)
+        return embed_map(
+            features,
+            image_sizes,
+            image_shape,
+            projection=self.input_proj,
+            norm=self.input_norm,
+            stride=self.stride,
+            mask_padding=self.mask_padding,
+            pos_offset=self.pos_offset,
+            pos_temperature=self.pos_temperature,
+        )
 
 
 class EncodedMap(NamedTuple):
@@ -122,6 +158,10 @@ class EncodedMap(NamedTuple):
     pos_embed: Tensor  # [B, h, w, width]
     geometry: MapGeometry
     image_sizes: Tensor  # [B, 2] int, valid (h, w) in pixels
+
+    def flatten(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return memory and pos_embed [B, h * w, width], and the mask [B, h * w] bool, True within the valid cells."""
+        return self.memory.flatten(1, 2), self.pos_embed.flatten(1, 2), self.geometry.mask.flatten(1)
 
 
 class ImageEncoder(nn.Module):
@@ -137,6 +177,9 @@ class ImageEncoder(nn.Module):
         self.backbone = backbone
         self.embed = embed
         self.transformer = transformer
+        self.layers = tuple(transformer.layers)
+        scale = transformer.pos_scale
+        self.compiled_parts = (embed,) if scale is None else (embed, scale)
         self.mask_padding = mask_padding
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> EncodedMap:
@@ -145,21 +188,8 @@ class ImageEncoder(nn.Module):
         x, pos_embed, geometry = self.embed(features, image_sizes, (images.shape[2], images.shape[3]))
         mask = geometry.mask
         memory = self.transformer(x.flatten(1, 2), pos_embed.flatten(1, 2), mask.flatten(1)).view(x.shape)
-        memory = memory.to(features.dtype)  # under autocast norms return float32: twice the bytes to read
-        if self.mask_padding:
-            memory = memory * mask[..., None].to(memory.dtype)
+        memory = cast_memory(memory, features.dtype, mask if self.mask_padding else None)
         return EncodedMap(memory, pos_embed, geometry, image_sizes)
-
-    @property
-    def layers(self) -> tuple[nn.Module, ...]:
-        """Layers that are compiled, sharded and checkpointed one by one."""
-        return tuple(self.transformer.layers)
-
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        scale = self.transformer.pos_scale
-        return (self.embed,) if scale is None else (self.embed, scale)
 
 
 def check_input_norm(model: Any, state: State) -> None:
@@ -195,15 +225,7 @@ def build_image_encoder(
         pos_offset=pos_offset,
         pos_temperature=pos_temperature,
     )
-    layers = [
-        EncoderLayer(
-            width=section.width,
-            heads=section.heads,
-            ffn=section.ffn,
-            dropout=section.dropout,
-            activation=activation,
-        )
-        for _ in range(section.encoder_layers)
-    ]
+    sizes = layer_sizes(section)
+    layers = [EncoderLayer(sizes, activation=activation) for _ in range(section.encoder_layers)]
     transformer = TransformerEncoder(layers, pos_scale=pos_scale)
     return ImageEncoder(backbone, embed, transformer, mask_padding=mask_padding)

@@ -71,13 +71,13 @@ class Coder(BoxCoder):
         return torch.cat((middles - halves, middles + halves), -1).flatten(1)
 
 
-class ExactRPNHead(RPNHead):
+class Fp32RPNHead(RPNHead):
     """Scores and box changes are computed in float32: thousands of scores are compared."""
 
     def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Predict scores [B, A, h, w] and box changes [B, 4 A, h, w] of each level, for A anchors a cell."""
         features = [self.conv(level) for level in maps]
-        with exact(maps[0]):
+        with without_autocast(maps[0]):
             scores = [self.cls_logits(level.float()) for level in features]
             return scores, [self.bbox_pred(level.float()) for level in features]
 
@@ -100,7 +100,7 @@ class RegionHeads(RoIHeads):
     def predict(self, maps: Maps, proposals: list[Tensor], sizes: Sizes) -> tuple[Tensor, Tensor]:
         """Predict logits [R, K] (0: no object) and box changes [R, 4 K] of all images' proposals, float32."""
         features = self.box_head(self.box_roi_pool(maps, proposals, sizes))
-        with exact(features):
+        with without_autocast(features):
             logits, changes = self.box_predictor(features.float())
         return logits, changes
 
@@ -173,8 +173,8 @@ class FasterRCNN(nn.Module):
         return RegionLosses(losses["loss_objectness"], losses["loss_rpn_box_reg"], *second)
 
 
-def exact(x: Tensor) -> AbstractContextManager[object]:
-    """Let autocast leave float32 alone, within the context."""
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which autocast leaves float32 alone, on the device of x."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta has no autocast
 
 
@@ -230,7 +230,7 @@ def build_faster_rcnn(section: FasterRCNNSection) -> FasterRCNN:
         head = TwoMLPHead(channels * 7 * 7, features)
     rpn = RegionProposalNetwork(
         anchors,
-        ExactRPNHead(channels, anchors.num_anchors_per_location()[0]),
+        Fp32RPNHead(channels, anchors.num_anchors_per_location()[0]),
         fg_iou_thresh=0.7,
         bg_iou_thresh=0.3,
         batch_size_per_image=DRAWN_ANCHORS,

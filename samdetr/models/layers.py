@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samdetr.structures import Outputs
+
+if TYPE_CHECKING:
+    from samdetr.recipe.model import TransformerSection
 
 INVERSE_SIGMOID_EPSILON = 1e-5
 GROUPS = 32  # of the norm after the input projection
@@ -37,6 +41,20 @@ PUBLISHED_SELF_ATTENTION = {
     "self_attention.value.": "sa_v_proj.",
     "self_attention.out.": "self_attn.out_proj.",
 }
+
+
+class LayerSizes(NamedTuple):
+    """What all layers of a transformer have in common."""
+
+    width: int  # channels
+    heads: int  # of attention
+    ffn: int  # hidden channels of the feed-forward block
+    dropout: float  # probability
+
+
+def layer_sizes(section: TransformerSection) -> LayerSizes:
+    """Return the sizes of a recipe's layers."""
+    return LayerSizes(section.width, section.heads, section.ffn, section.dropout)
 
 
 class Fp32Linear(nn.Linear):
@@ -95,8 +113,8 @@ def make_box_head(width: int) -> MLP:
     return head
 
 
-def box_head_macs(heads: Iterable[nn.Module], out: Outputs) -> int:
-    """Count the multiply-accumulates of box heads, each for the queries of one layer."""
+def box_head_flops(heads: Iterable[nn.Module], out: Outputs) -> int:
+    """Count the flops of box heads, each for the queries of one layer."""
     weights = (weight for head in heads for weight in head.parameters() if weight.dim() > 1)
     return sum(weight.numel() for weight in weights) * out.boxes[0, ..., 0].numel()
 
@@ -251,10 +269,14 @@ class MapGroupNorm(nn.GroupNorm):
         return normalised.view(x.shape) * self.weight + self.bias
 
 
-def boxes_around(offset: Tensor, centre: Tensor) -> Tensor:
-    """Compute boxes (cx, cy, w, h) in [0, 1] from offsets [..., 4] and where they begin, [..., 2] (x, y) before the
-    sigmoid."""
-    return (offset + torch.cat((centre, torch.zeros_like(centre)), dim=-1)).sigmoid()
+def boxes_around(offset: Tensor, start: Tensor) -> Tensor:
+    """Compute boxes (cx, cy, w, h) in [0, 1] from offsets [..., 4].
+
+    start: where they begin before the sigmoid, points (x, y) [..., 2] or boxes [..., 4].
+    """
+    if start.shape[-1] == 2:
+        start = torch.cat((start, torch.zeros_like(start)), dim=-1)
+    return (offset + start).sigmoid()
 
 
 def inverse_sigmoid(x: Tensor, epsilon: float = INVERSE_SIGMOID_EPSILON) -> Tensor:

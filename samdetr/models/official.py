@@ -1,7 +1,8 @@
 """Published checkpoints of each system <-> our models, strict in both directions.
 
 The layouts stand beside the systems. They differ from ours in names, in 1x1 convolutions (ours are linear layers on
-channels-last maps) and in the order of a few weights, and some hold heads several times.
+channels-last maps) and in the order of a few weights, and some hold heads several times. "Official" in the functions'
+names, as in init.official and --official, means published.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from samdetr.errors import CheckpointError
-from samdetr.models import SYSTEMS, Detector, EncoderDecoder
+from samdetr.models import SYSTEMS, Detector
 from samdetr.models.state import first_of
 from samdetr.models.system import PublishedLayout
 
@@ -29,17 +30,20 @@ _INPUT_NORM = "encoder.embed.input_norm."
 def official_names(model: Detector) -> dict[str, str]:
     """Map our parameters and buffers to their published keys. Raises CheckpointError where there is none."""
     layout = _layout_of(model)
-    return {name: _official_name(name, model.system.name, layout) for name in model.state_dict()}
+    return {name: _published_name(name, model.system.name, layout) for name in model.state_dict()}
 
 
 def _layout_of(model: Detector) -> PublishedLayout:
-    if model.system.published is None:
-        part = model.decoder if isinstance(model, EncoderDecoder) else model
-        raise CheckpointError(f"{type(part).__name__} has no published layout: start from init.checkpoint instead.")
-    return model.system.published
+    layout = model.system.published
+    if layout is None:
+        raise CheckpointError(
+            f'model.system = "{model.system.name}" has no published layout: start from init.checkpoint instead.'
+        )
+    layout.check_model(model)
+    return layout
 
 
-def _official_name(name: str, system: str, layout: PublishedLayout) -> str:
+def _published_name(name: str, system: str, layout: PublishedLayout) -> str:
     for pattern, prefix, names in (
         (r"encoder\.transformer\.layers\.(\d+)\.(.+)", "transformer.encoder.layers", layout.encoder_layer),
         (r"decoder\.layers\.(\d+)\.(.+)", "transformer.decoder.layers", layout.decoder_layer),
@@ -61,12 +65,12 @@ def _official_name(name: str, system: str, layout: PublishedLayout) -> str:
 
 
 def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    ours, theirs = next((one, other) for one, other in prefixes.items() if name.startswith(one))
+    ours, published = next((one, other) for one, other in prefixes.items() if name.startswith(one))
     rest = name.removeprefix(ours)
-    if theirs.endswith("layers."):
+    if published.endswith("layers."):
         position, leaf = rest.split(".")
         rest = f"{int(position) // 2}.{leaf}"
-    return theirs + rest
+    return published + rest
 
 
 def _system_of(state: Mapping[str, Tensor]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from samdetr.models.aligner import (
     PooledAligner,
     SemanticAligner,
     build_aligner,
-    published_projection_macs,
+    published_projection_flops,
 )
 from samdetr.models.detector import EncoderDecoder
 from samdetr.models.encoder import (
@@ -31,10 +30,13 @@ from samdetr.models.layers import (
     PUBLISHED_SELF_ATTENTION,
     ConditionalSelfAttention,
     FeedForward,
+    LayerSizes,
     attend,
-    box_head_macs,
+    box_head_flops,
+    boxes_around,
     inverse_sigmoid,
     joint_linear,
+    layer_sizes,
     make_box_head,
     make_class_head,
     reset_matrices,
@@ -96,21 +98,20 @@ class CrossAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, semantic alignment, cross-attention, feed-forward. aligner: makes the one of this layer."""
+    """Self-attention, semantic alignment, cross-attention, feed-forward."""
 
     def __init__(
         self,
+        sizes: LayerSizes,
         *,
-        width: int,
-        heads: int,
-        ffn: int,
-        dropout: float,
-        aligner: Callable[[], SemanticAligner | PooledAligner],
+        self_attention: ConditionalSelfAttention,
+        aligner: SemanticAligner | PooledAligner,
     ) -> None:
         super().__init__()
-        self.self_attention = ConditionalSelfAttention(width=width, heads=heads, dropout=dropout)
+        width, heads, ffn, dropout = sizes
+        self.self_attention = self_attention
         self.norm1 = nn.LayerNorm(width)
-        self.aligner = aligner()
+        self.aligner = aligner
         self.cross_attention = CrossAttention(width=width, heads=heads, dropout=dropout)
         self.norm2 = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width=width, hidden=ffn, dropout=dropout)
@@ -125,7 +126,7 @@ class DecoderLayer(nn.Module):
         return self.feed_forward(self.norm2(x + self.dropout(attended)))
 
 
-class BoxRefinement(nn.Module):
+class LayerPrediction(nn.Module):
     """A layer's predictions, whose boxes are refined by the next layer. It has no weights: the heads are given."""
 
     def forward(
@@ -136,7 +137,7 @@ class BoxRefinement(nn.Module):
         reference: boxes [B, Q, 4] before the sigmoid, as is the next layer's.
         """
         offset = box_head(x)
-        boxes = (inverse_sigmoid(reference.sigmoid()) + offset).sigmoid()
+        boxes = boxes_around(offset, inverse_sigmoid(reference.sigmoid()))
         return class_head(x), boxes, (reference + offset).detach()
 
 
@@ -161,7 +162,8 @@ class SAMDETRDecoder(nn.Module):
         self.reference_boxes = nn.Parameter(torch.randn(num_queries, 4))
         self.class_heads = nn.ModuleList(make_class_head(width, num_classes) for _ in layers)
         self.box_heads = nn.ModuleList(make_box_head(width) for _ in layers)
-        self.refine = BoxRefinement()
+        self.predict = LayerPrediction()
+        self.compiled_parts = (self.predict,)
 
     def forward(self, encoded: EncodedMap | EncodedPyramid) -> Outputs:
         """Predict logits and boxes after every layer."""
@@ -172,31 +174,26 @@ class SAMDETRDecoder(nn.Module):
         logits, boxes = [], []
         for layer, class_head, box_head, read in zip(self.layers, self.class_heads, self.box_heads, maps, strict=True):
             x = layer(x, reference.sigmoid(), read.memory, read.pos_embed, read.geometry)
-            layer_logits, layer_boxes, reference = self.refine(x, reference, class_head, box_head)
+            layer_logits, layer_boxes, reference = self.predict(x, reference, class_head, box_head)
             logits.append(layer_logits)
             boxes.append(layer_boxes)
         return Outputs(torch.stack(logits), torch.stack(boxes))
 
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        return (self.refine,)
 
-
-def the_only_map(encoded: EncodedMap, layers: int) -> list[EncodedMap]:
+def repeat_map(encoded: EncodedMap, layers: int) -> list[EncodedMap]:
     """Give every layer the same map."""
     return [encoded] * layers
 
 
 def build_sam_detr_layers(section: SAMDETRSection | MultiScaleSAMDETRSection) -> list[DecoderLayer]:
     """Build the decoder layers of a recipe, with random weights."""
+    sizes = layer_sizes(section)
     return [
         DecoderLayer(
-            width=section.width,
-            heads=section.heads,
-            ffn=section.ffn,
-            dropout=section.dropout,
-            aligner=partial(build_aligner, section),
+            sizes,
+            # before the aligner: a seed means this order of draws
+            self_attention=ConditionalSelfAttention(width=sizes.width, heads=sizes.heads, dropout=sizes.dropout),
+            aligner=build_aligner(section),
         )
         for _ in range(section.decoder_layers)
     ]
@@ -207,7 +204,7 @@ def build_sam_detr(section: SAMDETRSection) -> EncoderDecoder:
     encoder = build_image_encoder(section, pos_offset=0.5)
     decoder = SAMDETRDecoder(
         build_sam_detr_layers(section),
-        the_only_map,
+        repeat_map,
         width=section.width,
         num_classes=section.num_classes,
         num_queries=section.num_queries,
@@ -235,16 +232,16 @@ PUBLISHED_LAYER = {  # our prefixes -> published ones
 ALIGNER_CONVOLUTIONS = r"decoder\.layers\.\d+\.aligner\.reduce"  # published as such
 
 
-def published_box_head_macs(decoder: SAMDETRDecoder, args: Sequence[Any], out: Outputs) -> int:
+def published_box_head_flops(decoder: SAMDETRDecoder, args: Sequence[Any], out: Outputs) -> int:
     """Count all box heads but the last: the published code runs them for the next reference and for the prediction."""
-    return box_head_macs(decoder.box_heads[:-1], out)
+    return box_head_flops(decoder.box_heads[:-1], out)
 
 
 SYSTEM = System(
     name="sam_detr",
     build=build_sam_detr,
     class_heads="decoder.class_heads.",
-    published_macs={SemanticAligner: published_projection_macs, SAMDETRDecoder: published_box_head_macs},
+    published_flops={SemanticAligner: published_projection_flops, SAMDETRDecoder: published_box_head_flops},
     published=PublishedLayout(
         landmark="transformer.decoder.layers.0.ca_qpos_sine_proj.layers.0.weight",
         whole={

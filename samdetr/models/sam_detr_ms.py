@@ -12,10 +12,9 @@ from samdetr.models.deformable_encoder import (
     SAMPLING,
     DeformableAttention,
     EncodedPyramid,
-    build_pyramid_parts,
+    build_pyramid_encoder,
     check_levels,
-    join_pyramid_parts,
-    published_sampling_macs,
+    published_sampling_flops,
 )
 from samdetr.models.detector import EncoderDecoder
 from samdetr.models.encoder import EncodedMap
@@ -53,9 +52,9 @@ def coarse_to_fine(encoded: EncodedPyramid, layers: int) -> list[EncodedMap]:
 
 def build_sam_detr_ms(section: MultiScaleSAMDETRSection) -> EncoderDecoder:
     """Build the detector of a recipe, with random weights: SAM-DETR's decoder behind Deformable-DETR's encoder."""
-    parts = build_pyramid_parts(section, ffn=section.ffn // ENCODER_FFN_SHARE)
+    encoder = build_pyramid_encoder(section, ffn=section.ffn // ENCODER_FFN_SHARE)
     layers = build_sam_detr_layers(section)
-    encoder = join_pyramid_parts(section, *parts)
+    encoder.reset_parameters()  # after the decoder's layers: a seed means this order of draws
     decoder = SAMDETRDecoder(
         layers,
         coarse_to_fine,
@@ -71,7 +70,7 @@ SYSTEM = System(
     name="sam_detr_ms",
     build=build_sam_detr_ms,
     class_heads="decoder.class_heads.",
-    published_macs={**SAM_DETR.published_macs, DeformableAttention: published_sampling_macs},
+    published_flops={**SAM_DETR.published_flops, DeformableAttention: published_sampling_flops},
     sampling=(SAMPLING,),
     published=PublishedLayout(
         landmark="transformer.encoder.layers.0.self_attn.sampling_offsets.weight",

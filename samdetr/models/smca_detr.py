@@ -20,7 +20,15 @@ from samdetr.models.encoder import (
     build_image_encoder,
     check_input_norm,
 )
-from samdetr.models.layers import MLP, Fp32Linear, PredictionHeads, make_class_head, reset_matrices
+from samdetr.models.layers import (
+    MLP,
+    Fp32Linear,
+    LayerSizes,
+    PredictionHeads,
+    layer_sizes,
+    make_class_head,
+    reset_matrices,
+)
 from samdetr.models.system import PublishedLayout, System
 from samdetr.structures import Outputs
 
@@ -101,10 +109,10 @@ def gaussian_bias(points: Tensor, scale: Tensor, mask: Tensor, smoothness: float
 class DecoderLayer(nn.Module):
     """DETR's decoder layer with a Gaussian in its cross-attention."""
 
-    def __init__(self, *, width: int, heads: int, ffn: int, dropout: float, first: bool) -> None:
+    def __init__(self, sizes: LayerSizes, *, first: bool) -> None:
         super().__init__()
-        self.layer = detr.DecoderLayer(width=width, heads=heads, ffn=ffn, dropout=dropout)
-        self.gaussian = Gaussian(width=width, heads=heads, first=first)
+        self.layer = detr.DecoderLayer(sizes)
+        self.gaussian = Gaussian(width=sizes.width, heads=sizes.heads, first=first)
 
     def forward(
         self,
@@ -139,10 +147,11 @@ class SMCADETRDecoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.query_positions = nn.Parameter(torch.randn(num_queries, width))
         self.heads = make_heads(width, num_classes)
+        self.compiled_parts = (self.heads,)
 
     def forward(self, encoded: EncodedMap) -> Outputs:
         """Predict logits and boxes after every layer."""
-        memory, pos_embed = encoded.memory.flatten(1, 2), encoded.pos_embed.flatten(1, 2)
+        memory, pos_embed, _ = encoded.flatten()
         key, mask = memory + pos_embed, encoded.geometry.mask
         extent = encoded.image_sizes.flip(-1).to(self.query_positions.dtype) / self.unit
         x, centre = memory.new_zeros(len(memory), *self.query_positions.shape), None
@@ -151,11 +160,6 @@ class SMCADETRDecoder(nn.Module):
             x, centre = layer(x, centre, self.query_positions, key, memory, mask, extent)
             outputs.append(x)
         return Outputs(*self.heads(torch.stack(outputs), centre))
-
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        return (self.heads,)
 
 
 def make_heads(width: int, num_classes: int) -> PredictionHeads:
@@ -167,12 +171,7 @@ def make_heads(width: int, num_classes: int) -> PredictionHeads:
 def build_smca_detr(section: SMCADETRSection) -> EncoderDecoder:
     """Build the detector of a recipe, with random weights."""
     encoder = build_image_encoder(section)
-    layers = [
-        DecoderLayer(
-            width=section.width, heads=section.heads, ffn=section.ffn, dropout=section.dropout, first=number == 0
-        )
-        for number in range(section.decoder_layers)
-    ]
+    layers = [DecoderLayer(layer_sizes(section), first=number == 0) for number in range(section.decoder_layers)]
     decoder = SMCADETRDecoder(
         layers,
         width=section.width,

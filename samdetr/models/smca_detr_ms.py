@@ -6,12 +6,13 @@ Before that, convolutions mix four maps in the released form, attention three in
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from samdetr.errors import CheckpointError
 from samdetr.models import detr, smca_detr
 from samdetr.models.deformable_encoder import (
     CONVOLUTIONS,
@@ -20,11 +21,10 @@ from samdetr.models.deformable_encoder import (
     PyramidEncoder,
     PyramidImageEncoder,
     build_projections,
-    check_levels,
 )
 from samdetr.models.detector import EncoderDecoder
 from samdetr.models.encoder import PUBLISHED_LAYER_END, EncoderLayer
-from samdetr.models.layers import Attention, FeedForward, Fp32Linear, attend, reset_matrices
+from samdetr.models.layers import Attention, FeedForward, Fp32Linear, LayerSizes, attend, layer_sizes, reset_matrices
 from samdetr.models.position import MapGeometry
 from samdetr.models.smca_detr import (
     PUBLISHED_STRIDE,
@@ -48,8 +48,9 @@ CONVOLVED_STAGES, ATTENDED_STAGES = 3, 2
 class MixingLayer(nn.Module):
     """Convolutions of each channel within every map and between neighbours in place of attention, then feed-forward."""
 
-    def __init__(self, *, levels: int, width: int, ffn: int, dropout: float, mask_padding: bool) -> None:
+    def __init__(self, sizes: LayerSizes, *, levels: int, mask_padding: bool) -> None:
         super().__init__()
+        width, _, ffn, dropout = sizes
         self.mask_padding = mask_padding
         self.value = nn.Linear(width, width)
         self.within = nn.ModuleList(_depthwise(width) for _ in range(levels))
@@ -71,7 +72,7 @@ class MixingLayer(nn.Module):
         mixed = list(maps)
         for level, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
             mixed[level + 1] = mixed[level + 1] + down(maps[level])
-            mixed[level] = mixed[level] + enlarged(up(maps[level + 1]), pyramid.maps[level + 1], pyramid.maps[level])
+            mixed[level] = mixed[level] + upsample(up(maps[level + 1]), pyramid.maps[level + 1], pyramid.maps[level])
         attended = self.out(torch.cat([features.permute(0, 2, 3, 1).flatten(1, 2) for features in mixed], dim=1))
         return self.feed_forward(self.norm(x + self.dropout(attended)))
 
@@ -84,8 +85,8 @@ def _depthwise(width: int, *, stride: int = 1) -> nn.Conv2d:
     return convolution.to(memory_format=torch.channels_last)
 
 
-def enlarged(features: Tensor, coarse: MapGeometry, fine: MapGeometry) -> Tensor:
-    """Enlarge a map [B, C, h, w] to the cells of a finer one, bilinearly, corners on corners: [B, C, H, W].
+def upsample(features: Tensor, coarse: MapGeometry, fine: MapGeometry) -> Tensor:
+    """Upsample a map [B, C, h, w] to the cells of a finer one, bilinearly, corners on corners: [B, C, H, W].
 
     The corners are those of the maps as they are padded (published), or of their valid cells where padding is masked.
     """
@@ -187,12 +188,13 @@ class ScaleAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """DETR's decoder layer with attention to several maps."""
 
-    def __init__(
-        self, *, width: int, heads: int, ffn: int, dropout: float, strides: Sequence[int], first: bool
-    ) -> None:
+    def __init__(self, sizes: LayerSizes, *, strides: Sequence[int], first: bool) -> None:
         super().__init__()
-        self.layer = detr.DecoderLayer(width=width, heads=heads, ffn=ffn, dropout=dropout)
-        self.layer.cross_attention = ScaleAttention(width=width, heads=heads, dropout=dropout)
+        width, heads, _, dropout = sizes
+        attention = ScaleAttention(width=width, heads=heads, dropout=dropout)
+        self.layer = detr.DecoderLayer(sizes, cross_attention=attention)
+        # drawn and dropped: what a seed gives to the parts after it depends on that
+        Attention(width=width, heads=heads, dropout=dropout)
         self.gaussian = Gaussians(width=width, heads=heads, strides=strides, first=first)
 
     def forward(
@@ -240,6 +242,7 @@ class MultiScaleSMCADETRDecoder(nn.Module):
             self.halve = nn.Conv2d(width, width, kernel_size=3, stride=2, padding=1)
             self.halve.to(memory_format=torch.channels_last)
             nn.init.xavier_uniform_(self.halve.weight)
+        self.compiled_parts = (self.heads,)
 
     def forward(self, encoded: EncodedPyramid) -> Outputs:
         """Predict logits and boxes after every layer."""
@@ -269,11 +272,6 @@ class MultiScaleSMCADETRDecoder(nn.Module):
         pos_embed = torch.cat((pos_embed[:, fine : fine + second], pos_embed[:, fine:]), dim=1)
         return memory, pos_embed, [masks[1], *masks[1:]]
 
-    @property
-    def compiled_parts(self) -> tuple[nn.Module, ...]:
-        """Modules around the layers, each compiled as one graph."""
-        return (self.heads,)
-
 
 def build_smca_detr_ms(section: MultiScaleSMCADETRSection) -> EncoderDecoder:
     """Build the detector of a recipe, with random weights.
@@ -285,17 +283,6 @@ def build_smca_detr_ms(section: MultiScaleSMCADETRSection) -> EncoderDecoder:
     backbone, projections = build_projections(section, levels=stages, last=True)
     strides = (*backbone.strides, 2 * backbone.strides[-1])
     transformer = build_mixing_encoder(section, levels=len(strides)) if convolved else build_scale_encoder(section)
-    layers = [
-        DecoderLayer(
-            first=number == 0,
-            strides=(strides[1], *strides[1:]) if convolved else strides,
-            width=section.width,
-            heads=section.heads,
-            ffn=section.ffn,
-            dropout=section.dropout,
-        )
-        for number in range(section.decoder_layers)
-    ]
     encoder = PyramidImageEncoder(
         backbone,
         projections,
@@ -306,6 +293,12 @@ def build_smca_detr_ms(section: MultiScaleSMCADETRSection) -> EncoderDecoder:
         mask_padding=section.padding == "masked",
         pos_offset=0.0,
     )
+    looked_at = (strides[1], *strides[1:]) if convolved else strides
+    layers = [
+        DecoderLayer(layer_sizes(section), strides=looked_at, first=number == 0)
+        for number in range(section.decoder_layers)
+    ]
+    encoder.reset_parameters()  # after the decoder's layers: a seed means this order of draws
     decoder = MultiScaleSMCADETRDecoder(
         layers,
         width=section.width,
@@ -313,29 +306,28 @@ def build_smca_detr_ms(section: MultiScaleSMCADETRSection) -> EncoderDecoder:
         num_queries=section.num_queries,
         halve_finest=convolved,
     )
-    return EncoderDecoder(SYSTEM if convolved else SYSTEM._replace(published=None), encoder, decoder)
+    return EncoderDecoder(SYSTEM, encoder, decoder)
 
 
 def build_mixing_encoder(section: MultiScaleSMCADETRSection, *, levels: int) -> PyramidEncoder:
     """Build the released transformer of a recipe, with random weights."""
-    return PyramidEncoder(
-        MixingLayer(
-            levels=levels,
-            width=section.width,
-            ffn=section.ffn,
-            dropout=section.dropout,
-            mask_padding=section.padding == "masked",
-        )
-        for _ in range(section.encoder_layers)
-    )
+    sizes, mask_padding = layer_sizes(section), section.padding == "masked"
+    layers = (MixingLayer(sizes, levels=levels, mask_padding=mask_padding) for _ in range(section.encoder_layers))
+    return PyramidEncoder(layers)
 
 
 def build_scale_encoder(section: MultiScaleSMCADETRSection) -> ScaleEncoder:
     """Build the paper's transformer of a recipe, with random weights."""
-    return ScaleEncoder(
-        EncoderLayer(width=section.width, heads=section.heads, ffn=section.ffn, dropout=section.dropout)
-        for _ in range(section.encoder_layers)
-    )
+    return ScaleEncoder(EncoderLayer(layer_sizes(section)) for _ in range(section.encoder_layers))
+
+
+def check_scale_encoder(model: Any) -> None:
+    """Raise CheckpointError where the model has the paper's form, which was never released."""
+    if isinstance(model.encoder.transformer, ScaleEncoder):
+        raise CheckpointError(
+            'model.scale_encoder = "attention" has no published layout: set model.scale_encoder = "convolution", '
+            "or start from init.checkpoint."
+        )
 
 
 PUBLISHED_PROJECTIONS = ("512", "1024", "2048", "2048_3")
@@ -365,7 +357,7 @@ SYSTEM = System(
             **smca_detr.PUBLISHED_LAYER,
             "gaussian.weigh.": "point4.",
         },
-        check=check_levels,
+        check_model=check_scale_encoder,
         convolutions=rf"{CONVOLUTIONS}|encoder\.transformer\.layers\.\d+\.(value|out)",
     ),
 )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 REPEATED = "transformer.decoder."  # before the keys of heads that stand in a published file twice
 State = Mapping[str, Tensor]  # a state dict, of published keys
-MacFormula = Callable[..., int]  # of a module, its arguments and its result -> multiply-accumulates
+FlopFormula = Callable[..., int]  # of a module, its arguments and its result -> flops, as cost/flops.py counts
 
 
 def no_copies(model: Any, names: Mapping[str, str]) -> dict[str, str]:
@@ -25,6 +25,14 @@ def no_copies(model: Any, names: Mapping[str, str]) -> dict[str, str]:
 def repeated_box_heads(model: Any, names: Mapping[str, str]) -> dict[str, str]:
     """Return the keys of the box heads as the published decoder holds them once more. names: ours -> published."""
     return {REPEATED + names[name]: names[name] for name in names if name.startswith("decoder.box_heads.")}
+
+
+def fits_every_file(model: Any, state: State) -> None:
+    """Raise nothing, as no key of the recipe changes what the published files hold."""
+
+
+def is_published(model: Any) -> None:
+    """Raise nothing, as every form of the system was published."""
 
 
 class PublishedLayout(NamedTuple):
@@ -38,8 +46,9 @@ class PublishedLayout(NamedTuple):
     whole: Mapping[str, str]
     encoder_layer: Mapping[str, str]
     decoder_layer: Mapping[str, str]
-    check: Callable[[Any, State], None]  # raises CheckpointError where a recipe key does not fit the file
     convolutions: str  # our linear layers that are 1 x 1 convolutions there, as a regular expression of names
+    check: Callable[[Any, State], None] = fits_every_file  # raises CheckpointError where a key does not fit the file
+    check_model: Callable[[Any], None] = is_published  # raises CheckpointError where no such model was published
     copies: Callable[[Any, Mapping[str, str]], dict[str, str]] = no_copies  # published keys that repeat one -> that one
     reordered: Mapping[str, Reordering] = {}  # weights in another order there, by how their names end
 
@@ -58,7 +67,7 @@ class System(NamedTuple):
     build: Callable[[Any], Detector]  # from its section, with random weights
     class_heads: str  # how names of the parameters begin that have a row for each class
     published: PublishedLayout | None  # None: nothing was published that fits
-    published_macs: Mapping[type[nn.Module], MacFormula] = {}  # what the published code computes beyond ours
+    published_flops: Mapping[type[nn.Module], FlopFormula] = {}  # what the published code computes beyond ours
     sampling: tuple[str, ...] = ()  # parts of the names of what learns at optim.sampling_lr_factor
 
 

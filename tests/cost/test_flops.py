@@ -1,4 +1,4 @@
-"""Operations and memory counted from shapes: against sums by hand, and real tensors."""
+"""Flops and memory counted from shapes: against sums by hand, and real tensors."""
 
 from __future__ import annotations
 

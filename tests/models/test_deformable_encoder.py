@@ -17,6 +17,7 @@ from samdetr.models.deformable_encoder import (
     PyramidEncoder,
     PyramidImageEncoder,
 )
+from samdetr.models.layers import LayerSizes
 from samdetr.models.position import MapGeometry, sine_map, valid_mask
 from tests.models.test_sam_detr import images_of
 
@@ -31,9 +32,8 @@ def image_encoder(*, levels: int = 4, mask_padding: bool, dilation: bool = False
     projections: list[nn.Module] = [nn.Linear(channels, WIDTH) for channels in backbone.channels]
     if levels == 4:
         projections.append(nn.Conv2d(backbone.channels[-1], WIDTH, kernel_size=3, stride=2, padding=1))
-    transformer = PyramidEncoder(
-        DeformableEncoderLayer(width=WIDTH, heads=HEADS, levels=levels, ffn=32, dropout=0.0) for _ in range(2)
-    )
+    sizes = LayerSizes(width=WIDTH, heads=HEADS, ffn=32, dropout=0.0)
+    transformer = PyramidEncoder(DeformableEncoderLayer(sizes, levels=levels) for _ in range(2))
     model = PyramidImageEncoder(
         backbone,
         nn.ModuleList(projections),
@@ -43,6 +43,7 @@ def image_encoder(*, levels: int = 4, mask_padding: bool, dilation: bool = False
         group_norm=True,
         mask_padding=mask_padding,
     )
+    model.reset_parameters()
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if "running_mean" in name or (".bn" in name and name.endswith("bias")):

@@ -336,7 +336,7 @@ def test_training_needs_targets_and_there_is_no_published_layout() -> None:
     with pytest.raises(ValueError, match="needs targets"):
         model(images, sizes)
     for call in (lambda: to_official(model), lambda: load_official(model, {})):
-        with pytest.raises(CheckpointError, match="FasterRCNN has no published layout"):
+        with pytest.raises(CheckpointError, match=r'model\.system = "faster_rcnn" has no published layout'):
             call()
 
 

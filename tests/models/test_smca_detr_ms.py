@@ -11,7 +11,7 @@ from samdetr.errors import CheckpointError
 from samdetr.models.layers import Attention
 from samdetr.models.official import to_official
 from samdetr.models.position import MapGeometry, valid_mask
-from samdetr.models.smca_detr_ms import Gaussians, ScaleAttention, ScaleModulation, enlarged
+from samdetr.models.smca_detr_ms import Gaussians, ScaleAttention, ScaleModulation, upsample
 from tests.models.test_sam_detr import TINY_BACKBONE, images_of, small
 
 RELEASED, PAPER = "smca_detr_r50_ms_50ep", "smca_detr_r50_ms_attention_50ep"
@@ -26,7 +26,7 @@ def test_published_enlarging_puts_corners_on_corners() -> None:
     features = torch.randn(1, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     maps = (geometry((3, 4), 4, 5, masked=False), geometry((5, 7), 7, 9, masked=False))
     expected = functional.interpolate(features, size=(7, 9), mode="bilinear", align_corners=True)
-    torch.testing.assert_close(enlarged(features, *maps), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(upsample(features, *maps), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [(3, 4), (1, 2), (1, 1)])
@@ -36,7 +36,7 @@ def test_masked_enlarging_is_that_of_the_valid_cells(size: tuple[int, int]) -> N
     fine = (2 * height - 1, 2 * width)
     maps = (geometry(size, 4, 5, masked=True), geometry(fine, 8, 9, masked=True))
     expected = functional.interpolate(features[..., :height, :width], size=fine, mode="bilinear", align_corners=True)
-    found = enlarged(features, *maps)
+    found = upsample(features, *maps)
     assert found.shape == (1, 3, 8, 9)
     torch.testing.assert_close(found[..., : fine[0], : fine[1]], expected, rtol=0, atol=1e-12)
 
@@ -45,9 +45,9 @@ def test_places_are_not_rounded_with_the_features() -> None:
     """A ramp over 150 cells in bfloat16, as autocast gives it, keeps its slope."""
     ramp = torch.arange(75.0).expand(1, 1, 4, 75)
     maps = (geometry((4, 75), 4, 75, masked=False), geometry((8, 150), 8, 150, masked=False))
-    found = enlarged(ramp.bfloat16(), *maps)
+    found = upsample(ramp.bfloat16(), *maps)
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, enlarged(ramp, *maps).bfloat16(), rtol=0.004, atol=1e-4)
+    torch.testing.assert_close(found, upsample(ramp, *maps).bfloat16(), rtol=0.004, atol=1e-4)
 
 
 def test_gaussians_by_hand() -> None:
@@ -119,7 +119,9 @@ def test_each_image_has_weights_of_its_own() -> None:
 
 
 def test_the_paper_s_form_has_no_published_layout() -> None:
-    with pytest.raises(CheckpointError, match="MultiScaleSMCADETRDecoder has no published layout"):
+    with pytest.raises(
+        CheckpointError, match=r'"attention" has no published layout: set model\.scale_encoder = "convolution"'
+    ):
         to_official(small(PAPER, *TINY_BACKBONE))
 
 
