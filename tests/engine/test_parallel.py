@@ -26,6 +26,7 @@ from samdetr.engine.distributed.launch import processes_wanted
 from samdetr.engine.distributed.parallel import wrap
 from samdetr.engine.distributed.world import ALONE, World, init_world, micro_batches_of
 from samdetr.engine.evaluate import gather_detections
+from samdetr.engine.failures.errors import _lost_process
 from samdetr.engine.failures.nonfinite import StepReports
 from samdetr.engine.run.metrics import AsyncMetrics, Step
 from samdetr.errors import RecipeError, SamdetrError
@@ -160,6 +161,32 @@ def test_a_lost_process_ends_the_others_and_is_named(
     assert found, result.err
     assert int(found[1]) >= 8
     assert f"samdetr-train --resume {run}" in result.err
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([], "contact was lost for a while after step 7, in all_reduce_max: gloo: timed out; all processes respond"),
+        ([2], "rank 2 stopped responding after step 7, in all_reduce_max: gloo: timed out; it hangs or has ended"),
+        (
+            [1, 2],
+            "ranks 1, 2 stopped responding after step 7, in all_reduce_max: gloo: timed out; it hangs or has ended",
+        ),
+    ],
+)
+def test_what_is_said_of_lost_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ranks: list[int], message: str
+) -> None:
+    monkeypatch.setattr(World, "unresponsive_ranks", lambda self: ranks)
+
+    def time_out(*_: object, **__: object) -> None:
+        raise RuntimeError("gloo: timed out\nmore")
+
+    monkeypatch.setattr(dist, "all_reduce", time_out)
+    with pytest.raises(RuntimeError) as caught:
+        World(0, 3).all_reduce_max(0)
+    said = _lost_process(caught.value, World(0, 3), 7, tmp_path)
+    assert said.startswith(message) and said.endswith(f"Continue with samdetr-train --resume {tmp_path}.")
 
 
 def limit_of(group: dist.ProcessGroup | None) -> float:
