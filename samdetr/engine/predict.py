@@ -110,10 +110,10 @@ def _make_folder(folder: Path) -> None:
 
 def _write_json(file: Path, content: dict[str, list[dict[str, object]]]) -> None:
     """Write the whole file or none: half of one would be taken for an earlier prediction."""
-    unfinished = file.with_name(f".{file.name}.tmp")
+    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        unfinished.write_text(json.dumps(content, indent=1))
-        os.replace(unfinished, file)
+        temporary.write_text(json.dumps(content, indent=1))
+        os.replace(temporary, file)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise SamdetrError(f"cannot write {file} ({error.strerror}).") from error

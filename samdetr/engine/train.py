@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from rich.console import Console
@@ -69,7 +69,7 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
             recipe, progress, folder, world=world, stop=stop, saver=saver, say=say, device=device, precision=precision
         )
         with stop, closing(run.train_loader), closing(run.val_loader), translated, log, profiler:
-            graphs = start_up(run, device, world, stop, saver, log)
+            graphs = prepare(run, device, world, stop, saver, log)
             while progress.epoch < recipe.train.epochs:
                 stop_if_asked(world, stop, saver)
                 if not progress.evaluation_due:
@@ -118,14 +118,8 @@ def train_epoch(
         data_timer = Timer()
         batch, bad_image = next_batch(batches)
         decision = agree(world, stop, bad_image=bool(bad_image), save_failed=saver.failed, not_finite=reports.failed)
-        if decision is Decision.SAVE_FAILED:
-            saver.wait()  # raises in the processes that know the reason
-            raise SystemExit(1)
         if decision is not Decision.CONTINUE:
-            reports.finish()  # raises NonFiniteError after Decision.NOT_FINITE
-            state.save(saver, run.facts)  # between two steps: nothing done is lost
-            saver.wait()
-            raise Stopped if decision is Decision.STOP else bad_image or SystemExit(1)
+            end_run(decision, run, saver, reports, bad_image)
         waited = data_timer.lap()
         factor = lr_factor(recipe.optim, step=progress.step, epoch=progress.epoch, total_steps=log.steps)
         set_learning_rate(state.optimizer, factor)
@@ -159,7 +153,26 @@ def train_epoch(
             state.save(saver, run.facts)
 
 
-def start_up(
+def end_run(
+    decision: Decision, run: Run, saver: Saver, reports: StepReports, bad_image: DataError | None
+) -> NoReturn:
+    """End the run as all processes have decided, between two steps; save first where nothing failed but an image."""
+    if decision is Decision.SAVE_FAILED:
+        saver.wait()  # raises in the processes that know the reason
+        raise SystemExit(1)
+    reports.finish()  # raises NonFiniteError where a step was not finite, also if that is known only now
+    if decision is Decision.NOT_FINITE:
+        raise AssertionError("a step that is not finite ends the run")
+    run.state.save(saver, run.facts)  # nothing done is lost
+    saver.wait()
+    if decision is Decision.STOP:
+        raise Stopped
+    if bad_image is not None:
+        raise bad_image
+    raise SystemExit(1)  # the image is another process's, which names it
+
+
+def prepare(
     run: Run, device: torch.device, world: World, stop: StopSignal, saver: Saver, log: RunLog
 ) -> StepGraphs | None:
     """Compile, record and check the step as the recipe asks, and return its CUDA graphs; a signal stops in between."""
