@@ -35,8 +35,8 @@ from samdetr.engine.run.folder import (
     write_environment,
 )
 from samdetr.engine.run.log import Timer, print_findings
-from samdetr.engine.run.metrics import Meter, step_values
-from samdetr.engine.state import TrainState
+from samdetr.engine.run.metrics import step_values
+from samdetr.engine.state import Meter, TrainState
 from samdetr.errors import CheckpointError
 from samdetr.loss import Criterion, build_criterion
 from samdetr.models import Detector, build_model

@@ -21,7 +21,7 @@ from samdetr.engine.distributed.signals import StopSignal
 from samdetr.engine.distributed.world import World, init_world
 from samdetr.engine.evaluate import evaluate_epoch
 from samdetr.engine.failures.errors import translate_errors
-from samdetr.engine.failures.nonfinite import StepReports
+from samdetr.engine.failures.nonfinite import stop_with_replay
 from samdetr.engine.failures.out_of_memory import START_UP, explain_place, note_place
 from samdetr.engine.failures.replay import step_seeds
 from samdetr.engine.optim import RunningStatistics, lr_factor, set_learning_rate
@@ -29,6 +29,7 @@ from samdetr.engine.run.folder import CHECKPOINTS, METRICS_FILE
 from samdetr.engine.run.log import RunLog, Timer
 from samdetr.engine.run.metrics import RunAheadLimit, Step
 from samdetr.engine.run.profile import StepProfiler
+from samdetr.engine.run.reports import StepReports
 from samdetr.engine.start_up import prepare_step
 from samdetr.engine.step import train_step
 from samdetr.errors import DataError
@@ -62,7 +63,7 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
             folder / CHECKPOINTS, world, keep=recipe.checkpoint.keep, timeout=recipe.parallel.timeout, say=say
         )
         log = open_log(run, console, world)
-        reports = StepReports(state, recipe, folder, world, log, run.train_loader.image_ids, run.facts)
+        reports = StepReports(state, log, recipe.train.log_every, run.train_loader.image_ids)
         profiler = StepProfiler(folder / "profile" if profile and world.is_main else None, log.note)
         precision = run.compute.precision
         translated = translate_errors(
@@ -117,9 +118,11 @@ def train_epoch(
     while not progress.evaluation_due:
         data_timer = Timer()
         batch, bad_image = next_batch(batches)
-        decision = agree(world, stop, bad_image=bool(bad_image), save_failed=saver.failed, not_finite=reports.failed)
+        decision = agree(
+            world, stop, bad_image=bool(bad_image), save_failed=saver.failed, not_finite=bool(reports.failed)
+        )
         if decision is not Decision.CONTINUE:
-            end_run(decision, run, saver, reports, bad_image)
+            end_run(decision, run, world, saver, reports, bad_image)
         waited = data_timer.lap()
         factor = lr_factor(recipe.optim, step=progress.step, epoch=progress.epoch, total_steps=log.steps)
         set_learning_rate(state.optimizer, factor)
@@ -147,22 +150,25 @@ def train_epoch(
         reports.add(step, values)
         epoch_done = progress.step_in_epoch == loader.steps_per_epoch
         if epoch_done or (recipe.checkpoint.every and step.number % recipe.checkpoint.every == 0):
-            reports.finish()
+            failed = reports.finish(world)
+            if failed:
+                stop_with_replay(failed, state, recipe, run.folder, run.facts, world)
             if epoch_done:
                 log.epoch(step.epoch, state.finish_steps())
             state.save(saver, run.facts)
 
 
 def end_run(
-    decision: Decision, run: Run, saver: Saver, reports: StepReports, bad_image: DataError | None
+    decision: Decision, run: Run, world: World, saver: Saver, reports: StepReports, bad_image: DataError | None
 ) -> NoReturn:
-    """End the run as all processes have decided, between two steps; save first where nothing failed but an image."""
+    """End the run between two steps, as all processes have decided; save before a signal or a bad image ends it."""
     if decision is Decision.SAVE_FAILED:
         saver.wait()  # raises in the processes that know the reason
         raise SystemExit(1)
-    reports.finish()  # raises NonFiniteError where a step was not finite, also if that is known only now
-    if decision is Decision.NOT_FINITE:
-        raise AssertionError("a step that is not finite ends the run")
+    failed = reports.finish(world)  # the values of the last steps may come only now
+    if decision is Decision.NOT_FINITE or failed:
+        assert failed, "every process has its values now"
+        stop_with_replay(failed, run.state, run.recipe, run.folder, run.facts, world)
     run.state.save(saver, run.facts)  # nothing done is lost
     saver.wait()
     if decision is Decision.STOP:

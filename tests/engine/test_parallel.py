@@ -27,8 +27,8 @@ from samdetr.engine.distributed.parallel import wrap
 from samdetr.engine.distributed.world import ALONE, World, init_world, micro_batches_of
 from samdetr.engine.evaluate import gather_detections
 from samdetr.engine.failures.errors import _lost_process
-from samdetr.engine.failures.nonfinite import StepReports
 from samdetr.engine.run.metrics import AsyncMetrics, Step
+from samdetr.engine.run.reports import StepReports
 from samdetr.errors import RecipeError, SamdetrError
 from samdetr.models import build_model
 from samdetr.recipe import ParallelSection
@@ -245,9 +245,9 @@ def test_the_hosts_meet_before_one_waits_for_its_device() -> None:
             raise AssertionError("the device waits for the lost process")
 
     nothing: Any = None
-    reports = StepReports(nothing, nothing, Path(), Lost(0, 2), nothing, nothing, {}, metrics=Waiting())
+    reports = StepReports(nothing, nothing, 1, nothing, metrics=Waiting())
     with pytest.raises(RuntimeError, match="connection closed by peer"):
-        reports.finish()
+        reports.finish(Lost(0, 2))
 
 
 def test_a_bad_image_in_one_process_stops_all_with_everything_saved(recipe_file: Path, tmp_path: Path) -> None:
