@@ -19,7 +19,7 @@ from samdetr.engine.compute.precision import choose_device
 from samdetr.engine.distributed.decision import Decision, Stopped, agree
 from samdetr.engine.distributed.signals import StopSignal
 from samdetr.engine.distributed.world import World, init_world
-from samdetr.engine.evaluate import evaluate_epoch
+from samdetr.engine.evaluate import device_batches, evaluate_epoch
 from samdetr.engine.failures.errors import translate_errors
 from samdetr.engine.failures.nonfinite import stop_with_replay
 from samdetr.engine.failures.out_of_memory import START_UP, explain_place, note_place
@@ -77,16 +77,14 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
                     train_epoch(run, graphs, device, world, stop, saver, log, reports, profiler)
                 best = is_evaluated(recipe, progress.epoch) and evaluate_epoch(
                     state,
-                    run.val_loader,
+                    val_batches(run, device, world, stop, saver, log),
                     run.splits,
                     recipe,
                     folder,
                     evaluator=run.evaluator,
                     precision=precision,
-                    device=device,
                     world=world,
                     log=log,
-                    after_batch=partial(stop_if_asked, world, stop, saver),
                 )
                 progress.epoch, progress.step_in_epoch, progress.evaluation_due = progress.epoch + 1, 0, False
                 progress.finished = progress.epoch == recipe.train.epochs
@@ -212,6 +210,16 @@ def next_batch(batches: Iterator[list[Batch]]) -> tuple[list[Batch], DataError |
         return next(batches), None
     except DataError as error:
         return [], error
+
+
+def val_batches(
+    run: Run, device: torch.device, world: World, stop: StopSignal, saver: Saver, log: RunLog
+) -> Iterator[Batch]:
+    """Yield the val split's batches on the device; after each one show how many are done, and stop after a signal."""
+    for done, batch in enumerate(device_batches(run.val_loader, device), start=1):
+        yield batch
+        log.evaluating(run.state.progress.epoch, done, len(run.val_loader))
+        stop_if_asked(world, stop, saver)
 
 
 def stop_if_asked(world: World, stop: StopSignal, saver: Saver) -> None:
