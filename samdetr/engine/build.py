@@ -93,7 +93,17 @@ def build_run(recipe: Recipe, *, resume: str | None, device: torch.device, world
         "environment": environment,
     }
     return Run(
-        recipe, folder, facts, compute, splits, train_loader, val_loader, evaluator, state, parallel_model, criterion
+        recipe=recipe,
+        folder=folder,
+        facts=facts,
+        compute=compute,
+        splits=splits,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        evaluator=evaluator,
+        state=state,
+        parallel_model=parallel_model,
+        criterion=criterion,
     )
 
 
