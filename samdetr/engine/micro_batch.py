@@ -151,7 +151,7 @@ def try_steps(
     """
     images, parts, boxes = counts
     model, criterion = build_model(recipe.model).to(device).train(), build_criterion(recipe)
-    arrange(model, criterion, compute._replace(compile=False), shapes=1)
+    arrange(model, criterion, compute._replace(compile=False), num_shapes=1)
     optimizer = build_optimizer(model, recipe.optim)
     ema = build_ema(model, recipe.optim.ema_decay)
     # a step's batches are there while the next ones arrive

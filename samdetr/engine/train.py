@@ -26,7 +26,7 @@ from samdetr.engine.failures.out_of_memory import START_UP, explain_place, note_
 from samdetr.engine.failures.replay import step_seeds
 from samdetr.engine.optim import RunningStatistics, lr_factor, set_learning_rate
 from samdetr.engine.run.folder import CHECKPOINTS, METRICS_FILE
-from samdetr.engine.run.log import RunLog, Timer
+from samdetr.engine.run.log import RunLog, Timer, print_line
 from samdetr.engine.run.metrics import RunAheadLimit, Step
 from samdetr.engine.run.profile import StepProfiler
 from samdetr.engine.run.reports import StepReports
@@ -57,7 +57,7 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
         with explain_place(device, START_UP):
             run = build_run(recipe, resume=resume, device=device, world=world, console=console)
         recipe, state, folder, progress = run.recipe, run.state, run.folder, run.state.progress
-        say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        say = partial(print_line, console)
         stop = StopSignal(prints=world.is_main)
         saver = Saver(
             folder / CHECKPOINTS, world, keep=recipe.checkpoint.keep, timeout=recipe.parallel.timeout, say=say
