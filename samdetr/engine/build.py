@@ -34,9 +34,9 @@ from samdetr.engine.run.folder import (
     with_micro_batch_of,
     write_environment,
 )
-from samdetr.engine.run.log import Timer, print_findings
-from samdetr.engine.run.metrics import Meter, step_values
-from samdetr.engine.state import TrainState
+from samdetr.engine.run.log import Timer, print_findings, print_line
+from samdetr.engine.run.metrics import step_values
+from samdetr.engine.state import Meter, TrainState
 from samdetr.errors import CheckpointError
 from samdetr.loss import Criterion, build_criterion
 from samdetr.models import Detector, build_model
@@ -66,7 +66,7 @@ def build_run(recipe: Recipe, *, resume: str | None, device: torch.device, world
     evaluator = choose_evaluator(recipe.eval.evaluator)
     folder = _run_to_continue(recipe, resume, world)
     recipe = recipe if folder is None else with_micro_batch_of(recipe, folder)
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say = partial(print_line, console)
     splits = _read_data(recipe, world, console)
     compute = choose_compute(recipe.compute, device, buckets=recipe.data.batching == "buckets", processes=world.size)
     if recipe.train.micro_batch == "auto" and folder is None:
@@ -93,7 +93,17 @@ def build_run(recipe: Recipe, *, resume: str | None, device: torch.device, world
         "environment": environment,
     }
     return Run(
-        recipe, folder, facts, compute, splits, train_loader, val_loader, evaluator, state, parallel_model, criterion
+        recipe=recipe,
+        folder=folder,
+        facts=facts,
+        compute=compute,
+        splits=splits,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        evaluator=evaluator,
+        state=state,
+        parallel_model=parallel_model,
+        criterion=criterion,
     )
 
 

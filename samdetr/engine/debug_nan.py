@@ -22,6 +22,7 @@ from samdetr.engine.compute.precision import choose_device, choose_precision
 from samdetr.engine.distributed.world import ALONE
 from samdetr.engine.failures.out_of_memory import explain_place
 from samdetr.engine.failures.replay import REPLAY
+from samdetr.engine.run.log import print_line
 from samdetr.engine.step import forward_backward
 from samdetr.errors import CheckpointError
 from samdetr.loss import Criterion, build_criterion
@@ -141,7 +142,7 @@ def debug_nan(file: str) -> bool:
     device = choose_device("cpu" if recipe.run.device == "cpu" else "auto", recipe.compute.kernels)
     with explain_place(device, "the replay"):
         batches = [to_device(batch, device) for batch in _load(recipe, meta, device)]
-        say = partial(Console().print, markup=False, highlight=False, soft_wrap=True)
+        say = partial(print_line, Console())
         values = ", ".join(f"{name} {value}" for name, value in replay["values"].items())
         say(f"step {replay['step']} (epoch {replay['epoch'] + 1}), in the run: {values}")
         for sentence in [*_bad_images(batches), *_bad_weights(model)]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -32,7 +32,7 @@ from samdetr.loss.boxes import cxcywh_to_xyxy
 from samdetr.models import Detector, build_model
 from samdetr.models.official import load_official, read_official
 from samdetr.recipe import override_recipe
-from samdetr.structures import Categories, Detections, Outputs
+from samdetr.structures import Batch, Categories, Detections, Outputs
 
 if TYPE_CHECKING:
     from samdetr.recipe import Recipe
@@ -62,38 +62,39 @@ def best_detections(
 @torch.no_grad()
 def detect(
     model: nn.Module,
-    loader: EvalLoader,
+    batches: Iterable[Batch],
     categories: Categories,
     *,
-    device: torch.device,
     top_k: int,
     classification: Literal["focal", "softmax"] = "focal",
     precision: torch.dtype = torch.float32,
-    after_batch: Callable[[int], None] | None = None,
 ) -> CocoDetections:
     """Run the model in evaluation mode over all images and return its detections; logits without a category have none.
 
-    The detections stay on the device until the last batch: nothing waits for it before. ``after_batch`` is called
-    ``len(loader)`` times with the number of batches done, and may raise to stop.
+    batches: as `device_batches` yields them; each is done before the next one is asked for. The detections stay on the
+    device until the last batch: nothing waits for it before.
     """
     parts: list[Detections] = []
     image_ids: list[int] = []
     was_training = model.training
     model.eval()
     try:
-        for done, (batch,) in enumerate(prefetch(([batch] for batch in loader), device), start=1):
+        for batch in batches:
             # images of any size: nothing to compile
-            with note_place(batch_size(batch)), eagerly(), autocast(precision, device):
+            with note_place(batch_size(batch)), eagerly(), autocast(precision, batch.images.device):
                 outputs = model(batch.images, batch.image_sizes)
-            sizes = batch.original_sizes.to(device, non_blocking=True)
+            sizes = batch.original_sizes.to(outputs.boxes.device, non_blocking=True)
             parts.append(best_detections(outputs, sizes, top_k, classification))
             image_ids += batch.image_ids.tolist()
-            if after_batch:
-                after_batch(done)
     finally:
         model.train(was_training)
     whole = Detections(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return coco_detections(whole, image_ids, categories)
+
+
+def device_batches(loader: EvalLoader, device: torch.device) -> Iterator[Batch]:
+    """Yield the loader's batches on the device; image ids and original sizes stay on the host."""
+    return (batch for (batch,) in prefetch(([batch] for batch in loader), device))
 
 
 def gather_detections(found: CocoDetections, world: World, order: NDArray[np.int64]) -> CocoDetections | None:
@@ -119,38 +120,29 @@ def gather_detections(found: CocoDetections, world: World, order: NDArray[np.int
 
 def evaluate_epoch(
     state: TrainState,
-    loader: EvalLoader,
+    batches: Iterable[Batch],
     splits: Splits,
     recipe: Recipe,
     folder: Path,
     *,
     evaluator: Evaluator,
     precision: torch.dtype,
-    device: torch.device,
     world: World,
     log: RunLog,
-    after_batch: Callable[[], None],
 ) -> bool:
     """Evaluate a run on the val split, report and draw it; return whether the AP is the best, and keep it then.
 
-    folder: of the run. after_batch: called after each batch; it may raise to stop.
+    batches: of this process, on the device. folder: of the run.
     """
     progress, timer = state.progress, Timer()
-
-    def count(done: int) -> None:
-        log.evaluating(progress.epoch, done, len(loader))
-        after_batch()
-
     with state.averaged():
         found = detect(
             state.model,
-            loader,
+            batches,
             splits.categories,
-            device=device,
             top_k=recipe.eval.top_k,
             classification=recipe.loss.classification,
             precision=precision,
-            after_batch=count,
         )
     results = gather_detections(found, world, splits.val.image_ids)
 
@@ -220,16 +212,13 @@ def _evaluate_and_print(model: Detector, recipe: Recipe, raw: CocoData, categori
         model.to(device)
     progress = Progress(console=console, transient=True, disable=not console.is_terminal)
     with progress as bar, explain_evaluation(recipe, device):
-        task = bar.add_task("evaluating", total=len(loader))
         results = detect(
             model,
-            loader,
+            bar.track(device_batches(loader, device), total=len(loader), description="evaluating"),
             categories,
-            device=device,
             top_k=recipe.eval.top_k,
             classification=recipe.loss.classification,
             precision=choose_precision(recipe.compute.precision, device),
-            after_batch=lambda done: bar.update(task, completed=done),
         )
     loader.close()
     evaluation = coco_evaluate(data, results, evaluator=evaluator)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from samdetr.data.batching import Shape
+from samdetr.data.datasets import DetectionDataset
 from samdetr.data.device import to_device
 from samdetr.data.splits import Splits, build_dataset, largest_shape
 from samdetr.engine.compute.precision import Compute
@@ -66,16 +67,8 @@ def choose_micro_batch(
         splits.train, splits.categories, recipe.data, recipe.augment, seed=recipe.run.seed, training=True
     )
 
-    def attempt(images: int) -> Trial:
-        shape = largest_shape(dataset, recipe.data, images)
-
-        def run() -> None:
-            try_steps(recipe, compute, device, shape, (images, share // images, dataset.max_objects))
-
-        return Trial(images, shape, peak_bytes(run, device))
-
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        trials = try_sizes(divisors(share), attempt, usable)
+        trials = try_sizes(recipe, compute, device, dataset, share, usable)
     fitting = max((trial.images for trial in trials if trial.fits(usable)), default=0)
     agreed = -world.all_reduce_max(-fitting)
     for line in memory_table(trials, usable, boxes=dataset.max_objects):
@@ -95,11 +88,15 @@ def divisors(share: int) -> list[int]:
     return [images for images in range(1, share + 1) if share % images == 0]
 
 
-def try_sizes(sizes: Iterable[int], attempt: Callable[[int], Trial], usable: int) -> list[Trial]:
-    """Try ascending micro-batches, up to the first that does not fit."""
+def try_sizes(
+    recipe: Recipe, compute: Compute, device: torch.device, dataset: DetectionDataset, share: int, usable: int
+) -> list[Trial]:
+    """Try the micro-batches that divide ``share`` images, ascending, up to the first that does not fit."""
     trials = []
-    for images in sizes:
-        trials.append(attempt(images))
+    for images in divisors(share):
+        shape = largest_shape(dataset, recipe.data, images)
+        counts = (images, share // images, dataset.max_objects)
+        trials.append(Trial(images, shape, peak_bytes(recipe, compute, device, shape, counts)))
         if not trials[-1].fits(usable):
             break
     return trials
@@ -129,26 +126,24 @@ def usable_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device)
 
 
-def peak_bytes(run: Callable[[], None], device: torch.device) -> int | None:
-    """Return the peak of allocated GPU memory, bytes, in the call ``run``; None where it is out of memory."""
+def peak_bytes(
+    recipe: Recipe, compute: Compute, device: torch.device, shape: Shape, counts: tuple[int, int, int]
+) -> int | None:
+    """Return the peak of allocated GPU memory, bytes, in `try_steps`; None where it is out of memory."""
     torch.cuda.reset_peak_memory_stats(device)
     peak = None
     try:
-        run()
+        try_steps(recipe, compute, device, shape, counts)
         peak = torch.cuda.max_memory_allocated(device)
     except torch.OutOfMemoryError:
         pass  # what it held is freed below, once nothing refers to the exception
-    gc.collect()  # a model that computes its layers again is in a cycle
+    gc.collect()  # a model with activation checkpointing is in a cycle
     torch.cuda.empty_cache()
     return peak
 
 
 def try_steps(
-    recipe: Recipe,
-    compute: Compute,
-    device: torch.device,
-    shape: Shape,
-    counts: tuple[int, int, int],
+    recipe: Recipe, compute: Compute, device: torch.device, shape: Shape, counts: tuple[int, int, int]
 ) -> None:
     """Take two steps of a new model with everything in memory that a run has there.
 
@@ -156,7 +151,7 @@ def try_steps(
     """
     images, parts, boxes = counts
     model, criterion = build_model(recipe.model).to(device).train(), build_criterion(recipe)
-    arrange(model, criterion, compute._replace(compile=False), shapes=1)
+    arrange(model, criterion, compute._replace(compile=False), num_shapes=1)
     optimizer = build_optimizer(model, recipe.optim)
     ema = build_ema(model, recipe.optim.ema_decay)
     # a step's batches are there while the next ones arrive

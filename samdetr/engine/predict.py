@@ -17,6 +17,7 @@ from samdetr.engine.coco import CocoDetections, coco_detections
 from samdetr.engine.compute.precision import autocast, choose_device, choose_precision
 from samdetr.engine.evaluate import best_detections
 from samdetr.engine.failures.out_of_memory import START_UP, explain_place
+from samdetr.engine.run.log import print_line
 from samdetr.errors import DataError, SamdetrError
 from samdetr.visualize.predictions import draw_detections, save_png
 
@@ -72,11 +73,11 @@ def predict(checkpoint: str, source: str, *, output: str, threshold: float) -> N
         save_png(folder / f"{photo.name}.png", draw_kept(pixels, kept, by_id))
         objects = "1 object" if len(kept) == 1 else f"{len(kept) or 'no'} objects"
         objects += "" if len(kept) else f" with a score of {threshold:g} or more"
-        console.print(f"{photo}: {objects}", markup=False, highlight=False, soft_wrap=True)
+        print_line(console, f"{photo}: {objects}")
     if images:
         category_rows = [{"id": number, "name": name} for number, name in by_id.items()]
         _write_json(folder / RESULTS_FILE, {"images": images, "categories": category_rows, "annotations": annotations})
-        console.print(f"pictures and {RESULTS_FILE} are in {folder}", markup=False, highlight=False, soft_wrap=True)
+        print_line(console, f"pictures and {RESULTS_FILE} are in {folder}")
     if unreadable:
         raise DataError(f"{len(unreadable)} of {len(photos)} photos could not be read: " + "; ".join(unreadable[:10]))
 
@@ -110,10 +111,10 @@ def _make_folder(folder: Path) -> None:
 
 def _write_json(file: Path, content: dict[str, list[dict[str, object]]]) -> None:
     """Write the whole file or none: half of one would be taken for an earlier prediction."""
-    unfinished = file.with_name(f".{file.name}.tmp")
+    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        unfinished.write_text(json.dumps(content, indent=1))
-        os.replace(unfinished, file)
+        temporary.write_text(json.dumps(content, indent=1))
+        os.replace(temporary, file)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise SamdetrError(f"cannot write {file} ({error.strerror}).") from error

@@ -35,10 +35,13 @@ MAX_LOSS_DIFFERENCE, MAX_GRADIENT_DIFFERENCE = 0.1, 0.5
 ForwardBackward = Callable[[Batch, Tensor], Tensor]  # a micro-batch, the number of boxes -> the values of the step
 
 
-def arrange(model: Detector, criterion: Criterion, compute: Compute, *, shapes: int) -> None:
-    """Change how the model computes, as ``compute`` says; activation checkpointing wraps what is compiled."""
+def arrange(model: Detector, criterion: Criterion, compute: Compute, *, num_shapes: int) -> None:
+    """Change how the model computes, as ``compute`` says; activation checkpointing wraps what is compiled.
+
+    num_shapes: how many padded shapes of batches to expect.
+    """
     if compute.compile:
-        compile_parts(model, criterion, shapes=shapes)
+        compile_parts(model, criterion, shapes=num_shapes)
     if compute.activation_checkpoint:
         checkpoint_activations(model)
 
@@ -78,7 +81,7 @@ def prepare_step(
         note(f"{error} Continuing without it, as compute.on_failure asks.")
 
     with preserve_buffers_and_rng(model, device):
-        arrange(model, criterion, compute, shapes=len(bucket_shapes))
+        arrange(model, criterion, compute, num_shapes=len(bucket_shapes))
         if compute.compile:
             try:
                 _compile_shapes(model, as_computed, bucket_shapes, batch_of, started, note)

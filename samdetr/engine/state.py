@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,8 +10,40 @@ from samdetr.engine.checkpoint.format import AVERAGE, MODEL, OPTIMIZER, Progress
 from samdetr.engine.checkpoint.saving import Saver
 from samdetr.engine.ema import EMA
 from samdetr.engine.optim import NonFiniteGuard
-from samdetr.engine.run.metrics import Meter
 from samdetr.models import Detector
+
+
+class Meter:
+    """Means of the step values ``names`` over some steps."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.count = 0
+        self.sums = [0.0] * len(names)
+
+    def add(self, values: Sequence[float]) -> None:
+        """Count one step; values in the order of the names."""
+        self.sums = [total + value for total, value in zip(self.sums, values, strict=True)]
+        self.count += 1
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of every step value by name; nothing if there was no step."""
+        if not self.count:
+            return {}
+        return {name: total / self.count for name, total in zip(self.names, self.sums, strict=True)}
+
+    def to_json(self) -> dict[str, float]:
+        """Return the sums and their count, for `from_json`."""
+        return {"count": self.count, **dict(zip(self.names, self.sums, strict=True))}
+
+    @classmethod
+    def from_json(cls, names: Sequence[str], value: Mapping[str, float] | None) -> Meter:
+        """Restore what `to_json` returned; from None, an empty meter."""
+        meter = cls(names)
+        if value:
+            meter.count = int(value["count"])
+            meter.sums = [value[name] for name in names]
+        return meter
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from rich.console import Console
@@ -19,16 +19,17 @@ from samdetr.engine.compute.precision import choose_device
 from samdetr.engine.distributed.decision import Decision, Stopped, agree
 from samdetr.engine.distributed.signals import StopSignal
 from samdetr.engine.distributed.world import World, init_world
-from samdetr.engine.evaluate import evaluate_epoch
+from samdetr.engine.evaluate import device_batches, evaluate_epoch
 from samdetr.engine.failures.errors import translate_errors
-from samdetr.engine.failures.nonfinite import StepReports
+from samdetr.engine.failures.nonfinite import stop_with_replay
 from samdetr.engine.failures.out_of_memory import START_UP, explain_place, note_place
 from samdetr.engine.failures.replay import step_seeds
 from samdetr.engine.optim import RunningStatistics, lr_factor, set_learning_rate
 from samdetr.engine.run.folder import CHECKPOINTS, METRICS_FILE
-from samdetr.engine.run.log import RunLog, Timer
+from samdetr.engine.run.log import RunLog, Timer, print_line
 from samdetr.engine.run.metrics import RunAheadLimit, Step
 from samdetr.engine.run.profile import StepProfiler
+from samdetr.engine.run.reports import StepReports
 from samdetr.engine.start_up import prepare_step
 from samdetr.engine.step import train_step
 from samdetr.errors import DataError
@@ -56,36 +57,34 @@ def train(recipe: Recipe, *, resume: str | None = None, profile: bool = False) -
         with explain_place(device, START_UP):
             run = build_run(recipe, resume=resume, device=device, world=world, console=console)
         recipe, state, folder, progress = run.recipe, run.state, run.folder, run.state.progress
-        say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        say = partial(print_line, console)
         stop = StopSignal(prints=world.is_main)
         saver = Saver(
             folder / CHECKPOINTS, world, keep=recipe.checkpoint.keep, timeout=recipe.parallel.timeout, say=say
         )
         log = open_log(run, console, world)
-        reports = StepReports(state, recipe, folder, world, log, run.train_loader.image_ids, run.facts)
+        reports = StepReports(state, log, recipe.train.log_every, run.train_loader.image_ids)
         profiler = StepProfiler(folder / "profile" if profile and world.is_main else None, log.note)
         precision = run.compute.precision
         translated = translate_errors(
             recipe, progress, folder, world=world, stop=stop, saver=saver, say=say, device=device, precision=precision
         )
         with stop, closing(run.train_loader), closing(run.val_loader), translated, log, profiler:
-            graphs = start_up(run, device, world, stop, saver, log)
+            graphs = prepare(run, device, world, stop, saver, log)
             while progress.epoch < recipe.train.epochs:
                 stop_if_asked(world, stop, saver)
                 if not progress.evaluation_due:
                     train_epoch(run, graphs, device, world, stop, saver, log, reports, profiler)
                 best = is_evaluated(recipe, progress.epoch) and evaluate_epoch(
                     state,
-                    run.val_loader,
+                    val_batches(run, device, world, stop, saver, log),
                     run.splits,
                     recipe,
                     folder,
                     evaluator=run.evaluator,
                     precision=precision,
-                    device=device,
                     world=world,
                     log=log,
-                    after_batch=partial(stop_if_asked, world, stop, saver),
                 )
                 progress.epoch, progress.step_in_epoch, progress.evaluation_due = progress.epoch + 1, 0, False
                 progress.finished = progress.epoch == recipe.train.epochs
@@ -117,15 +116,11 @@ def train_epoch(
     while not progress.evaluation_due:
         data_timer = Timer()
         batch, bad_image = next_batch(batches)
-        decision = agree(world, stop, bad_image=bool(bad_image), save_failed=saver.failed, not_finite=reports.failed)
-        if decision is Decision.SAVE_FAILED:
-            saver.wait()  # raises in the processes that know the reason
-            raise SystemExit(1)
+        decision = agree(
+            world, stop, bad_image=bool(bad_image), save_failed=saver.failed, not_finite=bool(reports.failed)
+        )
         if decision is not Decision.CONTINUE:
-            reports.finish()  # raises NonFiniteError after Decision.NOT_FINITE
-            state.save(saver, run.facts)  # between two steps: nothing done is lost
-            saver.wait()
-            raise Stopped if decision is Decision.STOP else bad_image or SystemExit(1)
+            end_run(decision, run, world, saver, reports, bad_image)
         waited = data_timer.lap()
         factor = lr_factor(recipe.optim, step=progress.step, epoch=progress.epoch, total_steps=log.steps)
         set_learning_rate(state.optimizer, factor)
@@ -153,13 +148,35 @@ def train_epoch(
         reports.add(step, values)
         epoch_done = progress.step_in_epoch == loader.steps_per_epoch
         if epoch_done or (recipe.checkpoint.every and step.number % recipe.checkpoint.every == 0):
-            reports.finish()
+            failed = reports.finish(world)
+            if failed:
+                stop_with_replay(failed, state, recipe, run.folder, run.facts, world)
             if epoch_done:
                 log.epoch(step.epoch, state.finish_steps())
             state.save(saver, run.facts)
 
 
-def start_up(
+def end_run(
+    decision: Decision, run: Run, world: World, saver: Saver, reports: StepReports, bad_image: DataError | None
+) -> NoReturn:
+    """End the run between two steps, as all processes have decided; save before a signal or a bad image ends it."""
+    if decision is Decision.SAVE_FAILED:
+        saver.wait()  # raises in the processes that know the reason
+        raise SystemExit(1)
+    failed = reports.finish(world)  # the values of the last steps may come only now
+    if decision is Decision.NOT_FINITE or failed:
+        assert failed, "every process has its values now"
+        stop_with_replay(failed, run.state, run.recipe, run.folder, run.facts, world)
+    run.state.save(saver, run.facts)  # nothing done is lost
+    saver.wait()
+    if decision is Decision.STOP:
+        raise Stopped
+    if bad_image is not None:
+        raise bad_image
+    raise SystemExit(1)  # the image is another process's, which names it
+
+
+def prepare(
     run: Run, device: torch.device, world: World, stop: StopSignal, saver: Saver, log: RunLog
 ) -> StepGraphs | None:
     """Compile, record and check the step as the recipe asks, and return its CUDA graphs; a signal stops in between."""
@@ -193,6 +210,16 @@ def next_batch(batches: Iterator[list[Batch]]) -> tuple[list[Batch], DataError |
         return next(batches), None
     except DataError as error:
         return [], error
+
+
+def val_batches(
+    run: Run, device: torch.device, world: World, stop: StopSignal, saver: Saver, log: RunLog
+) -> Iterator[Batch]:
+    """Yield the val split's batches on the device; after each one show how many are done, and stop after a signal."""
+    for done, batch in enumerate(device_batches(run.val_loader, device), start=1):
+        yield batch
+        log.evaluating(run.state.progress.epoch, done, len(run.val_loader))
+        stop_if_asked(world, stop, saver)
 
 
 def stop_if_asked(world: World, stop: StopSignal, saver: Saver) -> None:

@@ -90,6 +90,8 @@ batch = 4
 top_k = 20
 """
 
+META = {"recipe": {"model": {"system": "sam_detr"}}}  # what every checkpoint says at least
+
 MakeRecipe = Callable[..., Recipe]
 Lines = list[dict[str, Any]]
 

@@ -32,7 +32,7 @@ from samdetr.engine.checkpoint.format import (
 from samdetr.engine.checkpoint.saving import Saver, Staging, save_checkpoint
 from samdetr.engine.distributed.world import ALONE
 from samdetr.errors import CheckpointError
-from tests.engine.runs import ROOT
+from tests.engine.runs import META, ROOT
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 FILES = (f"model/{SHARD}", f"optimizer/{SHARD}", f"average/{SHARD}", "meta.json")
@@ -68,7 +68,7 @@ def parts_of(model: Small, optimizer: torch.optim.AdamW) -> dict[str, dict[str, 
 
 def save(folder: Path, progress: Progress, seed: int = 0) -> Path:
     parts = parts_of(*trained_model(seed))
-    return save_checkpoint(folder, parts, progress=progress, meta={"name": "größe", "n": [1]})
+    return save_checkpoint(folder, parts, progress=progress, meta={**META, "name": "größe", "n": [1]})
 
 
 def newest(folder: Path, said: list[str] | None = None) -> int:
@@ -109,7 +109,7 @@ def test_round_trip(saved: Path) -> None:
 def test_large_parts_are_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving_module, "FILE_BYTES", 40)
     tensors = {name: torch.randn(4, 3) for name in "abc"}
-    saved = save_checkpoint(tmp_path, {MODEL: tensors}, progress=Progress(), meta={})
+    saved = save_checkpoint(tmp_path, {MODEL: tensors}, progress=Progress(), meta=META)
     assert names(saved / "model") == {f"shard-00001-model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)}
     loaded = load_checkpoint(saved, with_optimizer=True).model
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
@@ -181,6 +181,16 @@ def test_a_folder_of_something_else_is_refused(saved: Path) -> None:
         load_checkpoint(saved, with_optimizer=False)
 
 
+@pytest.mark.parametrize("recipe", [None, {}, {"model": {}}])
+def test_a_meta_file_that_names_no_system_is_refused(saved: Path, recipe: dict[str, Any] | None) -> None:
+    """The system decides which older names of parameters are known."""
+    meta = checkpoint_module.read_meta(saved / "meta.json")
+    del meta["recipe"]
+    checkpoint_module.write_meta(saved / "meta.json", meta if recipe is None else {**meta, "recipe": recipe})
+    with pytest.raises(CheckpointError, match=r"meta\.json names no model\.system in its recipe: use another"):
+        load_checkpoint(saved, with_optimizer=False)
+
+
 def test_a_file_too_many_is_refused(saved: Path) -> None:
     """It would be read as another process's share."""
     (saved / "model" / "more.safetensors").write_bytes((saved / FILES[1]).read_bytes())
@@ -241,7 +251,7 @@ def test_a_deletion_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", refuse)
         for step in (1, 2, 3):
-            saver.save(parts_of(*trained_model(step)), Progress(step=step), {})
+            saver.save(parts_of(*trained_model(step)), Progress(step=step), META)
             saver.wait()
     assert said == [
         f"cannot remove the old checkpoint {tmp_path / f'step-0000000{step}'} (Operation not permitted): "
@@ -283,7 +293,7 @@ def full(*_: object, **__: object) -> None:
         (checkpoint_module, "sync"),
         (saving_module, "write_meta"),
         (folder_module, "link"),
-        (saving_module, "_made_anew"),
+        (saving_module, "_empty_folder"),
     ],
 )
 def test_a_failed_save_leaves_the_previous_one(
@@ -326,7 +336,7 @@ def test_what_is_saved_is_the_state_of_its_step(tmp_path: Path, monkeypatch: pyt
     parts = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizer)}
     saver = Saver(tmp_path, ALONE, keep=2, timeout=9, say=print)
     progress = Progress(step=4, best_ap=0.25)
-    saver.save(parts, progress, {})
+    saver.save(parts, progress, META)
     progress.step = 5
     with torch.no_grad():
         model.first.weight.zero_()
@@ -339,8 +349,8 @@ def test_what_is_saved_is_the_state_of_its_step(tmp_path: Path, monkeypatch: pyt
     assert (loaded.path.name, loaded.progress.best_ap) == ("step-00000004", 0.5)
     assert all(torch.equal(loaded.model[name], value) for name, value in before.items())
     assert loaded.optimizer["first.weight:exp_avg"].abs().sum() > 0
-    saver.save(parts, progress, {})
-    saver.save(parts, progress, {})  # the same point: once
+    saver.save(parts, progress, META)
+    saver.save(parts, progress, META)  # the same point: once
     saver.wait()
     assert names(tmp_path) == {"step-00000004", "step-00000005", "last", "best"}
     assert not load_checkpoint(tmp_path / "last", with_optimizer=True).optimizer["first.weight:exp_avg"].any()
@@ -354,7 +364,7 @@ def test_the_copy_is_made_before_what_the_gpu_does_next(tmp_path: Path) -> None:
     for turn in range(3):
         expected = {name: value.clone() for name, value in state.items()}
         torch.cuda._sleep(20_000_000)  # the host is far ahead
-        saver.save({MODEL: state}, Progress(step=turn), {})
+        saver.save({MODEL: state}, Progress(step=turn), META)
         for value in state.values():
             value.mul_(-3).add_(1)
         saver.wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import samdetr.engine.evaluate
+from samdetr.data.device import to_device
 from samdetr.data.loader import EvalLoader
 from samdetr.data.splits import build_dataset, load_splits
 from samdetr.engine.coco import STAT_NAMES, coco_evaluate
-from samdetr.engine.evaluate import best_detections, detect, evaluate_checkpoint
+from samdetr.engine.evaluate import best_detections, detect, device_batches, evaluate_checkpoint
 from samdetr.errors import RecipeError
 from samdetr.models import build_model
 from samdetr.models.official import to_official
@@ -85,7 +86,7 @@ def test_a_perfect_model_has_ap_1(make_recipe: MakeRecipe, class_index: str, cla
     dataset = build_dataset(splits.val, splits.categories, recipe.data, recipe.augment, seed=0, training=False)
     loader = EvalLoader(dataset, batch=4, workers=0, pin_memory=False)
     model = Replay([answers(batch, classes) for batch in loader]).train()
-    results = detect(model, loader, splits.categories, device=CPU, top_k=20)
+    results = detect(model, device_batches(loader, CPU), splits.categories, top_k=20)
     assert model.training
     assert set(results.category_ids.tolist()) <= set(range(1, 9))
     assert coco_evaluate(splits.val, results, evaluator="hotcoco").stats["AP"] > 0.999
@@ -115,7 +116,7 @@ def test_logits_without_a_category_are_left_out(tmp_path: Path) -> None:
         original_sizes=torch.tensor([[10, 20]]),
     )
     model = Replay([Outputs(logits, torch.full((1, 1, 1, 4), 0.5))])
-    results = detect(model, [batch], categories, device=CPU, top_k=9)  # type: ignore[arg-type]
+    results = detect(model, [batch], categories, top_k=9)
     assert (results.image_ids.tolist(), results.category_ids.tolist()) == ([31, 31], [7, 2])
     assert results.boxes[0] == pytest.approx((5, 2.5, 10, 5))
 
@@ -143,7 +144,7 @@ def test_batches_keep_the_order_of_the_images() -> None:
         parts = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
         model = Replay([Outputs(outputs.logits[:, part], outputs.boxes[:, part]) for part in parts])
         loader = [batch_of(image_ids[part]) for part in parts]
-        return detect(model, loader, categories, device=CPU, top_k=4).lines()  # type: ignore[arg-type]
+        return detect(model, loader, categories, top_k=4).lines()
 
     lines = found(2, 2, 1)
     assert lines == found(1, 1, 1, 1, 1) == found(5)
@@ -157,10 +158,15 @@ def test_nothing_is_read_back_before_the_last_batch() -> None:
     categories = Categories(ids=(4, 9), names=("four", "nine"), indices=(0, 1))
     shape = torch.zeros(1, 2, 3, 2, device="meta")
     model = Replay([Outputs(shape, shape.expand(1, 2, 3, 2).repeat(1, 1, 1, 2)) for _ in range(3)])
-    batches = [batch_of([1, 2]), batch_of([3, 4]), batch_of([5, 6])]
     seen: list[int] = []
+
+    def batches() -> Iterator[Batch]:
+        for done, image_ids in enumerate(([1, 2], [3, 4], [5, 6]), start=1):
+            yield to_device(batch_of(image_ids), torch.device("meta"))
+            seen.append(done)
+
     with pytest.raises(NotImplementedError, match="meta"):
-        detect(model, batches, categories, device=torch.device("meta"), top_k=4, after_batch=seen.append)  # type: ignore[arg-type]
+        detect(model, batches(), categories, top_k=4)
     assert seen == [1, 2, 3] and model.outputs == []
 
 

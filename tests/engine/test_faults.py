@@ -25,6 +25,7 @@ from samdetr.models import build_model
 from samdetr.models.official import to_official
 from samdetr.recipe import dump_recipe
 from tests.engine.runs import (
+    META,
     TINY,
     Command,
     MakeRecipe,
@@ -297,7 +298,7 @@ def test_not_a_number(train_command: Command, trained: Path, make_recipe: MakeRe
     with torch.no_grad():
         model.decoder.class_heads[0].weight[3, 5] = torch.nan
     parts, _ = Staging().copy({MODEL: model_tensors(model)})
-    broken = save_checkpoint(tmp_path / "broken", parts, progress=Progress(), meta={})
+    broken = save_checkpoint(tmp_path / "broken", parts, progress=Progress(), meta=META)
     message = sentence(train_command("--set", f"init.checkpoint={broken}"))
     assert "the loss or its gradient is not finite at step 1 (epoch 1, image ids " in message
     ids = message.split("image ids ")[1].split(")")[0]

@@ -18,7 +18,8 @@ from samdetr.engine.run.log import (
     print_findings,
     print_per_class,
 )
-from samdetr.engine.run.metrics import Meter, step_values
+from samdetr.engine.run.metrics import step_values
+from samdetr.engine.state import Meter
 from samdetr.errors import SamdetrError
 from samdetr.loss import SetCriterion
 

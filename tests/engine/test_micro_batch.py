@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,17 +37,22 @@ CPU = torch.device("cpu")
 AUTO = "train.micro_batch=auto"
 
 
-def of_size(needed: dict[int, int | None], images: int) -> Trial:
-    return Trial(images, (96, 80), needed[images])
+def tried(patch: pytest.MonkeyPatch, share: int, needed: dict[int, int | None], usable: int) -> list[Trial]:
+    """The trials of a process's ``share`` of images, of which a micro-batch needs so many bytes."""
+    patch.setattr(memory, "largest_shape", lambda dataset, section, images: (96, 80))
+    patch.setattr(memory, "peak_bytes", lambda recipe, compute, device, shape, counts: needed[counts[0]])
+    dataset: Any = SimpleNamespace(max_objects=5)
+    recipe: Any = SimpleNamespace(data=None)
+    return try_sizes(recipe, EXACT, CPU, dataset, share, usable)
 
 
-def test_the_most_that_leaves_the_margin() -> None:
+def test_the_most_that_leaves_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [divisors(share) for share in (1, 4, 12)] == [[1], [1, 2, 4], [1, 2, 3, 4, 6, 12]]
     needed = {1: 3 * GIB, 2: 9 * GIB, 4: 9 * GIB + 1, 8: None}
-    trials = try_sizes(divisors(8), partial(of_size, needed), 10 * GIB)
+    trials = tried(monkeypatch, 8, needed, 10 * GIB)
     assert [(trial.images, trial.fits(10 * GIB)) for trial in trials] == [(1, True), (2, True), (4, False)]
-    assert [trial.images for trial in try_sizes(divisors(2), partial(of_size, needed), 10 * GIB)] == [1, 2]
-    assert [trial.fits(GIB) for trial in try_sizes(divisors(8), partial(of_size, {1: None}), GIB)] == [False]
+    assert [trial.images for trial in tried(monkeypatch, 2, needed, 10 * GIB)] == [1, 2]
+    assert [trial.fits(GIB) for trial in tried(monkeypatch, 8, {1: None}, GIB)] == [False]
 
 
 def test_the_table() -> None:
@@ -100,8 +106,8 @@ class Gauge:
         patch.setattr(memory, "peak_bytes", self.peak)
         patch.setattr(memory, "train_step", self.step)
 
-    def peak(self, run: partial[None], device: torch.device) -> int | None:
-        run()
+    def peak(self, *arguments: Any) -> int | None:
+        memory.try_steps(*arguments)
         return next(self.needed)
 
     def step(self, model: nn.Module, criterion: nn.Module, optimizer: object, batches: list[Batch], **options):  # type: ignore[no-untyped-def]
@@ -152,17 +158,20 @@ def test_memory_is_freed_after_one_that_does_not_fit(monkeypatch: pytest.MonkeyP
     kept: list[weakref.ref[nn.Module]] = []
     alive_when_emptied: list[bool] = []
 
-    def run() -> None:
+    def take_steps(*_: object) -> None:
         model = nn.Linear(2, 2)
         model.itself = [model]  # type: ignore[assignment]
         kept.append(weakref.ref(model))
         if len(kept) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
+    monkeypatch.setattr(memory, "try_steps", take_steps)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive_when_emptied.append(kept[-1]() is not None))
-    assert [peak_bytes(run, CPU), peak_bytes(run, CPU)] == [None, 7]
+    nothing: Any = None
+    peaks = [peak_bytes(nothing, EXACT, CPU, (96, 80), (1, 1, 5)) for _ in range(2)]
+    assert peaks == [None, 7]
     assert alive_when_emptied == [False, False]
 
 
@@ -171,7 +180,7 @@ import os
 from samdetr.engine import micro_batch as memory
 needed = iter([[1, 2, 3], [1, 901]][int(os.environ["RANK"])])
 memory.usable_bytes = lambda device: 1000
-memory.peak_bytes = lambda run, device: (run(), next(needed))[1]
+memory.peak_bytes = lambda *arguments: (memory.try_steps(*arguments), next(needed))[1]
 """
 
 

@@ -29,7 +29,7 @@ from samdetr.loss import build_criterion
 from samdetr.models import build_model
 from samdetr.models.layers import FeedForward
 from samdetr.recipe import Recipe
-from tests.engine.runs import Command, MakeRecipe, end, losses, metrics, sentence, start_in, weights
+from tests.engine.runs import META, Command, MakeRecipe, end, losses, metrics, sentence, start_in, weights
 
 KEEP_ALL = ("checkpoint.every=1", "checkpoint.keep=50", "optim.ema_decay=0.9")
 COMPILED = ("compute.compile=on", "data.batching=buckets", "data.buckets=2", "data.bucket_grid=16", "data.pixels=fast")
@@ -150,7 +150,7 @@ def test_a_bad_weight_is_named(
     with torch.no_grad():
         model.decoder.layers[1].cross_attention.value.weight[3, 5] = torch.nan
     parts, _ = Staging().copy({MODEL: model_tensors(model)})
-    broken = save_checkpoint(tmp_path / "broken", parts, progress=Progress(), meta={})
+    broken = save_checkpoint(tmp_path / "broken", parts, progress=Progress(), meta=META)
     message = sentence(train_command("--set", f"init.checkpoint={broken}"))
     assert "at step 1 (epoch 1" in message and "): loss_ce; no parameter was changed" in message
     file = replay_of(tmp_path / "runs" / "tiny" / "1")

@@ -26,8 +26,9 @@ from samdetr.engine.distributed.launch import processes_wanted
 from samdetr.engine.distributed.parallel import wrap
 from samdetr.engine.distributed.world import ALONE, World, init_world, micro_batches_of
 from samdetr.engine.evaluate import gather_detections
-from samdetr.engine.failures.nonfinite import StepReports
+from samdetr.engine.failures.errors import _lost_process
 from samdetr.engine.run.metrics import AsyncMetrics, Step
+from samdetr.engine.run.reports import StepReports
 from samdetr.errors import RecipeError, SamdetrError
 from samdetr.models import build_model
 from samdetr.recipe import ParallelSection
@@ -162,6 +163,32 @@ def test_a_lost_process_ends_the_others_and_is_named(
     assert f"samdetr-train --resume {run}" in result.err
 
 
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([], "contact was lost for a while after step 7, in all_reduce_max: gloo: timed out; all processes respond"),
+        ([2], "rank 2 stopped responding after step 7, in all_reduce_max: gloo: timed out; it hangs or has ended"),
+        (
+            [1, 2],
+            "ranks 1, 2 stopped responding after step 7, in all_reduce_max: gloo: timed out; it hangs or has ended",
+        ),
+    ],
+)
+def test_what_is_said_of_lost_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ranks: list[int], message: str
+) -> None:
+    monkeypatch.setattr(World, "unresponsive_ranks", lambda self: ranks)
+
+    def time_out(*_: object, **__: object) -> None:
+        raise RuntimeError("gloo: timed out\nmore")
+
+    monkeypatch.setattr(dist, "all_reduce", time_out)
+    with pytest.raises(RuntimeError) as caught:
+        World(0, 3).all_reduce_max(0)
+    said = _lost_process(caught.value, World(0, 3), 7, tmp_path)
+    assert said.startswith(message) and said.endswith(f"Continue with samdetr-train --resume {tmp_path}.")
+
+
 def limit_of(group: dist.ProcessGroup | None) -> float:
     """Seconds that a call on CPU tensors waits in a group."""
     assert group is not None
@@ -218,9 +245,9 @@ def test_the_hosts_meet_before_one_waits_for_its_device() -> None:
             raise AssertionError("the device waits for the lost process")
 
     nothing: Any = None
-    reports = StepReports(nothing, nothing, Path(), Lost(0, 2), nothing, nothing, {}, metrics=Waiting())
+    reports = StepReports(nothing, nothing, 1, nothing, metrics=Waiting())
     with pytest.raises(RuntimeError, match="connection closed by peer"):
-        reports.finish()
+        reports.finish(Lost(0, 2))
 
 
 def test_a_bad_image_in_one_process_stops_all_with_everything_saved(recipe_file: Path, tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ def load_checkpoint(path: Path, *, with_optimizer: bool) -> Checkpoint:
     meta = read_meta(meta_file(path))
     if "files" not in meta:
         raise CheckpointError(f"{meta_file(path)} is of an earlier version of samdetr, or no checkpoint: {_OTHER}")
+    if not meta.get("recipe", {}).get("model", {}).get("system"):
+        raise CheckpointError(f"{meta_file(path)} names no model.system in its recipe: {_OTHER}")
     if path.suffix == EXPORTED:
         if path.name not in meta["files"]:
             raise CheckpointError(f"{meta_file(path)} is of {', '.join(meta['files'])}: keep the names of an export.")

@@ -75,15 +75,15 @@ def save_weights(file: Path, tensors: Mapping[str, Tensor], content: Mapping[str
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """Write a file so that it is there whole or not at all. write: fills the path it gets. Raises CheckpointError."""
-    unfinished = file.with_name(f".{file.name}.tmp")
+    temporary = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write(unfinished)
-        sync(unfinished)
-        os.replace(unfinished, file)
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, file)
     except (OSError, RuntimeError) as error:  # torch's own errors of writing are RuntimeErrors
         with suppress(OSError):
-            unfinished.unlink()
+            temporary.unlink()
         raise CheckpointError(f"cannot write {file} ({reason_of(error)}): choose another place.") from error
 
 

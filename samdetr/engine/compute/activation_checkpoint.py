@@ -37,10 +37,10 @@ def checkpoint_activations(model: Detector) -> None:
     gradients are the same bits. Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016).
     """
     for layer in model.layers:
-        layer.forward = partial(_recomputed, layer.forward)
+        layer.forward = partial(_checkpointed, layer.forward)
 
 
-def _recomputed(forward: Callable[..., T], *inputs: Any) -> T:
+def _checkpointed(forward: Callable[..., T], *inputs: Any) -> T:
     if not torch.is_grad_enabled():
         return forward(*inputs)
     found: T = checkpoint(forward, *inputs, use_reentrant=False)

@@ -29,8 +29,9 @@ def agree(
 ) -> Decision:
     """Return what all processes do next, by what each of them met. All must call it, at the same place.
 
-    After `Decision.STOP` every process's ``stop.number`` is the signal. A signal that comes during the call counts at
-    the next call. One collective call of the hosts, which waits for no device.
+    After `Decision.STOP` every process's ``stop.number`` is the signal. Where a process met something worse than a
+    signal, that decides, and another process's signal stays its own. A signal that comes during the call counts at the
+    next call. One collective call of the hosts, which waits for no device.
     """
     signal = stop.number or 0
     met = Decision.CONTINUE

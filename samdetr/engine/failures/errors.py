@@ -73,11 +73,12 @@ def translate_errors(
 
 
 def _lost_process(error: RuntimeError, world: World, step: int, folder: Path) -> str:
-    """Name the ranks that stopped responding, and where this process waited for them."""
+    """Name the ranks that stopped responding, if any still do, and where this process waited for them."""
     ranks = world.unresponsive_ranks()
-    who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if ranks else "a process, which responds again,"
     place = [frame.name for frame in traceback.extract_tb(error.__traceback__) if "samdetr" in frame.filename][-1]
-    return (
-        f"{who} stopped responding after step {step}, in {place}: {str(error).splitlines()[0]}; it hangs or has ended, "
-        f"and its last output is above. Continue with {resume_command(folder)}."
-    )
+    where = f"after step {step}, in {place}: {str(error).splitlines()[0]}"
+    way = f"Continue with {resume_command(folder)}."
+    if not ranks:
+        return f"contact was lost for a while {where}; all processes respond again. {way}"
+    who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    return f"{who} stopped responding {where}; it hangs or has ended, and its last output is above. {way}"

@@ -8,15 +8,21 @@ again from the data set; seed, epoch and step make them the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
+from samdetr.engine.checkpoint.format import model_tensors
 from samdetr.engine.checkpoint.saving import save_weights
+from samdetr.engine.distributed.parallel import full_tensor
 from samdetr.engine.distributed.world import World
-from samdetr.engine.run.metrics import Step
+from samdetr.engine.run.reports import FailedStep
+from samdetr.engine.state import TrainState
+
+if TYPE_CHECKING:
+    from samdetr.recipe import Recipe
 
 REPLAY = "replay"  # the entry of the JSON
 
@@ -33,30 +39,23 @@ def step_seeds(seed: int, step: int, count: int, world: World) -> list[int]:
 
 
 def write_replay(
-    file: Path,
-    tensors: Mapping[str, Tensor],
-    step: Step,
-    values: Mapping[str, float],
-    image_ids: Sequence[int],
-    facts: Mapping[str, object],
-    *,
-    micro_batch: int,
-    processes: int,
-    seed: int,
+    failed: FailedStep, state: TrainState, recipe: Recipe, folder: Path, facts: Mapping[str, object], world: World
 ) -> Path:
-    """Write ``file`` and its JSON, and return the file.
+    """Write the step and the model as it found it into the run's folder, and return the safetensors file.
 
-    tensors: of the model, whole. values: of the step, by name. image_ids: of the step, micro-batch after micro-batch of
-    ``micro_batch`` images each, which the ``processes`` took in turn. facts: as every checkpoint has them. seed: of the
-    run. Raises CheckpointError.
+    All processes must call it; the main one writes. The JSON has the micro-batches in their order, which the processes
+    took in turn, and ``facts``, as every checkpoint has them. Raises CheckpointError in the main process when the disk
+    refuses, SystemExit in the others.
     """
+    step, values, image_ids = failed
+    size = recipe.train.images
     micro_batches = [
         {
-            "process": place % processes,
-            "image_ids": list(image_ids[place * micro_batch : (place + 1) * micro_batch]),
-            "seed": step_seed(seed, step.number - 1, place),
+            "process": place % world.size,
+            "image_ids": list(image_ids[place * size : (place + 1) * size]),
+            "seed": step_seed(recipe.run.seed, step.number - 1, place),
         }
-        for place in range(-(-len(image_ids) // micro_batch))
+        for place in range(-(-len(image_ids) // size))
     ]
     replay = {
         "step": step.number,
@@ -65,6 +64,12 @@ def write_replay(
         "values": {name: value if math.isfinite(value) else str(value) for name, value in values.items()},
         "micro_batches": micro_batches,
     }
-    on_cpu = {name: value.contiguous().cpu() for name, value in tensors.items()}
-    save_weights(file, on_cpu, {REPLAY: replay, **facts})
-    return file
+    file = folder / f"nonfinite-step-{step.number:08d}.safetensors"
+    tensors = {name: full_tensor(value.detach()) for name, value in model_tensors(state.model).items()}
+
+    def write() -> Path:
+        on_cpu = {name: value.contiguous().cpu() for name, value in tensors.items()}
+        save_weights(file, on_cpu, {REPLAY: replay, **facts})
+        return file
+
+    return world.broadcast_from_main(write)

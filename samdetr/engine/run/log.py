@@ -184,7 +184,7 @@ class RunLog:
 
     def note(self, text: str) -> None:
         """Print a line that stays above the progress bar."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_line(self.console, text)
 
     def _name(self, epoch: int) -> str:
         return f"epoch {epoch + 1}/{self.epochs}"
@@ -194,9 +194,14 @@ class RunLog:
         return Group(self._bar, Text(status, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
+def print_line(console: Console, text: str) -> None:
+    """Print a text as it is: its brackets are no markup, its numbers have no colours, and it is not wrapped."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_evaluation(console: Console, stats: Mapping[str, float], title: str) -> None:
     """Print the twelve COCO numbers below their names: 72 columns, which fit any terminal."""
-    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    print_line(console, title)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in STAT_NAMES:
         table.add_column(name, justify="right", min_width=5)

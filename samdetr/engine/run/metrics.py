@@ -1,7 +1,8 @@
-"""Values of steps: their names, means, way from the device to the host, and how far the host runs ahead."""
+"""Values of steps: their names, their way from the device to the host, and how far the host runs ahead."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -15,6 +16,14 @@ def step_values(logged: Sequence[str]) -> tuple[str, ...]:
     return ("loss", *logged, "class_error", "grad_norm")
 
 
+def terms_not_finite(values: Mapping[str, float]) -> list[str]:
+    """Name which of a step's values (`step_values`) went wrong: terms of the loss, else the total or the gradient."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    return [name for name in bad if name not in ("loss", "class_error", "grad_norm")] or [
+        "the total loss (a term of an earlier layer, or a cost of the matching)" if "loss" in bad else "the gradient"
+    ]
+
+
 class Step(NamedTuple):
     """What the host knows of a step when it launches it. Counted from 0, except ``number``, the steps done with it."""
 
@@ -22,39 +31,6 @@ class Step(NamedTuple):
     epoch: int
     step_in_epoch: int
     lr: float
-
-
-class Meter:
-    """Means of the step values ``names`` over some steps."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
-        self.count = 0
-        self.sums = [0.0] * len(names)
-
-    def add(self, values: Sequence[float]) -> None:
-        """Count one step; values in the order of the names."""
-        self.sums = [total + value for total, value in zip(self.sums, values, strict=True)]
-        self.count += 1
-
-    def means(self) -> dict[str, float]:
-        """Return the mean of every step value by name; nothing if there was no step."""
-        if not self.count:
-            return {}
-        return {name: total / self.count for name, total in zip(self.names, self.sums, strict=True)}
-
-    def to_json(self) -> dict[str, float]:
-        """Return the sums and their count, for `from_json`."""
-        return {"count": self.count, **dict(zip(self.names, self.sums, strict=True))}
-
-    @classmethod
-    def from_json(cls, names: Sequence[str], value: Mapping[str, float] | None) -> Meter:
-        """Restore what `to_json` returned; from None, an empty meter."""
-        meter = cls(names)
-        if value:
-            meter.count = int(value["count"])
-            meter.sums = [value[name] for name in names]
-        return meter
 
 
 class RunAheadLimit:
