@@ -35,7 +35,7 @@ def test_only_builders_name_sections_of_a_recipe() -> None:
         sections = {alias.asname or alias.name for node in imports for alias in node.names}
         for function in (node for node in nodes if isinstance(node, ast.FunctionDef)):
             names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
-            assert function.name.startswith(("build_", "join_")) or not names & sections, (file, function.name)
+            assert function.name.startswith("build_") or not names & sections, (file, function.name)
 
 
 def test_parsing_a_command_and_a_recipe_needs_no_torch() -> None:
