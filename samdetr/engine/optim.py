@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -131,9 +131,13 @@ def build_optimizer(model: Detector, section: OptimSection, *, max_skips: int = 
 def lr_factor(section: OptimSection, *, step: int, epoch: int, total_steps: int) -> float:
     """Return the factor of all base learning rates at a step (from 0, of ``total_steps``) of an epoch (from 0)."""
     warmup = min(1.0, (step + 1) / section.warmup_steps) if section.warmup_steps else 1.0
-    if section.schedule == "cosine":
-        return warmup * 0.5 * (1 + math.cos(math.pi * step / total_steps))
-    return warmup * section.drop_factor ** sum(epoch >= drop for drop in section.drop_epochs)
+    match section.schedule:
+        case "step":
+            return warmup * section.drop_factor ** sum(epoch >= drop for drop in section.drop_epochs)
+        case "cosine":
+            return warmup * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+        case _:
+            assert_never(section.schedule)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -22,10 +22,9 @@ class Section(BaseModel):
 
 
 def keep_default_unless(section: type[Section], value: Value, info: ValidationInfo, key: str, *choices: str) -> Value:
-    """Return the value of a field that has a meaning only where an earlier key of its section has one of the choices.
+    """Reject a non-default value unless ``key`` (an earlier key of this section) is one of ``choices``.
 
-    key: with its section, such as "loss.classification". Raises ValueError where the field has no meaning and its value
-    is not the default.
+    key: with its section, such as "loss.classification". Returns the value. Raises ValueError.
     """
     chosen = info.data.get(key.rpartition(".")[2])
     default = section.model_fields[str(info.field_name)].default
@@ -121,8 +120,8 @@ class DataSection(Section):
     workers: int = Field(4, ge=0, le=256, description="loader processes; 0: load in the main process")
     batching: Literal["random", "buckets"] = Field(
         "random",
-        description="random: micro-batches padded to their largest image (published); buckets: alike images together, "
-        "in a few fixed shapes",
+        description="random: micro-batches padded to their largest image (published); buckets: images of similar size "
+        "together, in a few fixed shapes",
     )
     buckets: int = Field(16, ge=2, description="batching buckets: how many padded shapes")
     bucket_grid: PositiveInt = Field(32, description="batching buckets: sides are multiples of it, pixels")
@@ -208,6 +207,7 @@ class OptimSection(Section):
     )
     weight_decay: NonNegative = Field(1e-4, description="weight decay; that of SGD is part of the gradient")
     clip_norm: NonNegative = Field(0.1, description="largest gradient norm; 0: no clipping")
+    # for a new schedule that depends on the number of epochs, `find_run` must forbid changing train.epochs on resume
     schedule: Literal["step", "cosine"] = Field(
         "step", description="step: drops after drop_epochs (published); cosine: to zero at the last step"
     )
@@ -215,7 +215,7 @@ class OptimSection(Section):
     drop_epochs: tuple[PositiveInt, ...] = Field((40,), description="schedule step: epochs after which the rates drop")
     drop_factor: float = Field(0.1, gt=0.0, le=1.0, description="the factor of each drop")
     ema_decay: Probability = Field(
-        0.0, description="decay per step of the moving average of the weights, which is evaluated then; 0: no average"
+        0.0, description="decay per step of the EMA (moving average) of weights, used for evaluation; 0: off"
     )
 
     @field_validator("momentum")
