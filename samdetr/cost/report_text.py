@@ -42,7 +42,7 @@ NOTES = """\
   4 for each sampled value, as the tool that made the published numbers counts; as run, sampling counts nothing.
 - *Published* GFLOPs are the mean over the first 100 images of COCO val2017 at 800/1333. The sizes counted by default
   are those of a 640 x 480 and a 640 x 426 photo after the recipe's resize for evaluation. Their mean is **not** the
-  published mean: *difference* says how near it is, no more.
+  published mean: *difference* is only a rough check.
 - **Training memory** is an estimate for one micro-batch of the recipe at its largest training size, in float32 and not
   compiled: parameters, gradients, optimizer state, and the bytes that autograd keeps for the backward pass, counted
   from shapes. Temporary tensors, workspace of libraries and the padding of a batch of mixed shapes come on top; bf16

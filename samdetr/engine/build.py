@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 class Run(NamedTuple):
-    """The parts of a run, for the locals of `train`."""
+    """Everything `train` needs."""
 
     recipe: Recipe  # with a number as its micro-batch
     folder: Path
@@ -117,8 +117,8 @@ def build_state(
 ) -> tuple[TrainState, nn.Module]:
     """Put the model on its device, among the processes, and build its optimizer, average and progress.
 
-    model: on the CPU, with its initial weights. checkpoint: loaded instead, where there is one. Returns the state, and
-    the module that a forward pass in training calls.
+    model: on the CPU, with its initial weights. checkpoint: if given, replaces the initial weights. Returns the
+    state, and the module that a forward pass in training calls.
     """
     if checkpoint is not None:
         load_model_state(model, checkpoint, averaged=False)
@@ -205,7 +205,7 @@ def _checkpoint_to_continue(folder: Path, splits: Splits, world: World, say: Cal
 def _continue_folder(
     folder: Path, progress: Progress, environment: Mapping[str, object], world: World, *, epochs: int
 ) -> None:
-    """Record the environment in which a run continues; forget its best AP where that checkpoint is gone."""
+    """Record the environment in which a run continues; reset its best AP if the best checkpoint is missing."""
     if not (folder / CHECKPOINTS / BEST).exists():  # it was damaged: the next one is the best again
         progress.best_ap, progress.best_epoch = -1.0, -1
     if world.is_main and progress.epoch < epochs:

@@ -32,12 +32,13 @@ def train_step(
 ) -> Tensor:
     """Take one step of the whole batch and return its values, float [V] on the device (`metrics.step_values`).
 
-    The loss is divided by the number of boxes of the whole step, so its gradient does not depend on how the batch is
-    split into micro-batches or among processes. ``batch`` is this process's share, the values are of all processes.
-    clip_norm: 0 clips nothing. precision: float32 or bfloat16, for matrix products and convolutions; parameters, boxes,
-    costs and losses are float32 either way. graphs: replayed in place of the eager step. seeds: of each micro-batch's
-    dropout; None continues torch's generator. The host never waits for the device. Where the matching cost, the loss or
-    the gradient is not finite the optimizer changes nothing (`NonFiniteGuard`).
+    The loss is divided by the boxes of the whole step, however it is split into micro-batches and processes. The split
+    does change Faster R-CNN's loss (`RegionCriterion`), the statistics of live BatchNorm and the padding.
+    ``batch`` is this process's share, the values are of all processes. clip_norm: 0 clips nothing. precision: float32
+    or bfloat16, for matrix products and convolutions; parameters, boxes, costs and losses are float32 either way.
+    graphs: replayed in place of the eager step. seeds: one dropout seed per micro-batch; None: torch's generator
+    continues. The host never waits for the device, except in Faster R-CNN. If the matching cost, the loss or the
+    gradient is not finite, the optimizer changes nothing (`NonFiniteGuard`).
     """
     optimizer.zero_grad(set_to_none=graphs is None)
     moved = [micro.to(device) for micro in batch]

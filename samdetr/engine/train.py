@@ -107,7 +107,7 @@ def train_epoch(
     reports: StepReports,
     profiler: StepProfiler,
 ) -> None:
-    """Take the epoch's remaining steps; before each of them all processes decide together what is next."""
+    """Take the epoch's remaining steps; before each step all processes agree to take it or to end (`agree`)."""
     recipe, state, loader, progress = run.recipe, run.state, run.train_loader, run.state.progress
     state.model.train()
     batches = prefetch(loader.epoch(progress.epoch, progress.step_in_epoch), device)
@@ -179,7 +179,7 @@ def end_run(
 def prepare(
     run: Run, device: torch.device, world: World, stop: StopSignal, saver: Saver, log: RunLog
 ) -> StepGraphs | None:
-    """Compile, record and check the step as the recipe asks, and return its CUDA graphs; a signal stops in between."""
+    """Compile, record and check the step as configured; return its CUDA graphs. Signals are checked between parts."""
 
     def started(part: str) -> None:
         log.starting(part)
@@ -223,7 +223,7 @@ def val_batches(
 
 
 def stop_if_asked(world: World, stop: StopSignal, saver: Saver) -> None:
-    """Raise Stopped in all processes once the save under way is on the disk, if a signal came to any of them.
+    """If any process got a signal: finish the save under way, then raise Stopped in all.
 
     All processes must call it, at the same place.
     """

@@ -14,14 +14,14 @@ from samdetr.structures import Outputs
 
 
 class Decoder(Protocol):
-    """An nn.Module that makes predictions of what the image encoder gives."""
+    """An nn.Module that predicts logits and boxes from the image encoder's output."""
 
     @property
     def layers(self) -> nn.ModuleList:
         """Layers that are compiled, sharded and checkpointed one by one."""
 
     def __call__(self, encoded: Any) -> Outputs:
-        """Predict logits and boxes after every layer. encoded: of the detector's encoder."""
+        """Predict logits and boxes after every layer. encoded: output of the detector's encoder."""
 
     @property
     def compiled_parts(self) -> tuple[nn.Module, ...]:

@@ -1,4 +1,4 @@
-"""DETR (ECCV 2020), with its own softmax loss or, as its tables of later papers have it, the focal loss."""
+"""DETR (ECCV 2020), with its own softmax loss or, as in later papers' tables, focal loss."""
 
 from __future__ import annotations
 

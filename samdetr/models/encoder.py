@@ -58,7 +58,7 @@ class EncoderLayer(nn.Module):
 class TransformerEncoder(nn.Module):
     """A stack of encoder layers without a final norm.
 
-    pos_scale: gives each layer's pos_embed from (pos_embed, x), x what the layer reads; None: the same for all.
+    pos_scale(pos_embed, x) gives each layer's pos_embed, x the layer's input; None: unscaled.
     """
 
     def __init__(self, layers: Iterable[EncoderLayer], *, pos_scale: nn.Module | None = None) -> None:

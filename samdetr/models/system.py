@@ -12,7 +12,7 @@ from samdetr.errors import CheckpointError
 if TYPE_CHECKING:
     from samdetr.models import Detector
 
-REPEATED = "transformer.decoder."  # before the keys of heads that stand in a published file twice
+REPEATED = "transformer.decoder."  # prefix of the second copy of heads that a published file holds twice
 State = Mapping[str, Tensor]  # a state dict, of published keys
 FlopFormula = Callable[..., int]  # of a module, its arguments and its result -> flops, as cost/flops.py counts
 
@@ -23,7 +23,7 @@ def no_copies(model: Any, names: Mapping[str, str]) -> dict[str, str]:
 
 
 def repeated_box_heads(model: Any, names: Mapping[str, str]) -> dict[str, str]:
-    """Return the keys of the box heads as the published decoder holds them once more. names: ours -> published."""
+    """Return the published decoder's second copy of the box heads: its key -> original. names: ours -> published."""
     return {REPEATED + names[name]: names[name] for name in names if name.startswith("decoder.box_heads.")}
 
 
@@ -42,14 +42,14 @@ class PublishedLayout(NamedTuple):
     "layers." is an MLP, whose linear layers the published names count without the ReLUs between them.
     """
 
-    landmark: str  # a key that the files of this system have, and those of no system before it in `SYSTEMS`
+    landmark: str  # key in this system's files and in none of a later entry of `SYSTEMS`
     whole: Mapping[str, str]
     encoder_layer: Mapping[str, str]
     decoder_layer: Mapping[str, str]
     convolutions: str  # our linear layers that are 1 x 1 convolutions there, as a regular expression of names
     check: Callable[[Any, State], None] = fits_every_file  # raises CheckpointError where a key does not fit the file
     check_model: Callable[[Any], None] = is_published  # raises CheckpointError where no such model was published
-    copies: Callable[[Any, Mapping[str, str]], dict[str, str]] = no_copies  # published keys that repeat one -> that one
+    copies: Callable[[Any, Mapping[str, str]], dict[str, str]] = no_copies  # published duplicate key -> original
     reordered: Mapping[str, Reordering] = {}  # weights in another order there, by how their names end
 
 
@@ -65,18 +65,18 @@ class System(NamedTuple):
 
     name: str  # as in a recipe
     build: Callable[[Any], Detector]  # from its section, with random weights
-    class_heads: str  # how names of the parameters begin that have a row for each class
+    class_heads: str  # name prefix of parameters with one row per class
     published: PublishedLayout | None  # None: nothing was published that fits
-    published_flops: Mapping[type[nn.Module], FlopFormula] = {}  # what the published code computes beyond ours
-    sampling: tuple[str, ...] = ()  # parts of the names of what learns at optim.sampling_lr_factor
+    published_flops: Mapping[type[nn.Module], FlopFormula] = {}  # extra operations of the published code (for GFLOPs)
+    sampling: tuple[str, ...] = ()  # name parts of the parameters that use optim.sampling_lr_factor
 
 
 def check_settings(**settings: tuple[object, object]) -> None:
-    """Compare keys of the section [model]: what the published checkpoint needs, and what the recipe has.
+    """Compare keys of the section [model]. setting: (value needed, value in recipe).
 
-    Raises CheckpointError for the first that differ.
+    Raises CheckpointError for the first setting whose values differ.
     """
-    for key, (found, wanted) in settings.items():
-        if found != wanted:
-            value = str(found).lower()
-            raise CheckpointError(f"the published checkpoint is of another model: set model.{key} = {value}.")
+    for key, (needed, value) in settings.items():
+        if needed != value:
+            wanted = str(needed).lower()
+            raise CheckpointError(f"the published checkpoint is of another model: set model.{key} = {wanted}.")

@@ -44,7 +44,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def stored_recipe(values: dict[str, Any], place: str) -> Recipe:
     """Return the recipe of a checkpoint's JSON, which an earlier version may have written.
 
-    place: of the checkpoint, for messages. Raises RecipeError.
+    place: checkpoint path, for messages. Raises RecipeError.
     """
     return _validated(_without_former_keys(values), (), place, "")
 

@@ -55,7 +55,7 @@ def dotted(path: Keys) -> str:
 def keys_of(model: type[BaseModel], system: str = "", parent: Names = ()) -> Iterator[tuple[Names, Any]]:
     """Yield the path of every section and key of a recipe, sections before their keys, with its annotation.
 
-    system: the one whose keys "model" has; with "" the keys of all systems come, some of them several times.
+    system: only its model keys; "": all systems', with repeats.
     """
     for name, field in model.model_fields.items():
         yield (*parent, name), field.annotation
@@ -127,7 +127,7 @@ def keys_named(name: str, model: type[BaseModel]) -> list[str]:
 
 
 def _closest(path: Names, known: list[Names]) -> Names | None:
-    """Return the path that was meant: with the same name elsewhere, a similar name beside it, or one elsewhere."""
+    """Return the best guess: same name elsewhere, then similar sibling, then similar name elsewhere."""
     name = path[-1]
     beside = {key[-1]: key for key in known if key[:-1] == path[:-1]}
     elsewhere: dict[str, Names] = {}

@@ -1,4 +1,4 @@
-"""A whole recipe, what its sections ask of one another, and copies of it with changes."""
+"""A whole recipe, the checks between its sections, and copies of it with changes."""
 
 from __future__ import annotations
 
