@@ -26,9 +26,9 @@ from samdetr.models.layers import (
     LayerSizes,
     PredictionHeads,
     attend,
+    build_layer_sizes,
     inverse_sigmoid,
     joint_linear,
-    layer_sizes,
     make_box_head,
     make_class_head,
     reset_matrices,
@@ -173,7 +173,7 @@ class ConditionalDETRDecoder(nn.Module):
 def build_conditional_detr(section: ConditionalDETRSection) -> EncoderDecoder:
     """Build the detector of a recipe, with random weights."""
     encoder = build_image_encoder(section)
-    layers = [DecoderLayer(layer_sizes(section), first=number == 0) for number in range(section.decoder_layers)]
+    layers = [DecoderLayer(build_layer_sizes(section), first=number == 0) for number in range(section.decoder_layers)]
     decoder = ConditionalDETRDecoder(
         layers, width=section.width, num_classes=section.num_classes, num_queries=section.num_queries
     )

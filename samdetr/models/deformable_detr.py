@@ -32,8 +32,8 @@ from samdetr.models.layers import (
     LayerSizes,
     box_head_flops,
     boxes_around,
+    build_layer_sizes,
     inverse_sigmoid,
-    layer_sizes,
     make_box_head,
     make_class_head,
 )
@@ -221,7 +221,7 @@ class DeformableDETRDecoder(nn.Module):
 def build_deformable_detr(section: DeformableDETRSection) -> EncoderDecoder:
     """Build the detector of a recipe, with random weights."""
     encoder = build_pyramid_encoder(section, ffn=section.ffn)
-    sizes, levels = layer_sizes(section), section.feature_levels
+    sizes, levels = build_layer_sizes(section), section.feature_levels
     layers = [DecoderLayer(sizes, levels=levels) for _ in range(section.decoder_layers)]
     encoder.reset_parameters()  # after the decoder's layers: a seed means this order of draws
     decoder = DeformableDETRDecoder(

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from samdetr.models.backbone import Backbone, build_backbone
 from samdetr.models.encoder import PUBLISHED_LAYER_END, cast_memory, embed_map
-from samdetr.models.layers import GROUPS, FeedForward, Fp32Linear, LayerSizes, MapGroupNorm, layer_sizes, reset_matrices
+from samdetr.models.layers import (
+    GROUPS,
+    FeedForward,
+    Fp32Linear,
+    LayerSizes,
+    MapGroupNorm,
+    build_layer_sizes,
+    reset_matrices,
+)
 from samdetr.models.position import MapGeometry, covered_cells, valid_mask
 from samdetr.models.system import check_settings
 from samdetr_kernels import deformable_attention
@@ -316,7 +324,7 @@ def build_pyramid_encoder(section: DeformableSection, *, ffn: int) -> PyramidIma
     levels = section.feature_levels
     from_backbone = min(levels, MOST_BACKBONE_LEVELS)
     backbone, projections = build_projections(section, levels=from_backbone, last=levels > from_backbone)
-    sizes = layer_sizes(section)._replace(ffn=ffn)
+    sizes = build_layer_sizes(section)._replace(ffn=ffn)
     transformer = PyramidEncoder(DeformableEncoderLayer(sizes, levels=levels) for _ in range(section.encoder_layers))
     return PyramidImageEncoder(
         backbone,

@@ -23,7 +23,7 @@ from samdetr.models.layers import (
     FeedForward,
     LayerSizes,
     PredictionHeads,
-    layer_sizes,
+    build_layer_sizes,
     make_class_head,
     reset_matrices,
 )
@@ -95,7 +95,7 @@ class DETRDecoder(nn.Module):
 def build_detr(section: DETRSection) -> EncoderDecoder:
     """Build the detector of a recipe, with random weights."""
     encoder = build_image_encoder(section)
-    layers = [DecoderLayer(layer_sizes(section)) for _ in range(section.decoder_layers)]
+    layers = [DecoderLayer(build_layer_sizes(section)) for _ in range(section.decoder_layers)]
     decoder = DETRDecoder(
         layers,
         width=section.width,

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from samdetr.errors import CheckpointError
 from samdetr.models.backbone import Backbone, build_backbone
-from samdetr.models.layers import GROUPS, FeedForward, LayerSizes, MapGroupNorm, attend, layer_sizes
+from samdetr.models.layers import GROUPS, FeedForward, LayerSizes, MapGroupNorm, attend, build_layer_sizes
 from samdetr.models.position import TEMPERATURE, MapGeometry, covered_cells, sine_map, valid_cells, valid_mask
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def build_image_encoder(
         pos_offset=pos_offset,
         pos_temperature=pos_temperature,
     )
-    sizes = layer_sizes(section)
+    sizes = build_layer_sizes(section)
     layers = [EncoderLayer(sizes, activation=activation) for _ in range(section.encoder_layers)]
     transformer = TransformerEncoder(layers, pos_scale=pos_scale)
     return ImageEncoder(backbone, embed, transformer, mask_padding=mask_padding)

@@ -52,7 +52,7 @@ class LayerSizes(NamedTuple):
     dropout: float  # probability
 
 
-def layer_sizes(section: TransformerSection) -> LayerSizes:
+def build_layer_sizes(section: TransformerSection) -> LayerSizes:
     """Return the sizes of a recipe's layers."""
     return LayerSizes(section.width, section.heads, section.ffn, section.dropout)
 

@@ -34,9 +34,9 @@ from samdetr.models.layers import (
     attend,
     box_head_flops,
     boxes_around,
+    build_layer_sizes,
     inverse_sigmoid,
     joint_linear,
-    layer_sizes,
     make_box_head,
     make_class_head,
     reset_matrices,
@@ -187,7 +187,7 @@ def repeat_map(encoded: EncodedMap, layers: int) -> list[EncodedMap]:
 
 def build_sam_detr_layers(section: SAMDETRSection | MultiScaleSAMDETRSection) -> list[DecoderLayer]:
     """Build the decoder layers of a recipe, with random weights."""
-    sizes = layer_sizes(section)
+    sizes = build_layer_sizes(section)
     return [
         DecoderLayer(
             sizes,

@@ -25,7 +25,7 @@ from samdetr.models.layers import (
     Fp32Linear,
     LayerSizes,
     PredictionHeads,
-    layer_sizes,
+    build_layer_sizes,
     make_class_head,
     reset_matrices,
 )
@@ -171,7 +171,7 @@ def make_heads(width: int, num_classes: int) -> PredictionHeads:
 def build_smca_detr(section: SMCADETRSection) -> EncoderDecoder:
     """Build the detector of a recipe, with random weights."""
     encoder = build_image_encoder(section)
-    layers = [DecoderLayer(layer_sizes(section), first=number == 0) for number in range(section.decoder_layers)]
+    layers = [DecoderLayer(build_layer_sizes(section), first=number == 0) for number in range(section.decoder_layers)]
     decoder = SMCADETRDecoder(
         layers,
         width=section.width,

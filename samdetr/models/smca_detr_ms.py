@@ -24,7 +24,15 @@ from samdetr.models.deformable_encoder import (
 )
 from samdetr.models.detector import EncoderDecoder
 from samdetr.models.encoder import PUBLISHED_LAYER_END, EncoderLayer
-from samdetr.models.layers import Attention, FeedForward, Fp32Linear, LayerSizes, attend, layer_sizes, reset_matrices
+from samdetr.models.layers import (
+    Attention,
+    FeedForward,
+    Fp32Linear,
+    LayerSizes,
+    attend,
+    build_layer_sizes,
+    reset_matrices,
+)
 from samdetr.models.position import MapGeometry
 from samdetr.models.smca_detr import (
     PUBLISHED_STRIDE,
@@ -295,7 +303,7 @@ def build_smca_detr_ms(section: MultiScaleSMCADETRSection) -> EncoderDecoder:
     )
     looked_at = (strides[1], *strides[1:]) if convolved else strides
     layers = [
-        DecoderLayer(layer_sizes(section), strides=looked_at, first=number == 0)
+        DecoderLayer(build_layer_sizes(section), strides=looked_at, first=number == 0)
         for number in range(section.decoder_layers)
     ]
     encoder.reset_parameters()  # after the decoder's layers: a seed means this order of draws
@@ -311,14 +319,14 @@ def build_smca_detr_ms(section: MultiScaleSMCADETRSection) -> EncoderDecoder:
 
 def build_mixing_encoder(section: MultiScaleSMCADETRSection, *, levels: int) -> PyramidEncoder:
     """Build the released transformer of a recipe, with random weights."""
-    sizes, mask_padding = layer_sizes(section), section.padding == "masked"
+    sizes, mask_padding = build_layer_sizes(section), section.padding == "masked"
     layers = (MixingLayer(sizes, levels=levels, mask_padding=mask_padding) for _ in range(section.encoder_layers))
     return PyramidEncoder(layers)
 
 
 def build_scale_encoder(section: MultiScaleSMCADETRSection) -> ScaleEncoder:
     """Build the paper's transformer of a recipe, with random weights."""
-    return ScaleEncoder(EncoderLayer(layer_sizes(section)) for _ in range(section.encoder_layers))
+    return ScaleEncoder(EncoderLayer(build_layer_sizes(section)) for _ in range(section.encoder_layers))
 
 
 def check_scale_encoder(model: Any) -> None:
