@@ -105,7 +105,7 @@ BF16 = ("--dtypes", "bfloat16")
 CALLS: dict[int, tuple[Stage, ...]] = {
     1: (
         (
-            _pytest("kernel tests", 110, 8, "-m", "not slow", *KERNEL_TESTS, LAYER_TESTS),
+            _pytest("kernel tests", 110, 8, "-m", "not long", *KERNEL_TESTS, LAYER_TESTS),
             _steps("r50_12ep", (4, 16), 250),
             _steps("r50_dc5_12ep", (1, 8), 250),
             _commands("commands on a part of quickstart", 130, "--set", "train.epochs=1", *FEWER_PICTURES),

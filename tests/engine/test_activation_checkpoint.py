@@ -105,7 +105,7 @@ def one_process(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return train(load_recipe(recipe_file, [f"run.folder={folder}", *SHARED, *PUBLISHED[1::2]]))
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.long)])
 def test_several_processes_compute_again(recipe_file: Path, tmp_path: Path, one_process: Path, strategy: str) -> None:
     options = (*SHARED, LAYERS, f'parallel.strategy="{strategy}"')
     finished(train_in(2, recipe_file, tmp_path, *(word for option in options for word in ("--set", option))))

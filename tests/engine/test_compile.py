@@ -34,7 +34,7 @@ SYSTEMS = [
     ("model.smca=false", 'model.resampling="max"'),
     pytest.param(
         ("model.smca=false", 'model.resampling="point"', 'model.search_range="image"', "model.reweighting=false"),
-        marks=pytest.mark.slow,
+        marks=pytest.mark.long,
     ),
     ('model.system="detr"', "model.num_classes=9", 'loss.classification="softmax"'),
     ('model.system="conditional_detr"',),
@@ -42,7 +42,7 @@ SYSTEMS = [
     ('model.system="sam_detr_ms"', "model.smca=true", "model.feature_levels=2"),
     pytest.param(
         ('model.system="smca_detr_ms"', "model.backbone.stages=3"),
-        marks=pytest.mark.slow,
+        marks=pytest.mark.long,
     ),
     pytest.param(
         (
@@ -51,9 +51,9 @@ SYSTEMS = [
             "model.backbone.stages=3",
             "model.encoder_layers=2",
         ),
-        marks=pytest.mark.slow,
+        marks=pytest.mark.long,
     ),
-    pytest.param(('model.system="deformable_detr"', "model.feature_levels=2"), marks=pytest.mark.slow),
+    pytest.param(('model.system="deformable_detr"', "model.feature_levels=2"), marks=pytest.mark.long),
     (
         'model.system="deformable_detr"',
         "model.feature_levels=4",
@@ -155,7 +155,7 @@ def test_the_start_up_leaves_no_trace(make_recipe: MakeRecipe) -> None:
     ("options", "dtype", "lr", "difference", "decrease"),
     [
         ((), torch.float32, 1e-5, 5e-5, 0.95),
-        pytest.param(PUBLISHED, torch.float64, 1e-4, 1e-8, 0.7, marks=pytest.mark.slow),
+        pytest.param(PUBLISHED, torch.float64, 1e-4, 1e-8, 0.7, marks=pytest.mark.long),
     ],
 )
 def test_a_hundred_compiled_steps_are_the_eager_ones(
@@ -198,7 +198,7 @@ def test_compiled_steps_of_other_systems_are_the_eager_ones(make_recipe: MakeRec
 
 
 @pytest.mark.parametrize(
-    ("precision", "micro_batch"), [pytest.param(torch.float32, 1, marks=pytest.mark.slow), (torch.bfloat16, 2)]
+    ("precision", "micro_batch"), [pytest.param(torch.float32, 1, marks=pytest.mark.long), (torch.bfloat16, 2)]
 )
 def test_nothing_is_compiled_after_the_start_up(
     make_recipe: MakeRecipe, precision: torch.dtype, micro_batch: int
@@ -242,7 +242,7 @@ def test_generated_code_gives_the_eager_losses(make_recipe: MakeRecipe) -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.slow
+@pytest.mark.long
 def test_generated_code_for_all_shapes(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("model.dropout=0.0", "optim.lr=1e-5", "optim.backbone_lr=1e-5")
     compiled, eager = Setup(recipe), Setup(recipe)

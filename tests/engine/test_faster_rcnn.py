@@ -192,7 +192,7 @@ def test_cost_at_a_number_of_proposals() -> None:
     assert kept[1].activations == pytest.approx(kept[0].activations, rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["faster_rcnn_r50_c4_12ep", "faster_rcnn_r50_dc5_12ep", "faster_rcnn_r50_fpn_108ep"])
 def test_eight_pictures_are_learned_by_heart(name: str, reduced: MakeRecipe) -> None:
     """As in test_overfit.py, with losses of drawn anchors and regions: their mean over five steps falls tenfold."""

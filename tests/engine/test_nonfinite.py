@@ -247,7 +247,7 @@ def test_what_is_meant_to_be_infinite_is_not_reported(make_recipe: MakeRecipe, k
     assert found.grad_norm == pytest.approx(float(torch.nn.utils.get_total_norm(gradients)), rel=1e-5)
 
 
-@pytest.mark.parametrize("keys", [(), pytest.param(COMPILED, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize("keys", [(), pytest.param(COMPILED, marks=pytest.mark.long)], ids=["eager", "compiled"])
 def test_a_skipped_step_changes_nothing(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, trained: Path, keys: tuple[str, ...]
 ) -> None:
@@ -311,7 +311,7 @@ if os.environ["RANK"] == "0":
 """
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_two_processes_stop_together(
     recipe_file: Path, tmp_path: Path, samdetr_command: Command, strategy: str
 ) -> None:

@@ -28,7 +28,7 @@ SYSTEMS += ("smca_detr_r50_ms_50ep", "smca_detr_r50_ms_attention_50ep")
 STEPS, FALL, CPU = 400, 10, torch.device("cpu")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_eight_pictures_are_learned_by_heart(name: str, tmp_path: Path, shapes_folder: Path) -> None:
     settings = {

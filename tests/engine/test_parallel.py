@@ -77,7 +77,7 @@ def alone(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("processes", "strategy"), [pytest.param(2, "ddp", marks=pytest.mark.slow), (2, "fsdp"), (4, "ddp")]
+    ("processes", "strategy"), [pytest.param(2, "ddp", marks=pytest.mark.long), (2, "fsdp"), (4, "ddp")]
 )
 def test_the_run_does_not_depend_on_the_processes(
     recipe_file: Path, tmp_path: Path, alone: Path, processes: int, strategy: str
@@ -118,7 +118,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_in_other_numbers(recipe_file: Pat
     assert [line["step"] for line in metrics(straight / "tiny" / "1", "train")] == list(range(1, 31))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_compiled_processes_train_as_one_eagerly(recipe_file: Path, tmp_path: Path, strategy: str) -> None:
     buckets = ("--set", "data.batching=buckets", "--set", "data.buckets=2", "--set", "model.dropout=0.0")
@@ -143,7 +143,7 @@ def process_of_rank(launcher: int, rank: int) -> int:
 
 @pytest.mark.parametrize(
     ("number", "limit"),
-    [(signal.SIGKILL, 30.0), pytest.param(signal.SIGSTOP, 60.0, marks=pytest.mark.slow)],
+    [(signal.SIGKILL, 30.0), pytest.param(signal.SIGSTOP, 60.0, marks=pytest.mark.long)],
     ids=["killed", "hanging"],
 )
 def test_a_lost_process_ends_the_others_and_is_named(

@@ -67,7 +67,7 @@ def test_saves_within_an_epoch_change_nothing_and_are_its_steps(straight: Path, 
         assert int(loaded.optimizer["decoder.class_heads.0.weight:step"]) == step
 
 
-@pytest.mark.parametrize("step", [4, pytest.param(2, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [4, pytest.param(2, marks=pytest.mark.long), pytest.param(8, marks=pytest.mark.long)])
 def test_a_run_goes_on_from_any_of_them(
     make_recipe: MakeRecipe, straight: Path, often: Path, tmp_path: Path, step: int
 ) -> None:
@@ -136,7 +136,7 @@ def test_the_keys_may_change_when_a_run_goes_on(make_recipe: MakeRecipe) -> None
         make_recipe("checkpoint.keep=0")
 
 
-@pytest.mark.parametrize("first", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_processes_write_their_shares_and_another_number_goes_on(
     recipe_file: Path, make_recipe: MakeRecipe, tmp_path: Path, first: int
 ) -> None:
@@ -166,7 +166,7 @@ def test_processes_write_their_shares_and_another_number_goes_on(
     assert all(torch.allclose(one[key], two[key], rtol=1e-3, atol=1e-9) for key in moments)
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_save_that_fails_in_one_process_ends_all_with_its_reason(
     recipe_file: Path, tmp_path: Path, rank: int
 ) -> None:

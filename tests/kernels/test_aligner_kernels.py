@@ -41,7 +41,7 @@ CASE_IDS = [f"{h}x{w}-C{c}-N{n}-bins{s}{'-padded' * p}" for h, w, c, n, s, p in 
 # all cases in float32, the small ones also in bfloat16; the rest is slow, as they differ in how they load and store
 QUICK = {torch.float32: CASE_IDS, torch.bfloat16: [CASE_IDS[place] for place in (0, 1, 3, 7)], torch.float16: []}
 ALL = [
-    pytest.param(case, dtype, id=f"{name}-{dtype}", marks=() if name in QUICK[dtype] else pytest.mark.slow)
+    pytest.param(case, dtype, id=f"{name}-{dtype}", marks=() if name in QUICK[dtype] else pytest.mark.long)
     for dtype in DTYPES
     for case, name in zip(CASES, CASE_IDS, strict=True)
 ]

@@ -112,7 +112,7 @@ def test_gradients(run: Run, prefix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("samdetr_r50_50ep", marks=pytest.mark.slow), "samdetr_r50_dc5_smca_12ep"]
+    "name", [pytest.param("samdetr_r50_50ep", marks=pytest.mark.long), "samdetr_r50_dc5_smca_12ep"]
 )
 def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parts as torch.compile captures and differentiates them; generating code of them is left to others."""

@@ -183,7 +183,7 @@ def test_what_was_never_published_has_no_baseline(change: str) -> None:
         BaselineSAMDETR(small("r50_12ep", change).model)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_launching_ops_are_as_many_as_published() -> None:
     counts = {
         name: {

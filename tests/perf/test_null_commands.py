@@ -78,7 +78,7 @@ def test_all_commands(recipe: str, tmp_path: Path) -> None:
     assert [line["step"] for line in metrics(folder, "train")] == list(range(1, EPOCHS * STEPS + 1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_commands_compiled_in_bf16(recipe: str, tmp_path: Path) -> None:
     buckets = ("data.batching=buckets", "data.buckets=2", "data.pixels=fast")
     compute = ("compute.precision=bf16", "compute.compile=on", "optim.ema_decay=0.99")
@@ -88,7 +88,7 @@ def test_all_commands_compiled_in_bf16(recipe: str, tmp_path: Path) -> None:
     check_waits(counted(ended[1])[0]["epochs"], at_first=2)  # mean and deviation of pixels
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes(recipe: str, tmp_path: Path, strategy: str) -> None:
     """On one device, with gloo in the place of NCCL: they stop together, and go on."""
@@ -106,7 +106,7 @@ def test_two_processes(recipe: str, tmp_path: Path, strategy: str) -> None:
     assert [line["step"] for line in metrics(folder, "train")] == list(range(1, EPOCHS * STEPS + 1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_gpu_that_is_full(recipe: str, tmp_path: Path) -> None:
     """From the start, and once the weights are there: a sentence each."""
     options = ("--set", f"run.folder={tmp_path / 'runs'}")

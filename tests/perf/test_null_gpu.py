@@ -258,7 +258,7 @@ except Exception as error:
     assert any("during a capture" in call for call in refused) and "captur" in error
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("null_gpu_there")
 def test_a_compiled_step_and_its_graph(tmp_path: Path) -> None:
     compiled = count(tmp_path / "compiled.json", "recipes/r50_12ep.toml", "--compile")
@@ -271,7 +271,7 @@ def test_a_compiled_step_and_its_graph(tmp_path: Path) -> None:
     assert row["launches"] <= 20 and row["nodes"] <= 2850
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("null_gpu_there")
 @pytest.mark.parametrize("call", gpu_check.CALLS)
 def test_the_check_of_a_gpu_goes_through_all_its_parts(call: int, tmp_path: Path) -> None:

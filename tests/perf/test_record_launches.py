@@ -51,7 +51,7 @@ def test_what_a_recipe_compiles_is_listed(tmp_path: Path) -> None:
     assert len(found) > 20 and found <= lines(LIST), f"{LIST.name} lacks compilations of r50_12ep: {REWRITE}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("null_gpu_there")
 def test_the_list_is_what_all_recipes_compile(tmp_path: Path) -> None:
     found, listed = record(tmp_path / "launches.json"), lines(LIST)

@@ -1,4 +1,4 @@
-"""A few turns of each script of this folder; all of them, as docs/reliability.md gives their figures, are slow."""
+"""A few turns of each script of this folder; all of them, as docs/reliability.md gives their figures, are marked long."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from tests.reliability.kill_saves import kill_saves
 from tests.reliability.random_resume import resumed_equal
 from tests.reliability.signals import Turn, launch, lines, stop_and_go_on, stopped, turns, wait_until
 
-SLOW = pytest.mark.slow
+LONG = pytest.mark.long
 
 
 @pytest.mark.parametrize(
-    ("count", "processes"), [(1, 1), pytest.param(20, 1, marks=SLOW), pytest.param(20, 2, marks=SLOW)]
+    ("count", "processes"), [(1, 1), pytest.param(20, 1, marks=LONG), pytest.param(20, 2, marks=LONG)]
 )
 def test_a_stopped_run_comes_to_the_same_numbers(tmp_path: Path, count: int, processes: int) -> None:
     assert resumed_equal(tmp_path, count=count, processes=processes, seed=1) == count
 
 
 @pytest.mark.parametrize(
-    ("count", "processes"), [(2, 1), pytest.param(50, 1, marks=SLOW), pytest.param(20, 2, marks=SLOW)]
+    ("count", "processes"), [(2, 1), pytest.param(50, 1, marks=LONG), pytest.param(20, 2, marks=LONG)]
 )
 def test_a_run_that_is_killed_while_it_saves_goes_on(tmp_path: Path, count: int, processes: int) -> None:
     found = kill_saves(tmp_path, count=count, processes=processes, seed=1)
     assert (found.kills, found.resumable, found.before) == (count, count, count)
 
 
-@pytest.mark.parametrize(("count", "processes"), [(5, 1), pytest.param(100, 2, marks=SLOW)])
+@pytest.mark.parametrize(("count", "processes"), [(5, 1), pytest.param(100, 2, marks=LONG)])
 def test_every_damage_is_noticed(tmp_path: Path, count: int, processes: int) -> None:
     found = damage(tmp_path, count=count, processes=processes, seed=1)
     assert found == Noticed(count, count, found.files, found.files, found.files)
@@ -49,7 +49,7 @@ def test_a_signal_to_torchrun_in_an_evaluation_is_answered_by_all(tmp_path: Path
     assert found is not None and found[1] == []
 
 
-@SLOW
+@LONG
 def test_signals_through_launchers(tmp_path: Path) -> None:
     assert stop_and_go_on(tmp_path, turns(10), processes=2, seed=1) == 10
 
@@ -67,7 +67,7 @@ if "RANK" in os.environ:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=LONG)])
 def test_a_second_signal_to_the_launcher_ends_all_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
