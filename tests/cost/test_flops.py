@@ -91,6 +91,7 @@ def test_an_op_without_a_formula_is_no_zero() -> None:
         count_flops(model, Size(64, 96))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -112,6 +113,7 @@ def test_fused_attention_counts_as_much_as_its_products(name: str) -> None:
 
 
 # counted of the published code at 800 x 1199, by fvcore with baddbmm
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "published"),
     [

@@ -24,12 +24,14 @@ def reports() -> dict[str, Report]:
     return {report.path.stem: report for report in make_reports({path: load_recipe(path) for path in paths})}
 
 
+@pytest.mark.slow
 def test_parameters_are_the_published_ones_to_the_unit(reports: dict[str, Report]) -> None:
     differing = {name: report.parameters_over for name, report in reports.items() if report.parameters_over}
     released = {name for name, row in PUBLISHED.items() if row.parameters is not None}
     assert differing == dict.fromkeys(released, (0, 0))
 
 
+@pytest.mark.slow
 def test_published_form_is_the_published_code_s_count(reports: dict[str, Report]) -> None:
     """Within 1 % at both sizes; and what is published, a mean over other images, lies between them."""
     counted = {name: row for name, row in PUBLISHED.items() if row.counted is not None}
@@ -42,6 +44,7 @@ def test_published_form_is_the_published_code_s_count(reports: dict[str, Report]
         assert row.gflops is None or ours[0] < row.gflops < ours[1], name
 
 
+@pytest.mark.slow
 def test_nothing_runs_more_than_the_published_code(reports: dict[str, Report]) -> None:
     for name, report in reports.items():
         assert all(count.run <= count.published for count in report.figures.flops.values()), name
@@ -55,6 +58,7 @@ def test_evaluation_sizes() -> None:
     assert evaluation_sizes(load_recipe(ROOT / "recipes/quickstart.toml")) == ((96, 128), (85, 127))
 
 
+@pytest.mark.slow
 def test_json(reports: dict[str, Report]) -> None:
     row, own = json.loads(as_json([reports["r50_12ep"], reports["quickstart"]]))
     assert row["parameters"] == 58_296_458
@@ -69,6 +73,7 @@ def test_json(reports: dict[str, Report]) -> None:
     assert own["published"] is own["parameters_over_published"] is own["gflops_mean"]["over_published"] is None
 
 
+@pytest.mark.slow
 def test_table(reports: dict[str, Report], capsys: pytest.CaptureFixture[str]) -> None:
     print_tables([reports["r50_12ep"], reports["quickstart"]])
     printed = capsys.readouterr().out
@@ -84,6 +89,7 @@ def test_table(reports: dict[str, Report], capsys: pytest.CaptureFixture[str]) -
     assert max(map(len, printed.splitlines())) <= 120
 
 
+@pytest.mark.slow
 def test_the_document_of_models_is_the_report(reports: dict[str, Report]) -> None:
     """CONTRIBUTING.md says how to write it anew."""
     assert markdown(list(reports.values())) == (ROOT / "docs/models.md").read_text()

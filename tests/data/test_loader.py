@@ -268,6 +268,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "end"), [("fork", "done"), ("forkserver", "done"), ("forkserver", "killed")])
 def test_workers_end_with_the_process(data: CocoData, tmp_path: Path, method: str, end: str) -> None:
     script = tmp_path / "script.py"

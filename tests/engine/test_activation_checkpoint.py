@@ -70,6 +70,7 @@ def test_numbers_are_the_same_bits_and_less_is_kept(make_recipe: MakeRecipe, opt
     assert saved.total == 0
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_computed_again(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
@@ -90,6 +91,7 @@ def test_what_is_kept_is_counted_before(make_recipe: MakeRecipe) -> None:
     assert memory.activations == pytest.approx(kept, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_its_average_and_may_change_its_mind(make_recipe: MakeRecipe) -> None:
     plain = train(make_recipe("optim.ema_decay=0.9"))
     run = train(make_recipe("optim.ema_decay=0.9", LAYERS, "train.epochs=1"))
@@ -105,6 +107,7 @@ def one_process(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return train(load_recipe(recipe_file, [f"run.folder={folder}", *SHARED, *PUBLISHED[1::2]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.long)])
 def test_several_processes_compute_again(recipe_file: Path, tmp_path: Path, one_process: Path, strategy: str) -> None:
     options = (*SHARED, LAYERS, f'parallel.strategy="{strategy}"')

@@ -136,6 +136,7 @@ class Setup:
         return losses
 
 
+@pytest.mark.slow
 def test_the_start_up_leaves_no_trace(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe()
     compiled, eager = Setup(recipe), Setup(recipe)
@@ -151,6 +152,7 @@ def test_the_start_up_leaves_no_trace(make_recipe: MakeRecipe) -> None:
     assert [sentence[:13] for sentence in compiled.started] == [*("compiling 1/2", "compiling 2/2", "checking a st")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(  # rates at which differences of rounding do not grow
     ("options", "dtype", "lr", "difference", "decrease"),
     [
@@ -183,6 +185,7 @@ def test_a_hundred_compiled_steps_are_the_eager_ones(
     assert expected[99] < decrease * expected[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SYSTEMS)
 def test_compiled_steps_of_other_systems_are_the_eager_ones(make_recipe: MakeRecipe, options: tuple[str, ...]) -> None:
     recipe = make_recipe("model.dropout=0.0", "optim.lr=1e-5", "optim.backbone_lr=1e-5", *options)
@@ -197,6 +200,7 @@ def test_compiled_steps_of_other_systems_are_the_eager_ones(make_recipe: MakeRec
     assert losses == pytest.approx(eager.steps(4) + eager.steps(4), rel=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "micro_batch"), [pytest.param(torch.float32, 1, marks=pytest.mark.long), (torch.bfloat16, 2)]
 )
@@ -213,6 +217,7 @@ def test_nothing_is_compiled_after_the_start_up(
     assert graphs_compiled() == graphs
 
 
+@pytest.mark.slow
 def test_ddp_splits_no_part(make_recipe: MakeRecipe, one_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch would cut graphs at DDP's buckets, of which the first ends after 1 MB."""
     recipe, graphs = make_recipe("model.backbone.stages=4"), []
@@ -265,6 +270,7 @@ def test_bf16_follows_fp32(make_recipe: MakeRecipe) -> None:
     assert outputs.logits.dtype == outputs.boxes.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_compiled_bf16_is_checked_against_eager_fp32(make_recipe: MakeRecipe) -> None:
     setup = Setup(make_recipe())
     setup.prepare(precision=torch.bfloat16)
@@ -300,6 +306,7 @@ def _breaks(model: EncoderDecoder) -> None:
     model.decoder.layers[0].forward = broken
 
 
+@pytest.mark.slow
 def test_a_failing_compilation_stops_with_the_reason(make_recipe: MakeRecipe) -> None:
     setup = Setup(make_recipe())
     _breaks(setup.model)
@@ -307,6 +314,7 @@ def test_a_failing_compilation_stops_with_the_reason(make_recipe: MakeRecipe) ->
         setup.prepare()
 
 
+@pytest.mark.slow
 def test_a_failing_compilation_falls_back_aloud(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("model.dropout=0.0")
     setup, eager = Setup(recipe), Setup(recipe)
@@ -326,6 +334,7 @@ class _NothingComesFromTheHost(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), PUBLISHED, *SYSTEMS])
 def test_nothing_of_the_step_is_read_back(
     make_recipe: MakeRecipe, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -363,6 +372,7 @@ def test_choices() -> None:
         choose(CPU, cuda_graph="on")
 
 
+@pytest.mark.slow
 def test_a_failed_recording_leaves_compilation_and_the_optimizer_alone(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

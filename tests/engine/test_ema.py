@@ -53,6 +53,7 @@ def test_the_model_holds_its_averages_within_the_context_only() -> None:
     assert torch.equal(model.weight, trained)
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_its_averages_and_goes_on_with_them(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,7 @@ def test_only_the_backbone_is_compiled(reduced: MakeRecipe) -> None:
     assert {name for name, part in model.named_modules() if part._compiled_call_impl is not None} == {"backbone"}
 
 
+@pytest.mark.slow
 def test_predictions_and_evaluation_of_a_checkpoint(reduced: MakeRecipe, tmp_path: Path, shapes_folder: Path) -> None:
     run = train(reduced("faster_rcnn_r50_dc5_12ep", "model.regions.score_threshold=0.0"))
     photos = next(shapes_folder.rglob("val*/"))

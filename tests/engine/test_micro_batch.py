@@ -131,6 +131,7 @@ def test_trials_are_whole_steps_and_leave_no_trace(make_recipe: MakeRecipe, monk
     assert counts == {dataset.max_objects}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batching", ["random", "buckets"])
 def test_the_run_is_that_of_its_number_and_keeps_it(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, batching: str
@@ -184,6 +185,7 @@ memory.peak_bytes = lambda *arguments: (memory.try_steps(*arguments), next(neede
 """
 
 
+@pytest.mark.slow
 def test_processes_agree_on_the_least(recipe_file: Path, tmp_path: Path) -> None:
     options = ("train.total_batch=8", AUTO, "train.epochs=1", "model.backbone.norm=frozen", f"run.folder={tmp_path}")
     result = end(start_in(2, recipe_file, *(word for o in options for word in ("--set", o)), before=PATCH))

@@ -311,6 +311,7 @@ if os.environ["RANK"] == "0":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_two_processes_stop_together(
     recipe_file: Path, tmp_path: Path, samdetr_command: Command, strategy: str

@@ -139,7 +139,7 @@ def test_frozen_parameters_do_not_move(make_recipe: MakeRecipe) -> None:
     before = build_model(recipe.model).state_dict()
     after = load_checkpoint((train(recipe) / "checkpoints" / "last").resolve(), with_optimizer=False).model
     moved = {key for key, value in after.items() if not torch.equal(value, before[key])}
-    assert {key for key in moved if key.startswith("backbone.")} == {
+    assert {key for key in moved if key.startswith("encoder.backbone.")} == {
         key for key in before if key.startswith("encoder.backbone.layer2.") and ("conv" in key or "downsample.0" in key)
     }
     assert "decoder.reference_boxes" in moved

@@ -196,6 +196,7 @@ engine.autocast = filling
 """
 
 
+@pytest.mark.slow
 def test_one_process_ends_the_others(recipe_file: Path, tmp_path: Path) -> None:
     options = ("train.micro_batch=1", "model.backbone.norm=frozen", f"run.folder={tmp_path}", "parallel.timeout=20")
     begun = time.monotonic()

@@ -99,6 +99,7 @@ def test_the_run_does_not_depend_on_the_processes(
         assert error < 1e-4, key
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit_and_in_other_numbers(recipe_file: Path, tmp_path: Path) -> None:
     four = ("--set", "train.epochs=4")
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
@@ -141,6 +142,7 @@ def process_of_rank(launcher: int, rank: int) -> int:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "limit"),
     [(signal.SIGKILL, 30.0), pytest.param(signal.SIGSTOP, 60.0, marks=pytest.mark.long)],
@@ -250,6 +252,7 @@ def test_the_hosts_meet_before_one_waits_for_its_device() -> None:
         reports.finish(Lost(0, 2))
 
 
+@pytest.mark.slow
 def test_a_bad_image_in_one_process_stops_all_with_everything_saved(recipe_file: Path, tmp_path: Path) -> None:
     shapes = tmp_path / "shapes"
     options = ("--set", f"data.shapes.folder={shapes}", "--set", "data.workers=1")
@@ -264,6 +267,7 @@ def test_a_bad_image_in_one_process_stops_all_with_everything_saved(recipe_file:
     assert (run / "checkpoints" / "last").resolve().name == f"step-{steps:08d}"
 
 
+@pytest.mark.slow
 def test_two_launchers_share_a_run(recipe_file: Path, tmp_path: Path, alone: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -292,6 +296,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_processes_that_torchrun_starts_again_go_on_with_their_run(
     recipe_file: Path, tmp_path: Path, alone: Path
 ) -> None:
@@ -306,6 +311,7 @@ def test_processes_that_torchrun_starts_again_go_on_with_their_run(
     assert np.allclose(losses(tmp_path / "tiny" / "1"), losses(alone), rtol=ROUNDING, atol=0)
 
 
+@pytest.mark.slow
 def test_a_step_that_cannot_be_shared_is_refused_once(recipe_file: Path, tmp_path: Path) -> None:
     result = end(train_in(3, recipe_file, tmp_path, "--set", "train.total_batch=12", "--set", "train.micro_batch=3"))
     assert result.code == 2

@@ -84,6 +84,7 @@ def test_without_a_folder_nothing_is_profiled(tmp_path: Path) -> None:
     assert notes == [] and profiler.report == ""
 
 
+@pytest.mark.slow
 def test_a_run_is_profiled(make_recipe: MakeRecipe, capfd: pytest.CaptureFixture[str]) -> None:
     run = train(make_recipe("train.epochs=1", "train.total_batch=2", "train.micro_batch=2"), profile=True)  # 12 steps
     assert f"profile: steps 10 to 12 are in {run / 'profile'}" in capfd.readouterr().out.replace("\n", " ")

@@ -94,6 +94,7 @@ def test_one_epoch_and_the_other_after_a_resume(make_recipe: MakeRecipe, trained
     assert_as_uninterrupted(run, trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 6, 11])
 def test_ctrl_c_between_two_steps(
     make_recipe: MakeRecipe, trained: Path, monkeypatch: pytest.MonkeyPatch, step: int
@@ -391,6 +392,7 @@ def test_torch_cannot_spoil_the_exit_code_of_a_signal(
     assert "stopped after step 2; continue with: samdetr-train --resume" in result.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saves", [0, 1])
 def test_a_second_ctrl_c_while_saving_tells_what_is_left(
     make_recipe: MakeRecipe, recipe_file: Path, trained: Path, tmp_path: Path, saves: int

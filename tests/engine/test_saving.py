@@ -166,6 +166,7 @@ def test_processes_write_their_shares_and_another_number_goes_on(
     assert all(torch.allclose(one[key], two[key], rtol=1e-3, atol=1e-9) for key in moments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_save_that_fails_in_one_process_ends_all_with_its_reason(
     recipe_file: Path, tmp_path: Path, rank: int

@@ -1,4 +1,4 @@
-"""A few turns of each script of this folder; all of them, as docs/reliability.md gives their figures, are marked long."""
+"""A few turns of each script of this folder; all turns, as docs/reliability.md gives their figures, are marked long."""
 
 from __future__ import annotations
 
