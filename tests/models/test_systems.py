@@ -171,6 +171,7 @@ def test_unit_of_the_gaussians(recipe: str, key: str, unit: int) -> None:
     assert extents[0].tolist() == [[96 / unit, 64 / unit]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["detr_r50_500ep", *SYSTEMS[1:], *SMCA_MS, *DEFORMABLE])
 def test_forward_has_no_graph_break(recipe: str) -> None:
     model = small(recipe, *TINY_BACKBONE).eval()

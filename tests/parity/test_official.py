@@ -16,6 +16,7 @@ from samdetr.recipe import load_recipe
 from tests.parity.reference import RECIPES, RECIPES_COMPARED, model_of, official_state_dict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES_COMPARED)
 def test_round_trip_keeps_every_key_and_bit(name: str) -> None:
     state = official_state_dict(name)

@@ -111,6 +111,7 @@ def test_gradients(run: Run, prefix: str) -> None:
     check_gradients(run.name, run.model, SetCriterion(), run.inputs, prefix, without_heads=OTHER_LAYOUT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param("samdetr_r50_50ep", marks=pytest.mark.long), "samdetr_r50_dc5_smca_12ep"]
 )

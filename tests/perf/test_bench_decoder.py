@@ -14,6 +14,7 @@ from tests.perf.test_train_step import RECIPE, small
 SIZE = ["--batch", "2", "--height", "4", "--width", "6", "--device", "cpu", "--turns", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_both_sides_agree_and_are_timed(precision: str, tmp_path: Path) -> None:
     file = tmp_path / "decoder.json"

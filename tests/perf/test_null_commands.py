@@ -66,6 +66,7 @@ def check_waits(epochs: list[dict[str, int]], *, at_first: int = 0) -> None:
     assert epochs[-1]["cudaEventSynchronize"] == STEPS + STEPS - 2
 
 
+@pytest.mark.slow
 def test_all_commands(recipe: str, tmp_path: Path) -> None:
     """With a loader process; the files are there."""
     ended, told = try_all(recipe, "cuda", [*SETTINGS, "data.workers=1"], tmp_path, samdetr())

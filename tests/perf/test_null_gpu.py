@@ -208,6 +208,7 @@ def check_step(row: dict[str, Any], way: str) -> None:
     assert 0.3 < row["state_gib"] < row["peak_gib"] < 3 and row["host_ms"] > 0 and row["start_up_seconds"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("null_gpu_there")
 def test_every_system_waits_for_nothing_and_launches_no_more_than_before(tmp_path: Path) -> None:
     found = count(tmp_path / "eager.json")

@@ -118,6 +118,7 @@ def test_work_becomes_a_floor_and_shares_of_it(tmp_path, capsys):
     assert "share" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [one_percent_more, wrong_gradient, wrong_in_the_last_image, unwritten])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_wrong_variant_is_caught_and_no_speed_is_printed(wrong, dtype, tmp_path, capsys):
@@ -196,6 +197,7 @@ def test_inputs():
     assert number == 3 and tensor.dtype == torch.float64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", BENCHES)
 def test_bench_runs_and_writes_its_json(op, tmp_path):
     cases = importlib.import_module(f"perf.bench_{op}").cases

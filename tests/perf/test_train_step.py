@@ -159,6 +159,7 @@ def test_faster_rcnn_is_measured_without_a_baseline(tmp_path: Path, capsys: pyte
     assert "no gate: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_both_sides_are_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "step.json"
     assert main([str(RECIPE), *SIZE, "--steps", "2", *small(), "--json", str(path)]) == 0
@@ -211,6 +212,7 @@ def test_without_a_published_counterpart(capsys: pytest.CaptureFixture[str]) -> 
         main([str(RECIPE.with_stem("detr_r50_500ep")), *SIZE, "--steps", "1"])
 
 
+@pytest.mark.slow
 def test_what_is_timed_in_bf16_passes_a_gate_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +242,7 @@ def test_profile_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (tmp_path / "trace.json.gz").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_ways_and_sizes_each_have_a_row_and_a_profile(tmp_path: Path) -> None:
     size = ["--batch", "1", "2", "--height", "64", "--width", "96", "--device", "cpu", "--steps", "1", "--no-baseline"]
     ways = ["--ways", "eager", "graph", "--profile", str(tmp_path / "profiles"), "--json", str(tmp_path / "step.json")]

@@ -20,6 +20,7 @@ from tests.reliability.signals import Turn, launch, lines, stop_and_go_on, stopp
 LONG = pytest.mark.long
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "processes"), [(1, 1), pytest.param(20, 1, marks=LONG), pytest.param(20, 2, marks=LONG)]
 )
@@ -35,6 +36,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on(tmp_path: Path, count: int,
     assert (found.kills, found.resumable, found.before) == (count, count, count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "processes"), [(5, 1), pytest.param(100, 2, marks=LONG)])
 def test_every_damage_is_noticed(tmp_path: Path, count: int, processes: int) -> None:
     found = damage(tmp_path, count=count, processes=processes, seed=1)
@@ -42,6 +44,7 @@ def test_every_damage_is_noticed(tmp_path: Path, count: int, processes: int) -> 
     assert found.files == 1 + 3 * processes
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_in_an_evaluation_is_answered_by_all(tmp_path: Path) -> None:
     turn, found = Turn("evaluation", signal.SIGTERM, torchrun=True), None
     for place in ("once", "again"):  # it may come too late on a busy machine
@@ -67,6 +70,7 @@ if "RANK" in os.environ:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=LONG)])
 def test_a_second_signal_to_the_launcher_ends_all_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
