@@ -30,8 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # a recipe for every system of the table, of 12 epochs where there is one; and SAM-DETR w/ SMCA on its finer map
 SYSTEMS = (
     *("r50_12ep", "r50_smca_12ep", "r50_dc5_smca_12ep", "r50_ms_12ep", "r50_ms_smca_12ep", "detr_r50_500ep"),
-    *("detr_focal_r50_12ep", "conditional_detr_r50_12ep", "smca_detr_r50_12ep", "smca_detr_r50_ms_50ep"),
-    *("smca_detr_r50_ms_attention_50ep", "deformable_detr_r50_12ep", "deformable_detr_r50_ms_50ep"),
+    *("detr_focal_r50_12ep", "conditional_detr_r50_12ep", "dab_detr_r50_50ep", "smca_detr_r50_12ep"),
+    *("smca_detr_r50_ms_50ep", "smca_detr_r50_ms_attention_50ep", "deformable_detr_r50_12ep"),
+    *("deformable_detr_r50_ms_50ep",),
     *("faster_rcnn_r50_c4_12ep", "faster_rcnn_r50_dc5_12ep", "faster_rcnn_r50_fpn_108ep"),
 )
 NOT_COUNTED = "its sizes come from values on the device, and there are none here"

@@ -31,6 +31,7 @@ _SAM_MS, _SAM_MS_SMCA = "SAM-DETR, three maps", "SAM-DETR w/ SMCA, three maps"
 _DETR = "DETR"
 _DETR_FOCAL = "DETR, 300 queries, focal loss"
 _CONDITIONAL = "Conditional-DETR"
+_DAB = "DAB-DETR"
 _SMCA = "SMCA-DETR, one scale"
 _SMCA_CONVOLUTIONS = "SMCA-DETR, four scales, convolutions"
 _SMCA_ATTENTION = "SMCA-DETR, three scales, attention"
@@ -83,6 +84,8 @@ PUBLISHED = {  # by name of the recipe's file
     "conditional_detr_r50_dc5_50ep": Published(
         _CONDITIONAL, _DC5, 43.8, 195, 44, 43_418_401, 43_196_001, (181.0, 209.8), compared=True
     ),
+    # of DAB-DETR's paper (Liu et al., ICLR 2022, table 2) and code
+    "dab_detr_r50_50ep": Published(_DAB, _R50, 42.2, 94, 44, 43_671_517, 43_449_117, (86.6, 97.3), compared=True),
     "smca_detr_r50_12ep": Published(_SMCA, _R50, 31.6, 86, 42, 41_760_482, 41_538_082, (84.0, 94.5), compared=True),
     "smca_detr_r50_50ep": Published(_SMCA, _R50, 41.0, 86, 42, 41_760_482, 41_538_082, (84.0, 94.5), compared=True),
     "smca_detr_r50_dc5_12ep": Published(_SMCA, _DC5, 32.5, 187, 42, 41_760_482, 41_538_082, (177.6, 206.0)),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from samdetr.models import (
     conditional_detr,
+    dab_detr,
     deformable_detr,
     detr,
     faster_rcnn,
@@ -35,6 +36,7 @@ SYSTEMS: Mapping[str, System] = {
         deformable_detr.SYSTEM,
         sam_detr_ms.SYSTEM,
         sam_detr.SYSTEM,
+        dab_detr.SYSTEM,
         conditional_detr.SYSTEM,
         smca_detr_ms.SYSTEM,
         smca_detr.SYSTEM,

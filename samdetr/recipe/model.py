@@ -215,6 +215,10 @@ class ConditionalDETRSection(SingleScaleSection):
     system: Literal["conditional_detr"] = Field("conditional_detr", description="Conditional DETR")
 
 
+class DABDETRSection(SingleScaleSection):
+    system: Literal["dab_detr"] = Field("dab_detr", description="DAB-DETR")
+
+
 class SMCADETRSection(SingleScaleSection):
     system: Literal["smca_detr"] = Field("smca_detr", description="SMCA-DETR, on one map")
     smca_stride: Literal["published", "feature"] = Field(
@@ -293,6 +297,7 @@ ModelSection = Annotated[
     | MultiScaleSAMDETRSection
     | DETRSection
     | ConditionalDETRSection
+    | DABDETRSection
     | SMCADETRSection
     | MultiScaleSMCADETRSection
     | DeformableDETRSection

@@ -119,6 +119,7 @@ VARIANTS = {
     "detr_focal": Variant("detr_focal_r50_12ep", DETR),
     "conditional_detr": Variant("conditional_detr_r50_12ep", DETR),
     "conditional_detr_dc5": Variant("conditional_detr_r50_dc5_12ep", DETR),
+    "dab_detr": Variant("dab_detr_r50_50ep", DETR),
     "smca_detr": Variant("smca_detr_r50_12ep", DETR),
     "smca_detr_dc5": Variant("smca_detr_r50_dc5_12ep", DETR),
     "smca_detr_ms": Variant("smca_detr_r50_ms_50ep", DETR),

@@ -51,8 +51,11 @@ RECIPE_OF_MULTI_SCALE = {  # SAM-DETR's on several maps
     "samdetr_r50_ms_50ep": "r50_ms_50ep",
     "samdetr_r50_ms_smca_50ep": "r50_ms_smca_50ep",
 }
+RECIPE_OF_DAB = {"dab_detr_r50": "dab_detr_r50_50ep"}
 RECIPE_OF_SMCA_MS = {"smca_detr_r50_multiscale": "smca_detr_r50_ms_50ep"}
-RECIPES_COMPARED = RECIPE_OF | RECIPE_OF_MULTI_SCALE | RECIPE_OF_OTHER | RECIPE_OF_DEFORMABLE | RECIPE_OF_SMCA_MS
+RECIPES_COMPARED = (
+    RECIPE_OF | RECIPE_OF_MULTI_SCALE | RECIPE_OF_OTHER | RECIPE_OF_DEFORMABLE | RECIPE_OF_DAB | RECIPE_OF_SMCA_MS
+)
 
 
 class Inputs(NamedTuple):

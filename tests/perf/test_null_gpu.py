@@ -29,6 +29,7 @@ BOUNDS = {
     "detr_r50_500ep": 2790,
     "detr_focal_r50_12ep": 2820,
     "conditional_detr_r50_12ep": 2980,
+    "dab_detr_r50_50ep": 3640,
     "smca_detr_r50_12ep": 3160,
     "smca_detr_r50_ms_50ep": 5330,
     "smca_detr_r50_ms_attention_50ep": 5010,

@@ -18,8 +18,8 @@ from samdetr.recipe.loading import key_lines
 from samdetr.recipe.messages import keys_of
 
 SYSTEMS = (
-    *("sam_detr", "sam_detr_ms", "detr", "conditional_detr", "smca_detr", "smca_detr_ms"),
-    *("deformable_detr", "faster_rcnn"),
+    *("sam_detr", "sam_detr_ms", "detr", "conditional_detr", "dab_detr"),
+    *("smca_detr", "smca_detr_ms", "deformable_detr", "faster_rcnn"),
 )
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.toml"))
 PUBLISHED = {  # epochs, drop epoch, total batch, norm of the input projection, dilation, SMCA
@@ -184,11 +184,11 @@ model.smca_stride = "feature" \
 model.smca_strid = "feature" \
     | model.smca_strid: unknown key. Did you mean model.smca_stride, which belongs to system smca_detr?
 model.system = "smca_dert" \
-    | model.system: expected "sam_detr", "sam_detr_ms", "detr", "conditional_detr", "smca_detr", "smca_detr_ms", \
-"deformable_detr" or "faster_rcnn", got the string "smca_dert". Did you mean "smca_detr"?
+    | model.system: expected "sam_detr", "sam_detr_ms", "detr", "conditional_detr", "dab_detr", "smca_detr", \
+"smca_detr_ms", "deformable_detr" or "faster_rcnn", got the string "smca_dert". Did you mean "smca_detr"?
 model.system = 3 \
-    | model.system: expected "sam_detr", "sam_detr_ms", "detr", "conditional_detr", "smca_detr", "smca_detr_ms", \
-"deformable_detr" or "faster_rcnn", got the whole number 3
+    | model.system: expected "sam_detr", "sam_detr_ms", "detr", "conditional_detr", "dab_detr", "smca_detr", \
+"smca_detr_ms", "deformable_detr" or "faster_rcnn", got the whole number 3
 model = 3                         | model: expected a section, got the whole number 3
 model = {system = "detr", regions.hidden = 8} \
     | model.regions: unknown section. It belongs to system faster_rcnn; the system of this recipe is detr.
@@ -489,7 +489,7 @@ def test_mistakes_of_smca_detr_on_several_scales() -> None:
     for key, message in (
         (
             'input_norm="group_norm"',
-            r"unknown key\. It belongs to systems sam_detr, detr, conditional_detr, s",
+            r"unknown key\. It belongs to systems sam_detr, detr, conditional_detr, dab_detr, s",
         ),
         ("backbone.dilation=true", r'with model\.system = "smca_detr_ms" stages must be at least 3 and dilation false'),
         ("backbone.stages=2", r'with model\.system = "smca_detr_ms" stages must be at least 3 and dilation false'),
