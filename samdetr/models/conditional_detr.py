@@ -120,14 +120,14 @@ class ReferencePoints(nn.Module):
         super().__init__()
         self.reference_head = MLP(width, width, 2, fp32_output=True)
 
-    def forward(self, query_positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Predict the points (x, y) in [0, 1] of the valid image, [Q, 2], from query_positions [Q, width].
+    def forward(self, query_positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Predict the points (x, y) of the valid image, [Q, 2] before the sigmoid, from query_positions [Q, width].
 
-        Returns them, the same before the sigmoid, and their sine embedding [Q, width] of ``dtype``.
+        Returns them and their sine embedding [Q, width] of ``dtype``.
         """
         reference = self.reference_head(query_positions).sigmoid()
         sine_embed = sine_points(reference, query_positions.shape[-1]).to(dtype)
-        return reference, inverse_sigmoid(reference), sine_embed
+        return inverse_sigmoid(reference), sine_embed
 
 
 class QueryScale(nn.Module):
@@ -159,7 +159,7 @@ class ConditionalDETRDecoder(nn.Module):
     def forward(self, encoded: EncodedMap) -> Outputs:
         """Predict logits and boxes after every layer."""
         memory, pos_embed, mask = encoded.flatten()
-        _, centre, sine_embed = self.reference_points(self.query_positions, memory.dtype)
+        centre, sine_embed = self.reference_points(self.query_positions, memory.dtype)
         x, query_sine_embed = memory.new_zeros(len(memory), *self.query_positions.shape), sine_embed
         outputs: list[Tensor] = []
         for layer in self.layers:

@@ -70,8 +70,8 @@ def test_classes_of_a_softmax_begin_alike() -> None:
 def test_boxes_of_conditional_detr_begin_at_their_reference_points() -> None:
     model = small("conditional_detr_r50_12ep", *TINY_BACKBONE)
     _, boxes = outputs_at_the_start(model)
-    reference, _, _ = model.decoder.reference_points(model.decoder.query_positions, torch.float32)
-    torch.testing.assert_close(boxes[..., :2], reference.expand(2, 1, -1, -1), rtol=0, atol=1e-5)
+    centre, _ = model.decoder.reference_points(model.decoder.query_positions, torch.float32)
+    torch.testing.assert_close(boxes[..., :2], centre.sigmoid().expand(2, 1, -1, -1), rtol=0, atol=1e-5)
     assert (boxes[..., 2:] == 0.5).all()
 
 
