@@ -1,4 +1,4 @@
-"""What a reader may rely on: a file a system, a forward on a page, nothing that stands twice."""
+"""Facts that a reader may rely on: a file a system, a forward on a page, nothing that stands twice."""
 
 from __future__ import annotations
 

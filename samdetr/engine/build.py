@@ -1,4 +1,4 @@
-"""What a run is built from: its data, its model and train state, and its folder, new or to be continued."""
+"""Build a run from its recipe: its data, its model and train state, and its folder, new or to be continued."""
 
 from __future__ import annotations
 

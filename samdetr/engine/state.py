@@ -48,7 +48,7 @@ class Meter:
 
 @dataclass
 class TrainState:
-    """What the steps of a run change."""
+    """The state that the steps of a run change."""
 
     model: Detector
     optimizer: NonFiniteGuard

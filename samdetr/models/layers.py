@@ -44,7 +44,7 @@ PUBLISHED_SELF_ATTENTION = {
 
 
 class LayerSizes(NamedTuple):
-    """What all layers of a transformer have in common."""
+    """The sizes that all layers of a transformer have in common."""
 
     width: int  # channels
     heads: int  # of attention

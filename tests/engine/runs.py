@@ -97,7 +97,7 @@ Lines = list[dict[str, Any]]
 
 
 class Result(NamedTuple):
-    """What a command did."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -187,7 +187,7 @@ def metrics(run: Path, kind: str | None = None) -> Lines:
 
 
 def losses(run: Path, keys: Sequence[str] = ("step", "epoch", "loss", "loss_ce", "grad_norm", "lr")) -> list[Any]:
-    """What must be the same in two equal runs, of every logged step."""
+    """Return the values of every logged step that are the same in two equal runs."""
     return [tuple(line[key] for key in keys) for line in metrics(run, "train")]
 
 

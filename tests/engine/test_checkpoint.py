@@ -138,7 +138,7 @@ def test_names_and_links(tmp_path: Path) -> None:
 
 
 def test_the_same_point_can_be_saved_again(tmp_path: Path) -> None:
-    """What is there is not removed to make room, so that there is no moment without a checkpoint."""
+    """Check that the older checkpoint stays until the newer one is whole: there is no moment without one."""
     first = save(tmp_path, Progress(epoch=1, step=100, evaluation_due=True))
     second = save(tmp_path, Progress(epoch=2, step=100), seed=1)
     assert (first.name, second.name) == ("step-00000100", "step-00000100-2")

@@ -66,7 +66,7 @@ SYSTEMS = [
 
 @pytest.fixture(autouse=True)
 def fresh_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What one test compiled or refused is forgotten. Graphs are captured and differentiated as ever, but code is
+    """Forget what one test compiled or refused. Graphs are captured and differentiated as ever, but code is
     generated of them only where a test asks for it: that takes a second a graph."""
     torch.compiler.reset()
     if request.node.get_closest_marker("inductor") is None:

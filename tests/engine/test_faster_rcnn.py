@@ -98,7 +98,7 @@ def test_two_steps_and_an_evaluation(name: str, reduced: MakeRecipe) -> None:
 
 @pytest.mark.parametrize("name", ["faster_rcnn_r50_c4_12ep", "faster_rcnn_r50_fpn_108ep"])
 def test_every_trained_parameter_has_a_gradient_also_without_objects(name: str, reduced: MakeRecipe) -> None:
-    """What several processes need: none waits for the gradient of another."""
+    """Check that no process would wait for the gradient of another."""
     recipe = reduced(name)
     model, criterion = build_model(recipe.model).train(), build_criterion(recipe)
     batch = random_batch((64, 96), 2, 3)
@@ -177,7 +177,7 @@ def test_predictions_and_evaluation_of_a_checkpoint(reduced: MakeRecipe, tmp_pat
 
 
 def test_cost_at_a_number_of_proposals() -> None:
-    """What a proposal more costs is the box head's share; regions drawn for the loss are no more than 512 an image."""
+    """One more proposal costs the box head's share; regions drawn for the loss are no more than 512 an image."""
     file = RECIPES / "faster_rcnn_r50_dc5_12ep.toml"
     flops, kept = [], []
     for proposals in (500, 1000):

@@ -1,4 +1,4 @@
-"""What a person can get wrong, or a machine can refuse: one clear sentence, the right exit code, no traceback."""
+"""Mistakes of a person and refusals of a machine: one clear sentence, the right exit code, no traceback."""
 
 from __future__ import annotations
 

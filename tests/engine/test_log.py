@@ -1,4 +1,4 @@
-"""What a person reads during a run, and the lines of metrics.jsonl."""
+"""The lines that a person reads during a run, and the lines of metrics.jsonl."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def test_one_image_too_many(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyP
 
 
 def test_memory_is_freed_after_one_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the failed step held, a model in a cycle too, is gone when the cache is emptied."""
+    """Check that all that the failed step held, a model in a cycle too, is gone when the cache is emptied."""
     kept: list[weakref.ref[nn.Module]] = []
     alive_when_emptied: list[bool] = []
 

@@ -1,4 +1,4 @@
-"""What a profile says about made-up kernels, which steps it takes, and where a run leaves it."""
+"""A profile of made-up kernels: what it says, which steps it takes, and where a run leaves it."""
 
 from __future__ import annotations
 

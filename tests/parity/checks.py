@@ -1,4 +1,4 @@
-"""What every system is compared in: the encoded map, predictions, matching, losses, gradients."""
+"""The values that every system is compared in: the encoded map, predictions, matching, losses, gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADS = 8
 
 
 class EncodedMap(NamedTuple):
-    """What the image encoder of a model made of a fixture's images."""
+    """The encoded images of a fixture, with steps on the way."""
 
     features: Tensor  # [B, C, h, w] of the backbone
     source: Tensor  # [B, h, w, width] the encoder's input

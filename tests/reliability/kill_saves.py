@@ -27,7 +27,7 @@ LONGEST = 0.15  # seconds after the beginning of a write at which it is killed a
 
 
 class Killed(NamedTuple):
-    """What was found after a kill."""
+    """The state found after a kill."""
 
     kills: int  # that met a write
     resumable: int

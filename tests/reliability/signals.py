@@ -167,7 +167,7 @@ def reached(run: Path, place: str, *, steps: int, output: Path) -> bool:
 
 
 def lines(run: Path, kind: str) -> list[dict[str, object]]:
-    """What metrics.jsonl has by now; without a last line that is still being written."""
+    """Read metrics.jsonl as it is by now; without a last line that is still being written."""
     file = run / "metrics.jsonl"
     if not file.is_file() or not file.read_text().endswith("\n"):
         return []

@@ -64,7 +64,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_checkpoint` returns; tensors are whole, on the CPU."""
+    """The content of a checkpoint; tensors are whole, on the CPU."""
 
     path: Path
     model: dict[str, Tensor]
@@ -74,7 +74,7 @@ class Checkpoint:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """What to evaluate and to use: the averaged parameters where there are any."""
+        """The weights to evaluate and to use: the averaged parameters where there are any."""
         return {**self.model, **self.average}
 
     @property

@@ -1,4 +1,4 @@
-"""What is compiled, which sizes are static, and why.
+"""The parts that are compiled, which of their sizes are static, and why.
 
 | part | sizes | why |
 |---|---|---|

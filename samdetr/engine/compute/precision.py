@@ -1,4 +1,4 @@
-"""What a recipe asks of a device, decided for this machine: which device, precision, compilation, CUDA graphs."""
+"""The section [compute] decided for this machine: device, precision, compilation, CUDA graphs."""
 
 from __future__ import annotations
 

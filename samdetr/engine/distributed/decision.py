@@ -1,4 +1,4 @@
-"""What all processes of a run do next: each reports what it met, and one collective call makes it everybody's."""
+"""The next thing that all processes do: each reports what it met, and one collective call decides for all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIGNAL_NUMBERS = 128  # more than any signal's
 
 
 class Decision(IntEnum):
-    """What every process does before the next step; where the processes differ the largest counts."""
+    """The action of every process before the next step; where the processes differ, the largest counts."""
 
     CONTINUE = 0
     STOP = 1  # a signal came

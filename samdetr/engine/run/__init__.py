@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, its log and metrics, pictures, a profile."""
+"""The traces of a run: its folder, its log and metrics, pictures, a profile."""

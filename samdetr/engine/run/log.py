@@ -1,4 +1,4 @@
-"""What a run prints and shows, and metrics.jsonl."""
+"""The lines and the progress bar that a run prints, and metrics.jsonl."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def terms_not_finite(values: Mapping[str, float]) -> list[str]:
 
 
 class Step(NamedTuple):
-    """What the host knows of a step when it launches it. Counted from 0, except ``number``, the steps done with it."""
+    """A step as the host knows it when it launches it. Counted from 0, except ``number``, the steps done with it."""
 
     number: int
     epoch: int
